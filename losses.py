@@ -1,0 +1,90 @@
+r"""The losses: what DeiT-LT minimises, and what its teacher does.
+
+Student, DeiT-LT (Rangwani et al., CVPR 2024, arXiv 2404.02900), for one image x with label y:
+
+    y_t = argmax_k g(x)_k                                                  the teacher's hard label, of the same mixed image
+    L   = (1 - alpha) * CE(f_c(x), y) + alpha * w[y_t] CE(f_d(x), y_t)     (1)    alpha = 1/2
+    w_k = K / E_k / sum_j 1/E_j,    E_k = (1 - beta^n_k) / (1 - beta)      (2)    n_k training images of class k
+
+f_c, f_d are the CLS and DIST logits. E_k is the "effective number" of images of class k (Cui et al., CVPR 2019,
+arXiv 1901.05555). Deferred re-weighting (DRW): w = 1 until late in the run, then (2). With w = 1 throughout, (1) is DeiT's
+hard distillation (arXiv 2012.12877). PyTorch's weighted mean divides by the sum of the batch's weights; so did the published
+code, and so does this file.
+
+Teacher, LDAM (Cao et al., NeurIPS 2019, arXiv 1906.07413), with the classifier's logits z_k = s cos(theta_k):
+
+    L_LDAM = w[y] CE(z - s m_y onehot(y), y),    m_k = m_max * (n_min / n_k)^(1/4)                    (3)
+
+All functions take logits (B,K) and work in float32 or better, also under autocast.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def full_precision(logits):
+    """bfloat16 and float16 -> float32, the rest as it is: a softmax needs more than 8 bits."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def class_balanced_weights(counts, beta=0.9999):
+    """Class weights (2) from training counts (K,) -> float tensor (K,), sum K. beta = 0 gives ones."""
+    counts = torch.as_tensor(counts, dtype=torch.float64)
+    effective = (1 - beta ** counts) / (1 - beta)                         # E_k
+    weights = 1 / effective
+    return (len(counts) * weights / weights.sum()).float()
+
+
+def drw_weights(counts, epoch, drw_epoch, beta=0.9999):
+    """Deferred re-weighting: None (no weights) before drw_epoch (0-based), the weights (2) from it on."""
+    return class_balanced_weights(counts, beta) if epoch >= drw_epoch else None
+
+
+def soft_cross_entropy(logits, target):
+    """-sum_k target_k log softmax(logits)_k, mean over the batch.
+
+    logits (B,K); target: soft labels (B,K) whose rows sum to 1, or class numbers (B,), which stand for their one-hot rows.
+    """
+    return F.cross_entropy(full_precision(logits), target)
+
+
+def hard_distillation(dist_logits, teacher_labels, weight=None):
+    """Second term of (1): cross-entropy (B,K) with the teacher's labels (B,), class weights (K,) or None."""
+    return F.cross_entropy(full_precision(dist_logits), teacher_labels, weight=weight)
+
+
+def soft_distillation(dist_logits, teacher_logits, tau=1.0):
+    """tau^2 KL(softmax(teacher / tau) || softmax(dist / tau)), the mean over all B*K entries, as in DeiT's code.
+
+    Divided by B alone it would be Hinton's (arXiv 1503.02531) loss, K times larger.
+    """
+    p = F.log_softmax(full_precision(teacher_logits) / tau, dim=1)
+    q = F.log_softmax(full_precision(dist_logits) / tau, dim=1)
+    return tau ** 2 * F.kl_div(q, p, reduction="sum", log_target=True) / q.numel()
+
+
+def distillation_loss(cls_logits, dist_logits, target, teacher_labels, alpha=0.5, weight=None):
+    """Equation (1). target: soft labels (B,K) or class numbers (B,). Returns (loss, CLS part, DIST part)."""
+    loss_cls = soft_cross_entropy(cls_logits, target)
+    loss_dist = hard_distillation(dist_logits, teacher_labels, weight)
+    return (1 - alpha) * loss_cls + alpha * loss_dist, loss_cls, loss_dist                            # (1)
+
+
+class LDAMLoss(nn.Module):
+    """Label-distribution-aware margin loss (3): the rarer the class, the wider the margin it must win by.
+
+    counts (K,): training images per class. max_margin: m_max, of the rarest class (published: 0.5 on CIFAR, 0.3 on
+    ImageNet-LT and iNaturalist). scale: s, the same as the cosine classifier's.
+    """
+
+    def __init__(self, counts, max_margin=0.5, scale=30.0):
+        super().__init__()
+        margins = torch.as_tensor(counts, dtype=torch.float64) ** -0.25
+        self.register_buffer("margins", (max_margin * margins / margins.max()).float())               # m_k (K,)
+        self.scale = scale
+
+    def forward(self, logits, target, weight=None):
+        """logits s*cos (B,K), target (B,), class weights (K,) or None -> scalar."""
+        onehot = F.one_hot(target, logits.shape[1])
+        z = full_precision(logits) - self.scale * self.margins[target][:, None] * onehot
+        return F.cross_entropy(z, target, weight=weight)                  # (3)

@@ -1,0 +1,164 @@
+r"""Residual networks: the CNN teachers. ResNet-32 for 32 px images, ResNet-50 for 224 px.
+
+He et al., CVPR 2016, arXiv 1512.03385.    y = ReLU(F(x) + shortcut(x))                                       (1)
+
+ResNet-32 is the paper's CIFAR network, 6n + 2 layers with n = 5, not an ImageNet ResNet cut down: a 3x3 stem without
+pooling and three stages of 16x32x32, 32x16x16, 64x8x8 (channels x height x width). Its shortcuts have no parameters: where
+the size halves they take every second pixel and pad the new channels with zeros ("option A"). 464,154 parameters at K = 10.
+ResNet-50 is torchvision's v1.5: bottlenecks with the stride in the 3x3 convolution, 1x1 convolution shortcuts.
+
+State-dict keys: ResNet-32 as in LDAM-DRW and Saddle-LongTail, ResNet-50 as in torchvision. B images, K classes.
+Like every network here they take images in [0, 1] and normalise them themselves; `img_size` is the size they were made for.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class CosineClassifier(nn.Module):
+    """Logits scale * cos(feature, class vector): a long-tailed classifier cannot win by the length of a class vector.
+
+    `weight` is (features, K), its columns are the class vectors, as in LDAM-DRW (arXiv 1906.07413). The published module
+    returns the bare cosine; here the scale is included, so that softmax and entropy of a teacher mean what they say.
+    """
+
+    def __init__(self, in_features, num_classes, scale=30.0):
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(in_features, num_classes).uniform_(-1, 1))
+
+    def forward(self, x):
+        return self.scale * (F.normalize(x, dim=1) @ F.normalize(self.weight, dim=0))    # (B,d) @ (d,K) -> (B,K)
+
+
+class ResNet(nn.Module):
+    """What both networks share: normalisation, then features, then the classifier."""
+
+    def __init__(self, img_size, mean, std):
+        super().__init__()
+        self.img_size = img_size
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, x, return_features=False):
+        """Images (B,3,S,S) in [0, 1] -> logits (B,K); with return_features also the pooled features (B,d)."""
+        features = self.forward_features((x - self.mean) / self.std)
+        logits = self.classifier(features)
+        return (logits, features) if return_features else logits
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with the parameter-free shortcut of option A, equation (1)."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.pad = stride, (channels - in_channels) // 2     # zero channels added on each side
+
+    def shortcut(self, x):
+        if self.stride == 1:
+            return x
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))  # (B,C,H,W) -> (B,2C,H/2,W/2)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class CifarResNet(ResNet):
+    """6n + 2 layers for 32 px images."""
+
+    def __init__(self, n, num_classes, cosine=False, img_size=32, mean=CIFAR_MEAN, std=CIFAR_STD):
+        super().__init__(img_size, mean, std)
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = self.stage(n, 16, 16, stride=1)                     # (B,16,32,32)
+        self.layer2 = self.stage(n, 16, 32, stride=2)                     # (B,32,16,16)
+        self.layer3 = self.stage(n, 32, 64, stride=2)                     # (B,64,8,8)
+        self.linear = CosineClassifier(64, num_classes) if cosine else nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight)
+
+    @staticmethod
+    def stage(n, in_channels, channels, stride):
+        first = BasicBlock(in_channels, channels, stride)
+        return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(n - 1)))
+
+    @property
+    def classifier(self):
+        return self.linear
+
+    def forward_features(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return x.mean(dim=(2, 3))                                         # (B,64,8,8) -> (B,64)
+
+
+class Bottleneck(nn.Module):
+    """1x1 reduce, 3x3, 1x1 expand fourfold, equation (1); a 1x1 convolution shortcut where the shape changes."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.downsample = None
+        if stride != 1 or in_channels != 4 * channels:
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, 4 * channels, 1, stride, bias=False),
+                                            nn.BatchNorm2d(4 * channels))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet50(ResNet):
+    """Stages of 3, 4, 6, 3 bottlenecks behind a 7x7 stem with max pooling."""
+
+    def __init__(self, num_classes, cosine=False, img_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        super().__init__(img_size, mean, std)
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = self.stage(3, 64, 64, stride=1)                     # (B,256,56,56) at 224 px
+        self.layer2 = self.stage(4, 256, 128, stride=2)                   # (B,512,28,28)
+        self.layer3 = self.stage(6, 512, 256, stride=2)                   # (B,1024,14,14)
+        self.layer4 = self.stage(3, 1024, 512, stride=2)                  # (B,2048,7,7)
+        self.fc = CosineClassifier(2048, num_classes) if cosine else nn.Linear(2048, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def stage(n, in_channels, channels, stride):
+        first = Bottleneck(in_channels, channels, stride)
+        return nn.Sequential(first, *(Bottleneck(4 * channels, channels, 1) for _ in range(n - 1)))
+
+    @property
+    def classifier(self):
+        return self.fc
+
+    def forward_features(self, x):
+        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean(dim=(2, 3))                                         # (B,2048,7,7) -> (B,2048)
+
+
+def resnet32(num_classes=10, **kwargs):
+    """CIFAR ResNet-32 (n = 5): 0.41 GFLOP per image for a training step."""
+    return CifarResNet(5, num_classes, **kwargs)
+
+
+def resnet50(num_classes=1000, **kwargs):
+    """ImageNet ResNet-50 v1.5: 25,557,032 parameters at K = 1000."""
+    return ResNet50(num_classes, **kwargs)

@@ -1,0 +1,318 @@
+r"""Train a Vision Transformer from scratch on long-tailed images: DeiT-LT (Rangwani et al., CVPR 2024, arXiv 2404.02900).
+
+    python train_student.py --dataset shapes                       the whole method in minutes on 2 CPU cores, no download
+    python train_student.py --dataset cifar10 --imb 100            CIFAR-10-LT; paper's recipe on a GPU, a small one on a CPU
+    python train_student.py --dataset cifar10 --method vit         the baseline: the same ViT without a teacher
+    torchrun --nproc_per_node=2 train_student.py --dataset cifar10 --recipe paper
+
+Published (CIFAR-10-LT, imb 100): ViT-B 62.6 %, DeiT-LT-B 84.8 % with this teacher (LDAM-DRW-SAM). What this code has
+measured is in the README and under results/.
+
+    images --augment--> --mix--> teacher: y_t = argmax g(x)          the same strongly augmented, mixed images
+                             \-> student: f_c(x), f_d(x)             L = 1/2 CE(f_c, y) + 1/2 w[y_t] CE(f_d, y_t)
+
+The teacher is trained first when it is missing (`--teacher auto`). Output: runs/<name>/ (see engine.py).
+"""
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import augment
+import data_lt
+import engine
+import train_teacher
+import vit
+from losses import distillation_loss, drw_weights, soft_cross_entropy
+
+# One row per data set. paper: the published scripts, where 2 GPUs x 128 images x 4 accumulated micro-batches make a batch of
+# 1024 and the learning rate follows from 2 x 128. cpu: the same method at 32 px, found by measurement (README).
+PAPER = dict(model="base", img_size=224, patch_size=16, epochs=1200, batch=1024, micro_batch=128, lr=2.5e-4, warmup_epochs=5,
+             weight_decay=0.05, drop_path=0.1, alpha=0.5, drw_epoch=1100, beta=0.9999, repeats=3, crop="resized", magnitude=9.0,
+             erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, ema=0.99996, eval_crop=0.875, eval_every=10)
+CPU = PAPER | dict(model="mini", img_size=32, patch_size=4, epochs=40, batch=128, lr=1e-3, drop_path=0.0, drw_epoch=30, repeats=1,
+                   crop="padded", ema=0.0, eval_crop=1.0, eval_every=5)
+RECIPES = {
+    "paper": {"cifar10": PAPER, "cifar100": PAPER},
+    "cpu": {"cifar10": CPU, "cifar100": CPU, "shapes": CPU | dict(epochs=20, drw_epoch=14)},
+}
+HELP = {
+    "model": "mini, tiny, small or base",
+    "img_size": "side of the student's images, pixels",
+    "patch_size": "side of a patch, pixels",
+    "epochs": "epochs of about as many samples as there are training images",
+    "batch": "images per optimizer step, over all processes and accumulated micro-batches",
+    "micro_batch": "images per forward pass and process, at most",
+    "lr": "peak learning rate of AdamW",
+    "warmup_epochs": "epochs of linear warm-up",
+    "weight_decay": "of AdamW; not on biases, norms, tokens and positions",
+    "drop_path": "stochastic depth rate of the last block",
+    "alpha": "weight of the DIST loss; 1 - alpha of the CLS loss",
+    "drw_epoch": "first epoch (0-based) with re-weighted teacher labels and without mixing",
+    "beta": "of the effective number of images, for the class weights",
+    "repeats": "repeated augmentation: times an image comes up in an epoch that has it; 1 = off",
+    "crop": "resized (random area and shape, to img_size) or padded (pad by an eighth, shift)",
+    "magnitude": "of RandAugment, 0..10; negative = no RandAugment",
+    "erasing": "probability of random erasing",
+    "mixup": "Beta parameter of mixup; 0 = off",
+    "cutmix": "Beta parameter of CutMix; 0 = off",
+    "smoothing": "label smoothing while images are mixed",
+    "ema": "decay per step of the averaged weights, evaluated beside the last ones; 0 = off",
+    "eval_crop": "test images are resized to img_size / eval_crop and the centre is cut out",
+    "eval_every": "epochs between evaluations on the test set (the last is always evaluated)",
+}
+MODELS = {"mini": vit.vit_mini, "tiny": vit.vit_tiny, "small": vit.vit_small, "base": vit.vit_base}
+METHODS = {  # what the methods differ in; everything else is equal
+    "deit-lt": dict(distilled=True),
+    "vit": dict(distilled=False),
+}
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    engine.add_run_flags(parser)
+    parser.add_argument("--method", default="deit-lt", choices=METHODS, help="default: %(default)s")
+    parser.add_argument("--teacher", default="auto", help="run folder or checkpoint of train_teacher.py; auto: the recipe's own "
+                        "teacher of the same seed, trained first if it is missing (default: %(default)s)")
+    engine.add_recipe_flags(parser, RECIPES, HELP)
+    return parser.parse_args(argv)
+
+
+def resolve(args, rt):
+    """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be."""
+    changed = engine.resolve_recipe(args, RECIPES, rt)
+    if args.model not in MODELS or args.crop not in ("resized", "padded"):
+        raise engine.UserError(f"--model is one of {', '.join(MODELS)}; --crop resized or padded")
+    engine.check_positive(args, "epochs", "batch", "micro_batch", "lr", "img_size", "patch_size", "repeats", "eval_every")
+    if args.img_size % args.patch_size:
+        raise engine.UserError(f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}")
+    if args.batch % rt.world:
+        raise engine.UserError(f"--batch {args.batch} cannot be shared by {rt.world} processes")
+    args.name = f"{args.method}_{args.model}_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
+    args.out = args.out or f"runs/{args.name}"
+
+
+def build(args, num_classes):
+    """The student of these settings (a dict)."""
+    return MODELS[args["model"]](img_size=args["img_size"], patch_size=args["patch_size"], num_classes=num_classes,
+                                 drop_path=args["drop_path"], distilled=METHODS[args["method"]]["distilled"])
+
+
+def parameter_groups(net, weight_decay):
+    """AdamW's groups: decay for matrices, none for biases, norms, layer scales, tokens and positions."""
+    decay, plain = [], []
+    for name, p in net.named_parameters():
+        (plain if p.ndim <= 1 or name in ("cls_token", "dist_token", "pos_embed") else decay).append(p)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def strong_augment(x, args):
+    """Crop, flip, RandAugment, erasing: (B,3,H,W) in [0,1] -> (B,3,S,S) in [0,1], another draw for every image."""
+    if args.crop == "resized":
+        x = augment.random_resized_crop(x, args.img_size)
+    else:
+        x = augment.resize(augment.random_crop_flip(x, x.shape[-1] // 8), args.img_size)
+    if args.magnitude >= 0:
+        x = augment.rand_augment(x, magnitude=args.magnitude)
+    return augment.random_erasing(x, args.erasing)
+
+
+@torch.no_grad()
+def teacher_labels(teacher, x):
+    """Hard labels (B,) of the teacher for the student's images, brought to the teacher's own size.
+
+    Without antialiasing, as in the published code: 224 -> 32 px keeps every seventh pixel, noise and all.
+    """
+    if x.shape[-1] != teacher.img_size:
+        x = F.interpolate(x, size=teacher.img_size, mode="bicubic", antialias=False).clamp(0, 1)
+    return teacher(x.contiguous(memory_format=torch.channels_last)).argmax(dim=1)
+
+
+def epoch_order(args, data, epoch):
+    """Which training images an epoch shows, in order."""
+    n = len(data.train_labels)
+    if args.repeats > 1:
+        return data_lt.repeated_augmentation(n, args.seed, epoch, args.repeats)
+    return data_lt.shuffled(n, args.seed, epoch)
+
+
+def train(args, data, teacher, rt, run):
+    """The whole training loop. Returns {"cls", "dist", "avg" and, with --ema, "ema": accuracies of the last epoch}."""
+    torch.manual_seed(args.seed)
+    net = build(vars(args), data.num_classes).to(rt.device)
+    optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
+    ema = engine.EMA(net, args.ema) if args.ema > 0 else None
+    if run.resumed:
+        engine.load_weights(net, run.resumed["model"], run.checkpoint)
+        optimizer.load_state_dict(run.resumed["optimizer"])
+        if ema:
+            engine.load_weights(ema.model, run.resumed["ema"], run.checkpoint)
+    model = DistributedDataParallel(net) if rt.world > 1 else net
+    steps = data_lt.steps_per_epoch(len(epoch_order(args, data, 0)), args.batch)
+    bar = tqdm(total=args.epochs * steps, initial=run.start_epoch * steps, disable=None if rt.main else True, unit="step")
+
+    for epoch in range(run.start_epoch, args.epochs):
+        net.train()
+        started, sums = time.time(), torch.zeros(4, device=rt.device)             # loss, CLS, DIST, teacher's accuracy
+        weight = drw_weights(data.counts, epoch, args.drw_epoch, args.beta)       # None, or (K,) from the DRW epoch on
+        drw, weight = weight is not None, None if weight is None else weight.to(rt.device)
+        order = epoch_order(args, data, epoch)
+        for step, batch in enumerate(data_lt.shard(order, args.batch, rt.rank, rt.world)):
+            engine.seed_step(args.seed, epoch, step, rt.rank)
+            engine.set_lr(optimizer, engine.cosine_lr(epoch + step / steps, args.epochs, args.lr, args.warmup_epochs))
+            micro_batches = batch.split(args.micro_batch)                         # their gradients add up to the batch's
+            for i, index in enumerate(micro_batches):
+                share, index = len(index) / len(batch), index.to(rt.device, non_blocking=True)
+                x, target = augment.to_float(data.train_images[index]), data.train_labels[index]  # (B,3,H,W) in [0,1], (B,)
+                x = strong_augment(x, args)                                       # (B,3,S,S)
+                if not drw:
+                    x, target = augment.mixup_cutmix(x, target, data.num_classes, args.mixup, args.cutmix, args.smoothing)
+                with engine.no_sync(model, i < len(micro_batches) - 1):
+                    with rt.autocast():
+                        y_t = teacher_labels(teacher, x) if teacher else None     # (B,)
+                        cls_logits, dist_logits = model(x)                        # (B,K), (B,K)
+                        if teacher:
+                            loss, loss_cls, loss_dist = distillation_loss(cls_logits, dist_logits, target, y_t, args.alpha, weight)
+                        else:
+                            loss = soft_cross_entropy(cls_logits, target)
+                    (share * loss).backward()
+                parts = torch.stack([loss, loss_cls, loss_dist, accuracy(y_t, target)] if teacher else [loss]).detach()
+                sums[:len(parts)] += share * parts
+            optimizer.step()
+            optimizer.zero_grad()
+            if ema:
+                ema.update(net)
+            bar.update()
+            if step % 20 == 0 and not bar.disable:                                # the only wait for the device in the loop
+                bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
+
+        speed = len(order) / (time.time() - started)
+        sums = (engine.all_sum(sums, rt) / steps / rt.world).tolist()
+        record = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "drw": drw, "loss": sums[0]}
+        record |= {"loss_cls": sums[1], "loss_dist": sums[2], "teacher_accuracy": 100 * sums[3]} if teacher else {}
+        results = None
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            results = evaluate(net, ema, data, args, rt)
+            record |= results | {"cosine": token_cosine(net, data, args, rt)}
+        run.log(record | {"images_per_second": round(speed, 1), "seconds": round(time.time() - started, 2)})
+        run.save(model=net.state_dict(), ema=ema.model.state_dict() if ema else None, optimizer=optimizer.state_dict(),
+                 epoch=epoch + 1, config=vars(args), class_names=data.class_names, counts=data.counts, groups=data.groups)
+        engine.report(bar, rt, epoch, record["loss"], speed, results)
+    bar.close()
+    return results or evaluate(net, ema, data, args, rt)
+
+
+def accuracy(y_t, target):
+    """Fraction of teacher labels (B,) that are the true label (B,), or the larger part of the mixed one (B,K)."""
+    truth = target.argmax(dim=1) if target.ndim == 2 else target
+    return (y_t == truth).float().mean()
+
+
+# ---- Evaluation ----------------------------------------------------------------------------------------------------------
+
+def test_images(x, args):
+    """Clean float images (B,3,H,W) -> what the student is tested on, (B,3,S,S)."""
+    return augment.center_crop(augment.resize(x, round(args.img_size / args.eval_crop)), args.img_size)
+
+
+def heads(net, x):
+    """Logits of every head the student has, and of their mean, which is the prediction."""
+    cls_logits, dist_logits = net(x)
+    if dist_logits is None:
+        return {"cls": cls_logits, "avg": cls_logits}
+    return {"cls": cls_logits, "dist": dist_logits, "avg": (cls_logits + dist_logits) / 2}
+
+
+def evaluate(net, ema, data, args, rt):
+    """Accuracies of every head on the test set; "ema": those of the averaged weights' mean prediction."""
+    net.eval()
+    test = data.test_images, data.test_labels, data.groups, rt
+    results = engine.evaluate(lambda x: heads(net, test_images(x, args)), *test)
+    if ema:
+        results["ema"] = engine.evaluate(lambda x: {"avg": heads(ema.model, test_images(x, args))["avg"]}, *test)["avg"]
+    return results
+
+
+@torch.no_grad()
+def token_cosine(net, data, args, rt):
+    """Mean cosine similarity of the final CLS and DIST tokens on (up to) 1,000 test images; None without a DIST token."""
+    if not net.distilled:
+        return None
+    spread = torch.linspace(0, len(data.test_labels) - 1, min(1000, len(data.test_labels))).long()
+    cosines = []
+    for index in spread.to(rt.device).split(500):
+        with rt.autocast():
+            tokens, _ = net.forward_features(test_images(augment.to_float(data.test_images[index]), args))
+        cosines.append(F.cosine_similarity(tokens[:, 0].float(), tokens[:, 1].float(), dim=1))
+    return round(torch.cat(cosines).mean().item(), 4)
+
+
+# ---- The run -------------------------------------------------------------------------------------------------------------
+
+def teacher_args(args):
+    """Settings of the recipe's own teacher (`--teacher auto`): the same data, recipe and seed, its run folder resumed."""
+    given = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in
+             ("dataset", "imb", "imb-type", "data-dir", "recipe", "seed", "device", "amp")]
+    return train_teacher.parse(given + ["--resume"])
+
+
+def main():
+    args = parse()
+    rt = engine.setup(args.device, args.amp)
+    resolve(args, rt)
+    run = engine.Run(args.out, args, rt)
+    data = engine.load_data(args, rt)
+    needs_teacher, missing = METHODS[args.method]["distilled"], None
+    if needs_teacher and args.teacher == "auto":
+        missing = teacher_args(args)
+        train_teacher.resolve(missing, rt)
+        args.teacher = missing.out
+        if engine.is_finished(missing.out):
+            missing = None
+    teacher = train_teacher.load_teacher(args.teacher, data.num_classes, rt) if needs_teacher and not missing else None
+
+    seconds = seconds_of_run(args, data, rt, teacher)
+    plan = f"{args.method} {args.model} ({args.img_size} px, patch {args.patch_size}), {args.epochs} epochs"
+    if missing:
+        seconds += train_teacher.seconds_of_run(missing, data, rt)
+        plan = f"teacher {missing.arch}, {missing.epochs} epochs, then " + plan
+    rt.print(f"{plan} on {engine.describe(data, args)}: about {engine.duration(seconds)} on {rt.hardware()}.")
+    if args.recipe == "cpu":
+        rt.print("Recipe cpu: small and short, for a machine without a GPU. The paper's: --recipe paper.")
+    if missing:
+        train_teacher.run(missing, rt, data)
+        teacher = train_teacher.load_teacher(args.teacher, data.num_classes, rt)
+
+    run.begin(args, data)
+    results = train(args, data, teacher, rt, run)
+    teacher_name = args.teacher if needs_teacher else None
+    run.finish(args, data, results, method=args.method, model=args.model, teacher=teacher_name)
+    rt.print("\n" + engine.table(results, args.method) + f"\nRun folder: {args.out}")
+    if rt.main:
+        draw_summary(args.out)
+
+
+def seconds_of_run(args, data, rt, teacher):
+    """About how long this run will take here: one measured forward and backward pass, times the images to come."""
+    net = build(vars(args), data.num_classes).to(rt.device)
+    batch = min(args.micro_batch, args.batch // rt.world)
+    x = torch.rand(batch, 3, args.img_size, args.img_size, device=rt.device)
+    step = engine.seconds_of_step(lambda: sum(out.sum() for out in net(x) if out is not None), rt)
+    return step / batch * len(epoch_order(args, data, 0)) * args.epochs / rt.world
+
+
+def draw_summary(folder):
+    """The run's picture, if matplotlib is installed."""
+    try:
+        import analyze
+    except ImportError:
+        print(f"(pip install matplotlib, then python analyze.py summary {folder}, for a picture)")
+        return
+    print(f"Picture: {analyze.summary(folder)}")
+
+
+if __name__ == "__main__":
+    engine.run_main(main)
