@@ -1,1 +1,253 @@
-def summary(folder): return "none yet"
+r"""Look inside a trained student: tables and pictures from a run folder, in one command each.
+
+    python analyze.py eval      runs/NAME             accuracies of every head, overall and per class
+    python analyze.py summary   runs/NAME             one picture: who knows which classes, the training, what the tokens look at
+    python analyze.py attention runs/NAME             where CLS and DIST look, on images of the rarest classes
+    python analyze.py augment   runs/NAME             what the student is trained on: clean, strong, mixed, with the teacher's label
+
+What to expect if DeiT-LT works: CLS is better on the head classes, DIST on the tail, the average near the better of both.
+Pictures and numbers are written into the run folder unless --out names a file. Only this file needs matplotlib.
+"""
+import argparse
+import csv
+import json
+import os
+import textwrap
+
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("Agg")  # draw to files, also without a display
+import matplotlib.pyplot as plt
+
+import augment
+import engine
+import train_student
+import train_teacher
+
+# Okabe and Ito's colour-blind safe palette.
+COLORS = {"cls": "#0072B2", "dist": "#D55E00", "avg": "#000000", "ema": "#009E73",
+          "overall": "#000000", "head": "#56B4E9", "mid": "#009E73", "tail": "#E69F00"}
+NAMES = {"cls": "CLS (head expert)", "dist": "DIST (tail expert)", "avg": "average"}
+
+
+# ---- Loading -------------------------------------------------------------------------------------------------------------
+
+def load_student(folder, rt):
+    """A student's run folder -> (network in evaluation mode, its settings, its data). Raises UserError for other things."""
+    state = engine.load_checkpoint(folder, ("model", "config", "class_names"))
+    if "method" not in state["config"]:
+        raise engine.UserError(f"{folder} is not a student's run folder")
+    args = argparse.Namespace(**state["config"])
+    net = train_student.build(state["config"], len(state["class_names"])).to(rt.device)
+    engine.load_weights(net, state["model"], folder)
+    return net.eval(), args
+
+
+def read_log(folder):
+    with open(os.path.join(folder, "log.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def examples(data, classes, n, seed=0):
+    """Numbers of n test images of the given classes, the classes in turn, drawn with a seed of their own."""
+    rng = np.random.RandomState(seed)
+    labels = data.test_labels.cpu().numpy()
+    return torch.tensor([rng.choice(np.where(labels == classes[i % len(classes)])[0]) for i in range(n)])
+
+
+# ---- Quantities: tensors in, arrays out ----------------------------------------------------------------------------------
+
+def attention_rollout(attentions):
+    """How much each token of the input reaches each token of the output (Abnar and Zuidema 2020, arXiv 2005.00928).
+
+        A_l = mean over heads,  R = Â_L ... Â_1,  Â_l = (A_l + I) / 2
+
+    The identity stands for the residual branch. attentions: per block (B,H,T,T), rows sum to 1 -> R (B,T,T), rows sum to 1.
+    """
+    T = attentions[0].shape[-1]
+    rollout = torch.eye(T, device=attentions[0].device)
+    for attention in attentions:
+        rollout = (attention.float().mean(dim=1) + torch.eye(T, device=rollout.device)) / 2 @ rollout
+    return rollout
+
+
+@torch.no_grad()
+def token_maps(net, images):
+    """Attention rollout of the leading tokens over the image: {"cls": (B,G,G), "dist": (B,G,G)}, G patches a side.
+
+    The columns of CLS and DIST themselves are left out. images (B,3,S,S) in [0,1].
+    """
+    _, attentions = net.forward_features(images, return_attention=True)
+    rollout = attention_rollout(attentions)
+    G = net.img_size // net.patch_size
+    return {name: rollout[:, i, net.num_tokens:].unflatten(1, (G, G)) for i, name in enumerate(["cls", "dist"][:net.num_tokens])}
+
+
+# ---- Pictures ------------------------------------------------------------------------------------------------------------
+
+def show(axis, image, title=""):
+    axis.imshow(image.permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
+    axis.set_title(title, fontsize=8)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def show_map(axis, image, heat):
+    """An image in gray under a heat map (G,G), scaled to its own range."""
+    size = image.shape[-1]
+    axis.imshow(image.mean(dim=0).cpu().numpy(), cmap="gray", vmin=-0.3, vmax=1.3)
+    axis.imshow(heat.cpu().numpy(), cmap="inferno", alpha=0.6, extent=(-0.5, size - 0.5, size - 0.5, -0.5), interpolation="bilinear")
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def draw_attention(axes, net, args, data, index):
+    """Rows of axes: the images, then one row per token with its rollout. The titles say class and predictions."""
+    images = train_student.test_images(augment.to_float(data.test_images[index.to(data.test_images.device)]), args)
+    maps = token_maps(net, images)
+    with torch.no_grad():
+        predictions = {k: v.argmax(dim=1).tolist() for k, v in train_student.heads(net, images).items()}
+    for column, i in enumerate(index.tolist()):
+        show(axes[0, column], images[column], data.class_names[int(data.test_labels[i])])
+        for row, name in enumerate(maps, 1):
+            show_map(axes[row, column], images[column], maps[name][column])
+            right = predictions[name][column] == int(data.test_labels[i])
+            axes[row, column].set_title(data.class_names[predictions[name][column]], fontsize=8, fontweight="bold" if right else "normal",
+                                        color="black" if right else "#999999")
+    for row, name in enumerate(["image", *(NAMES[n] for n in maps)]):
+        axes[row, 0].set_ylabel(textwrap.fill(name, 12), fontsize=8, rotation=0, ha="right", va="center")
+
+
+def draw_classes(axis, result, config):
+    """Accuracy of every head on every class, most common class on the left."""
+    counts, per_class = config["counts"], result["per_class"]
+    x = np.arange(len(counts))
+    for head in ("cls", "dist", "avg"):
+        if head in per_class and not (head == "cls" and "dist" not in per_class):
+            axis.plot(x, per_class[head], color=COLORS[head], marker="o" if len(x) <= 20 else None, label=NAMES[head],
+                      linewidth=2.5 if head == "avg" else 1.5)
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("test accuracy, %")
+    if len(x) <= 20:
+        axis.set_xticks(x, [f"{c}\n{n}" for c, n in zip(config["classes"], counts)], fontsize=8, rotation=30 if len(x) > 12 else 0)
+        axis.set_xlabel("class, and its training images")
+    else:
+        axis.set_xlabel("class, from most to least common")
+    edges = np.cumsum([len(g) for g in config["groups"].values()])[:-1] - 0.5
+    for edge in edges:
+        axis.axvline(edge, color="#bbbbbb", linewidth=0.8)
+    axis.legend(fontsize=8)
+
+
+def draw_curves(axis, log, head="avg"):
+    """Test accuracy of the average by group over training, with the DRW switch."""
+    shown = [r for r in log if head in r]
+    for group in engine.COLUMNS:
+        axis.plot([r["epoch"] + 1 for r in shown], [r[head][group] for r in shown], color=COLORS[group], marker=".", label=group)
+    switch = next((r["epoch"] for r in log if r["drw"]), None)
+    if switch is not None:
+        axis.axvline(switch, color="#888888", linestyle="--", linewidth=1)
+        axis.text(switch, 98, " DRW", fontsize=8, color="#666666", va="top")
+    axis.set_ylim(0, 100)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel(f"test accuracy of the {NAMES[head]}, %")
+    axis.legend(fontsize=8)
+
+
+def save_figure(figure, path):
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def summary(folder, out=None):
+    """One picture of a finished run; returns its path."""
+    rt = engine.setup("cpu")
+    with open(os.path.join(folder, "result.json")) as f:
+        result = json.load(f)
+    with open(os.path.join(folder, "config.json")) as f:
+        config = json.load(f)
+    net, args = load_student(folder, rt)
+    data = engine.load_data(args, rt)
+    columns = 10
+    figure = plt.figure(figsize=(13, 8.2))
+    grid = figure.add_gridspec(2, 1, height_ratios=[1.25, 1], hspace=0.32)
+    top = grid[0].subgridspec(1, 2, width_ratios=[1.6, 1], wspace=0.16)
+    draw_classes(figure.add_subplot(top[0]), result, config)
+    draw_curves(figure.add_subplot(top[1]), read_log(folder))
+    axes = grid[1].subgridspec(1 + net.num_tokens, columns, hspace=0.3, wspace=0.08).subplots()
+    draw_attention(axes, net, args, data, examples(data, data.groups["tail"] or data.groups["mid"], columns))
+    figure.suptitle(f"{result['method']} {result['model']} on {result['dataset']}, imbalance {result['imb']:g}, {result['epochs']} epochs: "
+                    f"{result['avg']['overall']:.1f} % overall, {result['avg']['tail']:.1f} % on the tail classes\n", fontsize=12, y=0.98)
+    figure.text(0.5, 0.015, "Bottom: test images of the tail classes and where each token looks (attention rollout); above each map what "
+                "the token predicts, in bold when right.", ha="center", fontsize=8)
+    return save_figure(figure, out or os.path.join(folder, "summary.png"))
+
+
+def command_summary(options, rt):
+    print(summary(options.run, options.out))
+
+
+def command_attention(options, rt):
+    net, args = load_student(options.run, rt)
+    data = engine.load_data(args, rt)
+    n = 10
+    figure, axes = plt.subplots(1 + net.num_tokens, n, figsize=(1.3 * n, 1.5 * (1 + net.num_tokens)))
+    draw_attention(axes, net, args, data, examples(data, data.groups["tail"] or data.groups["mid"], n, options.seed))
+    figure.suptitle(f"{options.run}: attention rollout on tail images; above each map what the token predicts, bold when right", fontsize=9)
+    print(save_figure(figure, options.out or os.path.join(options.run, "attention.png")))
+
+
+def command_augment(options, rt):
+    net, args = load_student(options.run, rt)
+    data = engine.load_data(args, rt)
+    teacher = train_teacher.load_teacher(args.teacher, data.num_classes, rt) if net.distilled else None
+    torch.manual_seed(options.seed)
+    n = 10
+    index = torch.randperm(len(data.train_labels))[:n]
+    clean, labels = augment.to_float(data.train_images[index]), data.train_labels[index]
+    strong = train_student.strong_augment(clean, args)
+    mixed, target = augment.mixup_cutmix(strong, labels, data.num_classes, args.mixup, args.cutmix, args.smoothing)
+    figure, axes = plt.subplots(3, n, figsize=(1.3 * n, 5))
+    for row, (name, images) in enumerate([("clean", clean), ("strong", strong), ("mixed", mixed)]):
+        says = train_student.teacher_labels(teacher, images).tolist() if teacher else [None] * n
+        for column in range(n):
+            title = data.class_names[int(labels[column])] if row < 2 else " + ".join(
+                f"{100 * target[column, k]:.0f}% {data.class_names[k]}" for k in target[column].topk(2).indices.tolist())
+            if teacher:
+                title = f"{textwrap.fill(title, 14)}\nteacher: {data.class_names[says[column]]}"
+            show(axes[row, column], images[column], title)
+        axes[row, 0].set_ylabel(name)
+    print(save_figure(figure, options.out or os.path.join(options.run, "augment.png")))
+
+
+def command_eval(options, rt):
+    net, args = load_student(options.run, rt)
+    data = engine.load_data(args, rt)
+    results = train_student.evaluate(net, None, data, args, rt)
+    print(engine.table(results, args.method))
+    path = options.out or os.path.join(options.run, "per_class.csv")
+    with open(path, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["class", "training images", *results])
+        for k, name in enumerate(data.class_names):
+            writer.writerow([name, data.counts[k], *(r["per_class"][k] for r in results.values())])
+    print(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = {"eval": command_eval, "summary": command_summary, "attention": command_attention, "augment": command_augment}
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("run", help="a student's run folder")
+    parser.add_argument("--out", help="file to write (default: in the run folder)")
+    parser.add_argument("--seed", type=int, default=0, help="which example images")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    commands[options.command](options, engine.setup(options.device))
+
+
+if __name__ == "__main__":
+    engine.run_main(main)

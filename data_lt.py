@@ -179,17 +179,14 @@ def turned(x, y, angle):
 def draw_one(inside, rng, size):
     """One image (3,size,size), uint8, of the shape that `inside` describes."""
     y, x = np.meshgrid(np.arange(size) + 0.5, np.arange(size) + 0.5, indexing="ij")
-    contrast = 0
-    while contrast < 0.35:                                                # mean over RGB, shape against background
-        color, left, right = rng.random((3, 3))
-        contrast = np.abs(color - (left + right) / 2).mean()
+    color, (left, right) = rng.uniform(0.5, 1, 3), rng.uniform(0, 0.5, (2, 3))       # bright on dark, any hue
     along, _ = turned(x - size / 2, y - size / 2, rng.uniform(0, 2 * np.pi))
     mix = np.clip(along / size + 0.5, 0, 1)[..., None]
     image = left * (1 - mix) + right * mix
 
     def blob(image):
         dx, dy = turned(x - rng.uniform(0, size), y - rng.uniform(0, size), rng.uniform(0, np.pi))
-        return paint(image, rng.uniform(1, 4) - np.hypot(dx, dy / rng.uniform(0.3, 1)), rng.random(3))
+        return paint(image, rng.uniform(1, 3) - np.hypot(dx, dy / rng.uniform(0.3, 1)), rng.random(3))
 
     for _ in range(4):
         image = blob(image)
@@ -197,17 +194,16 @@ def draw_one(inside, rng, size):
     cx, cy = rng.uniform(0.9 * radius, size - 0.9 * radius, 2)
     u, v = turned((x - cx) / radius, (y - cy) / radius, np.deg2rad(rng.uniform(-30, 30)))
     image = paint(image, inside(u, v) * radius, color)
-    for _ in range(2):                                                    # two blobs may cover a part of the shape
-        image = blob(image)
-    image = image + rng.normal(0, 0.08, image.shape)
+    image = blob(image)                                                   # the last blob may cover a part of the shape
+    image = image + rng.normal(0, 0.06, image.shape)
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8).transpose(2, 0, 1)
 
 
 def draw_shapes(counts, split, size=32):
     """Draw counts[k] images of shape k -> (uint8 (N,3,size,size), labels (N,)). The same call gives the same images.
 
-    A filled shape of random place, size, tilt and colour lies on a background of two colours, among six blobs of other
-    colours, under noise. split 0 (training) and 1 (test) draw from different streams, and a class's first images are the
+    A bright shape of random place, size, tilt and colour lies on a dark background of two colours, among five blobs of any
+    colour, under noise. split 0 (training) and 1 (test) draw from different streams, and a class's first images are the
     same whatever its count.
     """
     images, labels = [], []

@@ -343,7 +343,8 @@ def load_checkpoint(path, keys=("model", "config")):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:100]})") from None
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise UserError(f"{path} is not a readable checkpoint ({why})") from None
     if not isinstance(state, dict) or any(k not in state for k in keys):
         raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(keys)}")
     return state

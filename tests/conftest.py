@@ -1,0 +1,26 @@
+"""Shared by all tests: the project on the path, two threads, and a tiny CIFAR-like folder of images."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_cifar(tmp_path_factory):
+    """10 classes of 32 px images, 24 for training and 6 for testing each: class k is a noisy plane of its own colour."""
+    root, rng = tmp_path_factory.mktemp("tiny"), np.random.RandomState(0)
+    colors = [(r, g, b) for r in (40, 200) for g in (40, 200) for b in (40, 200)] + [(120, 40, 120), (200, 120, 40)]
+    for split, n in (("train", 24), ("test", 6)):
+        for k, color in enumerate(colors):
+            folder = root / split / f"class{k}"
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = np.array(color) + rng.randint(-30, 31, (32, 32, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return root

@@ -1,0 +1,138 @@
+"""engine.py: schedules, averages, evaluation, checkpoints and the run folder against formulas and loops."""
+import argparse
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+
+CPU = engine.Runtime(torch.device("cpu"))
+
+
+def test_learning_rate_at_the_published_drw_epochs():
+    """The published rule gives these rates when DRW starts; a cosine clock that starts after the warm-up would not."""
+    for peak, epochs, drw, rate in ((2.5e-4, 1200, 1100, 1.41e-5), (5e-4, 1400, 1200, 3.43e-5), (5e-4, 1000, 900, 2.20e-5)):
+        assert engine.cosine_lr(drw, epochs, peak, 5) == pytest.approx(rate, rel=5e-3)
+
+
+def test_warm_up_is_linear_from_its_start_and_the_cosine_ends_at_the_minimum():
+    assert engine.cosine_lr(0, 100, 1e-3, 5) == pytest.approx(1e-6)
+    assert engine.cosine_lr(2.5, 100, 1e-3, 5) == pytest.approx((1e-6 + 1e-3) / 2)
+    assert engine.cosine_lr(100, 100, 1e-3, 5) == pytest.approx(1e-5)
+    assert engine.cosine_lr(50, 100, 1e-3, 5) == pytest.approx((1e-5 + 1e-3) / 2)
+
+
+def test_step_seeds_replay_and_differ_in_every_part_of_the_key():
+    """A collision (say of step and rank added up) would give two ranks the same augmentation."""
+    def draw(*key):
+        engine.seed_step(*key)
+        return torch.rand(4).tolist()
+    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 1, 1, 0)]
+    draws = [draw(*k) for k in keys]
+    assert draws == [draw(*k) for k in keys]
+    assert len({tuple(d) for d in draws}) == len(keys)
+
+
+def test_ema_is_the_running_average_of_weights_and_a_copy_of_buffers():
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    ema, by_hand = engine.EMA(net, 0.9), net[0].weight.detach().clone()
+    for step in range(3):
+        with torch.no_grad():
+            net[0].weight.add_(step + 1.0)
+            net[1].running_mean.fill_(step)
+        ema.update(net)
+        by_hand = 0.9 * by_hand + 0.1 * net[0].weight.detach()
+    assert torch.allclose(ema.model[0].weight, by_hand)
+    assert torch.equal(ema.model[1].running_mean, net[1].running_mean)
+
+
+def test_evaluation_equals_a_loop_over_images():
+    """Groups are means of class recalls, overall is plain top-1: with unequal test counts the two differ."""
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 7 + [1] * 2 + [2] * 5 + [3])
+    images = torch.randint(0, 256, (len(labels), 3, 4, 4), dtype=torch.uint8)
+    weight = torch.randn(3 * 4 * 4, 4)
+    groups = {"head": [0], "mid": [1, 2], "tail": [3]}
+    result = engine.evaluate(lambda x: {"avg": x.flatten(1) @ weight}, images, labels, groups, CPU, batch=4)["avg"]
+
+    right = [[] for _ in range(4)]
+    for image, label in zip(images, labels.tolist()):
+        right[label].append(int((image.float().flatten() / 255 @ weight).argmax()) == label)
+    recall = [100 * sum(r) / len(r) for r in right]
+    assert result["per_class"] == pytest.approx(recall, abs=0.006)
+    assert result["overall"] == pytest.approx(100 * sum(map(sum, right)) / len(labels), abs=1e-3)
+    assert result["mid"] == pytest.approx((recall[1] + recall[2]) / 2, abs=1e-3)
+
+
+def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path):
+    """Without the temporary file a crash in the middle would destroy the only checkpoint."""
+    path = tmp_path / "last.pt"
+    engine.save_checkpoint(path, model={}, config={}, epoch=1)
+
+    def half(f):
+        f.write(b"half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.write_atomically(path, half)
+    assert engine.load_checkpoint(path)["epoch"] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hostile_code_ran",)
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: p.write_bytes(b""),
+    lambda p: p.write_bytes(b"not a checkpoint at all"),
+    lambda p: p.write_text("<html>404</html>"),
+    lambda p: torch.save(torch.zeros(3), p),
+    lambda p: torch.save({"weights": 1}, p),
+    lambda p: torch.save({"model": Hostile(), "config": {}}, p),
+    lambda p: None,
+], ids=["empty", "text", "html", "tensor", "other keys", "pickled code", "missing"])
+def test_what_is_no_checkpoint_is_refused_in_one_line(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "x.pt")
+    with pytest.raises(engine.UserError) as error:
+        engine.load_checkpoint(str(tmp_path / "x.pt"))
+    assert "\n" not in str(error.value) and "x.pt" in str(error.value)
+    assert not (tmp_path / "hostile_code_ran").exists()
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "last.pt"
+    engine.save_checkpoint(path, model={"w": torch.zeros(1000)}, config={})
+    path.write_bytes(path.read_bytes()[:-700])
+    with pytest.raises(engine.UserError, match="not a readable checkpoint"):
+        engine.load_checkpoint(path)
+
+
+def test_recipe_rows_are_overridden_by_flags_and_name_the_run():
+    recipes = {"paper": {"a": dict(lr=0.1, batch=8)}, "cpu": {"a": dict(lr=0.2, batch=4), "b": dict(lr=0.3, batch=2)}}
+    parser = argparse.ArgumentParser()
+    engine.add_recipe_flags(parser, recipes, {"lr": "rate", "batch": "size"})
+    args = parser.parse_args(["--lr", "0.5"])
+    args.recipe, args.dataset = "auto", "a"
+    assert engine.resolve_recipe(args, recipes, CPU) == "_lr0.5"
+    assert (args.recipe, args.lr, args.batch) == ("cpu", 0.5, 4)
+    args.recipe, args.dataset = "paper", "b"
+    with pytest.raises(engine.UserError, match="no paper recipe for b"):
+        engine.resolve_recipe(args, recipes, CPU)
+
+
+def test_a_user_error_ends_with_code_2_and_one_line_but_a_bug_keeps_its_traceback(capsys):
+    def wrong():
+        raise engine.UserError("do this instead")
+    with pytest.raises(SystemExit) as stop:
+        engine.run_main(wrong)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: do this instead\n"
+    with pytest.raises(ZeroDivisionError):
+        engine.run_main(lambda: 1 / 0)
+
+
+def test_durations_read_naturally():
+    assert [engine.duration(s) for s in (12, 204, 20160, 1100000)] == ["12 s", "3.4 min", "5.6 h", "12.7 days"]

@@ -1,0 +1,197 @@
+"""resnet.py against torchvision's ResNet-50, against ResNet-32 written out from its state dict, and against formulas in loops."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from resnet import CosineClassifier, resnet32, resnet50
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def randomise_batchnorm(model):
+    """A fresh BatchNorm is nearly the identity, which would hide a skipped or swapped one."""
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.weight.data.uniform_(0.5, 1.5), m.bias.data.normal_(std=0.3)
+            m.running_mean.normal_(std=0.3), m.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def normalise(x, mean, std):
+    """Mean and std are float32 numbers in the networks, so they are here."""
+    return (x - torch.tensor(mean)[:, None, None].to(x)) / torch.tensor(std)[:, None, None].to(x)
+
+
+# ---- sizes and names ----
+
+@pytest.mark.parametrize("build, K, parameters", [(resnet32, 10, 464_154), (resnet32, 100, 470_004), (resnet50, 1000, 25_557_032)])
+def test_parameter_counts(build, K, parameters):
+    """Convolution shortcuts (option B), biases beside BatchNorm, a wrong depth or width."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build(K).parameters()) == parameters
+
+
+def ldam_drw_layout(K, cosine):
+    """Names and shapes of the state dict that LDAM-DRW and Saddle-LongTail save for CIFAR."""
+    def batchnorm(name, C):
+        return {f"{name}.{t}": (C,) for t in ("weight", "bias", "running_mean", "running_var")} | {f"{name}.num_batches_tracked": ()}
+
+    layout = {"conv1.weight": (16, 3, 3, 3)} | batchnorm("bn1", 16)
+    for stage, C in ((1, 16), (2, 32), (3, 64)):
+        for b in range(5):
+            block, C_in = f"layer{stage}.{b}", C // 2 if b == 0 and stage > 1 else C
+            layout |= {f"{block}.conv1.weight": (C, C_in, 3, 3), f"{block}.conv2.weight": (C, C, 3, 3)}
+            layout |= batchnorm(f"{block}.bn1", C) | batchnorm(f"{block}.bn2", C)
+    return layout | ({"linear.weight": (64, K)} if cosine else {"linear.weight": (K, 64), "linear.bias": (K,)})
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_resnet32_state_dict_is_ldam_drws(cosine):
+    """A renamed tensor, a saved normalisation buffer, a cosine classifier with a bias or stored as (K,64)."""
+    state = resnet32(10, cosine=cosine).state_dict()
+    assert {name: tuple(t.shape) for name, t in state.items()} == ldam_drw_layout(10, cosine)
+
+
+def test_cosine_resnet50_keeps_the_published_classifier_shape():
+    """ImageNet-LT and iNaturalist teachers have `fc.weight` (2048,K) and no bias."""
+    with torch.device("meta"):
+        plain, cosine = resnet50(12).state_dict(), resnet50(12, cosine=True).state_dict()
+    assert plain["fc.weight"].shape == (12, 2048) and cosine["fc.weight"].shape == (2048, 12)
+    assert set(plain) - set(cosine) == {"fc.bias"} and set(cosine) <= set(plain)
+
+
+def test_initialisation_is_kaimings():
+    """Another gain, or fan-in for fan-out: sqrt(2 / fan) told apart on layers whose fans differ; 4 standard errors."""
+    torch.manual_seed(0)
+    small, big = resnet32(100), resnet50(10)
+    for weight, fan in [(small.layer3[0].conv1.weight, 9 * 32), (small.linear.weight, 64),          # fan in
+                        (big.layer1[0].conv3.weight, 256), (big.layer1[0].downsample[0].weight, 256),        # fan out
+                        (big.layer2[0].conv2.weight, 9 * 128)]:
+        assert abs(weight.std() / math.sqrt(2 / fan) - 1) < 4 / math.sqrt(2 * weight.numel())
+
+
+# ---- the forward pass ----
+
+@pytest.mark.parametrize("training", [True, False])
+def test_resnet50_is_torchvisions(training):
+    """Any difference: stride in the 1x1 (v1), a missing ReLU, pooling, the normalisation, the batch statistics."""
+    torch.manual_seed(0)
+    theirs = randomise_batchnorm(torchvision.models.resnet50(weights=None, num_classes=7))
+    ours = resnet50(7)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)                # strict in both directions: the same keys
+    x = torch.rand(3, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        logits = ours.double().train(training)(x)
+        expected = theirs.double().train(training)(normalise(x, IMAGENET_MEAN, IMAGENET_STD))
+    assert logits.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(dict(ours.named_buffers())["layer4.2.bn3.running_var"], theirs.layer4[2].bn3.running_var)
+
+
+def resnet32_written_out(state, x, training):
+    """He et al., section 4.2, from a state dict: (B,3,32,32) in [0, 1] -> logits (B,K) of the plain linear classifier."""
+    def batchnorm(name, x):
+        if training:
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        else:
+            mean, var = state[name + ".running_mean"], state[name + ".running_var"]
+        mean, var, weight, bias = (t[:, None, None] for t in (mean, var, state[name + ".weight"], state[name + ".bias"]))
+        return (x - mean) / torch.sqrt(var + 1e-5) * weight + bias
+
+    def conv(name, x, stride):
+        return F.conv2d(x, state[name + ".weight"], stride=stride, padding=1)
+
+    x = batchnorm("bn1", conv("conv1", normalise(x, CIFAR_MEAN, CIFAR_STD), 1)).clamp(min=0)
+    for stage in (1, 2, 3):
+        for b in range(5):
+            block, stride = f"layer{stage}.{b}", 2 if b == 0 and stage > 1 else 1
+            out = batchnorm(f"{block}.bn1", conv(f"{block}.conv1", x, stride)).clamp(min=0)
+            out = batchnorm(f"{block}.bn2", conv(f"{block}.conv2", out, 1))
+            if stride == 2:                                               # option A: every second pixel, C/2 zero channels each side
+                B, C, H, W = x.shape
+                small = torch.zeros(B, 2 * C, H // 2, W // 2, dtype=x.dtype)
+                for i in range(H // 2):
+                    for j in range(W // 2):
+                        small[:, C // 2:C // 2 + C, i, j] = x[:, :, 2 * i, 2 * j]
+                x = small
+            x = (x + out).clamp(min=0)
+    return x.sum((2, 3)) / 64 @ state["linear.weight"].T + state["linear.bias"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_resnet32_is_the_papers_network(training):
+    """A shortcut that pools or pads on one side, a ReLU in the wrong place, wrong statistics, wrong CIFAR mean or std."""
+    torch.manual_seed(0)
+    model = randomise_batchnorm(resnet32(10)).double().train(training)
+    x = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = resnet32_written_out(model.state_dict(), x, training)
+        logits = model(x)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("build, stage, size", [(resnet32, "layer3", 32), (resnet50, "layer4", 64)])
+def test_features_on_request_are_the_pooled_ones(build, stage, size):
+    """Features from before pooling, a maximum instead of a mean, or logits that change when features are asked for."""
+    torch.manual_seed(0)
+    model, maps = build(10).eval(), []
+    model.get_submodule(stage).register_forward_hook(lambda module, inputs, output: maps.append(output))
+    x = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        logits, features = model(x, return_features=True)
+        assert torch.equal(logits, model(x))
+    torch.testing.assert_close(features, maps[0].flatten(2).sum(2) / maps[0][0, 0].numel())
+    weight, bias = list(model.parameters())[-2:]
+    torch.testing.assert_close(logits, features @ weight.T + bias)
+
+
+# ---- the cosine classifier ----
+
+def test_cosine_classifier_is_its_formula():
+    """Rows normalised instead of columns, a lost scale, an axis of the features mixed up."""
+    torch.manual_seed(0)
+    model, x = CosineClassifier(5, 3, scale=7.0).double(), torch.randn(4, 5, dtype=torch.float64)
+    logits, w = model(x).detach(), model.weight.detach()
+    for b in range(4):
+        for k in range(3):
+            dot = sum(float(x[b, i] * w[i, k]) for i in range(5))
+            lengths = math.hypot(*x[b].tolist()) * math.hypot(*w[:, k].tolist())
+            assert logits[b, k].item() == pytest.approx(7 * dot / lengths, abs=1e-12)
+
+
+def test_cosine_logits_span_minus_scale_to_scale_whatever_the_lengths():
+    """A class that wins by a long class vector; a published scale other than 30."""
+    model = CosineClassifier(3, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 0.0], [2.0, 1e3]]))               # class vectors (1,2,2), (0,0,1000)
+    x = torch.tensor([[1.0, 2, 2], [-5, -10, -10], [0, 0, 9]])
+    # cos between (1,2,2)/3 and (0,0,1) is 2/3
+    torch.testing.assert_close(model(x), torch.tensor([[30.0, 20], [-30, -20], [20, 30]]))
+    x = 100 * torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+    assert model(x).abs().max() <= 30 * (1 + 1e-6)
+
+
+def test_cosine_classifier_sits_on_the_pooled_features_of_both_networks():
+    """A cosine flag that is ignored, or a classifier fed with something else."""
+    torch.manual_seed(0)
+    for model, size in [(resnet32(4, cosine=True), 32), (resnet50(4, cosine=True), 32)]:
+        with torch.no_grad():
+            logits, features = model.eval()(torch.rand(2, 3, size, size), return_features=True)
+        weight = list(model.parameters())[-1]
+        expected = 30 * F.cosine_similarity(features[:, :, None], weight[None], dim=1)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_cosine_classifier_gradient():
+    """A detached length: finite differences see that lengthening a feature changes nothing, so must the gradient."""
+    torch.manual_seed(0)
+    model, x = CosineClassifier(4, 3).double(), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(model, {"weight": w}, x), (x, model.weight))
+    model(x)[:, 0].sum().backward()
+    torch.testing.assert_close((x.grad * x).sum(1), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)

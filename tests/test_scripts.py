@@ -1,0 +1,268 @@
+"""The training scripts from end to end on a tiny folder of images: results, resume, several processes, mistakes, README."""
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import analyze
+import augment
+import data_lt
+import engine
+import train_student
+import train_teacher
+
+ROOT = Path(__file__).parent.parent
+TEACHER = "--epochs 2 --drw-epoch 1 --batch 32 --eval-every 1 --imb 4".split()
+STUDENT = "--epochs 3 --drw-epoch 2 --batch 32 --micro-batch 16 --patch-size 8 --eval-every 1 --ema 0.9 --drop-path 0.1 --imb 4".split()
+
+
+def script(module, monkeypatch, *flags):
+    """Run a script's main in this process, as `python module.py flags` would."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+    engine.run_main(module.main)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_cifar, tmp_path_factory):
+    """A teacher's run folder."""
+    folder = tmp_path_factory.mktemp("runs") / "teacher"
+    with pytest.MonkeyPatch.context() as patch:
+        script(train_teacher, patch, "--data-dir", tiny_cifar, "--out", folder, *TEACHER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def student(teacher, tiny_cifar, tmp_path_factory):
+    """A student's run folder."""
+    folder = tmp_path_factory.mktemp("runs") / "student"
+    with pytest.MonkeyPatch.context() as patch:
+        script(train_student, patch, "--data-dir", tiny_cifar, "--teacher", teacher, "--out", folder, *STUDENT)
+    return folder
+
+
+def records(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(record):
+    return {k: v for k, v in record.items() if k not in ("seconds", "images_per_second")}
+
+
+def test_a_run_folder_holds_what_the_contract_says(student):
+    assert {"last.pt", "log.jsonl", "config.json", "result.json", "summary.png"} <= set(os.listdir(student))
+    result = json.loads((student / "result.json").read_text())
+    assert {"dataset", "imb", "method", "model", "teacher", "recipe", "epochs", "seed", "command", "hardware", "seconds",
+            "cls", "dist", "avg", "ema"} <= set(result)
+    for head in ("cls", "dist", "avg"):
+        assert set(result[head]) == {"overall", "head", "mid", "tail"}
+        groups = result[head]["head"] * 3 + result[head]["mid"] * 4 + result[head]["tail"] * 3
+        assert groups / 10 == pytest.approx(result[head]["overall"], abs=0.01)            # the test set is balanced
+    log = records(student)
+    assert [r["epoch"] for r in log] == [0, 1, 2] and [r["drw"] for r in log] == [False, False, True]
+    assert -1 <= log[-1]["cosine"] <= 1 and log[-1]["avg"]["overall"] == result["avg"]["overall"]
+    config = json.loads((student / "config.json").read_text())
+    assert config["counts"] == data_lt.long_tailed_counts(24, 10, 4) and config["lr"] == 1e-3
+
+
+def test_the_first_loss_is_near_chance(student):
+    """ln 10 = 2.303 for either head at the start; a wrong scale, label map or normalisation shows here at once."""
+    first = records(student)[0]
+    assert first["loss_cls"] == pytest.approx(2.3026, abs=0.25) and first["loss_dist"] == pytest.approx(2.3026, abs=0.25)
+    assert first["loss"] == pytest.approx(0.5 * first["loss_cls"] + 0.5 * first["loss_dist"], rel=1e-4)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("module", [train_teacher, train_student])
+@pytest.mark.parametrize("survived", [1, 2])
+def test_a_killed_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(module, survived, teacher, student, tiny_cifar, tmp_path,
+                                                                       monkeypatch):
+    """Stopped inside an epoch, before and after the DRW switch; momentum, EMA or a random draw left behind would show."""
+    flags = ["--data-dir", tiny_cifar, "--out", tmp_path / "run", *(TEACHER if module is train_teacher else STUDENT)]
+    flags += [] if module is train_teacher else ["--teacher", teacher]
+    whole = teacher if module is train_teacher else student
+    if survived == len(records(whole)):
+        pytest.skip("that is the whole run")
+    seed_step = engine.seed_step
+
+    def dying(seed, epoch, step, rank):
+        if (epoch, step) == (survived, 1):
+            raise Killed
+        seed_step(seed, epoch, step, rank)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "seed_step", dying)
+        with pytest.raises(Killed):
+            script(module, patch, *flags)
+    script(module, monkeypatch, *flags, "--resume")
+
+    a, b = (torch.load(f / "last.pt", weights_only=True) for f in (whole, tmp_path / "run"))
+    for part in ("model", "ema"):
+        assert (a.get(part) is None) == (b.get(part) is None)
+        for name, tensor in (a.get(part) or {}).items():
+            assert torch.equal(tensor, b[part][name]), f"{part} {name}"
+    assert [without_times(r) for r in records(whole)] == [without_times(r) for r in records(tmp_path / "run")]
+
+
+def test_a_student_run_leaves_its_teacher_alone_and_labels_by_argmax(teacher, tiny_cifar):
+    """In training mode, or with gradients, the teacher's BatchNorm statistics would drift with the student's images."""
+    rt = engine.setup("cpu")
+    net = train_teacher.load_teacher(str(teacher), 10, rt)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    x = torch.rand(16, 3, 32, 32)
+    labels = train_student.teacher_labels(net, x)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert labels.tolist() == [int(net(image[None]).argmax()) for image in x]
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_a_224_px_image_reaches_a_32_px_teacher_as_every_seventh_pixel():
+    """The published teacher input has no antialiasing; with it, erasing noise would be smoothed away."""
+    seen = []
+
+    class Spy(torch.nn.Module):
+        img_size = 32
+
+        def forward(self, x):
+            seen.append(x)
+            return x.flatten(1)[:, :5]
+    x = torch.rand(2, 3, 224, 224)
+    train_student.teacher_labels(Spy(), x)
+    assert torch.allclose(seen[0], x[:, :, 3::7, 3::7], atol=1e-5)
+
+
+def test_weight_decay_spares_biases_norms_tokens_and_positions():
+    net = train_student.build(dict(model="mini", img_size=32, patch_size=8, drop_path=0.0, method="deit-lt"), 10)
+    decay, plain = train_student.parameter_groups(net, 0.05)
+    names = {id(p): n for n, p in net.named_parameters()}
+    spared = {names[id(p)] for p in plain["params"]}
+    assert spared == {n for n in names.values() if n.endswith("bias") or "norm" in n or n in ("cls_token", "dist_token", "pos_embed")}
+    assert len(spared) + len(decay["params"]) == len(names) and plain["weight_decay"] == 0
+
+
+def test_a_small_set_can_be_learned_by_heart(tiny_cifar, tmp_path, monkeypatch):
+    """Without augmentation the plain ViT must fit 240 easy images; a broken gradient, target or step could not."""
+    script(train_student, monkeypatch, "--data-dir", tiny_cifar, "--out", tmp_path / "fit", "--imb", 1, "--method", "vit", "--epochs", 12,
+           "--drw-epoch", 0, "--magnitude", -1, "--erasing", 0, "--batch", 24, "--patch-size", 8, "--crop", "padded", "--eval-every", 12)
+    assert records(tmp_path / "fit")[-1]["loss"] < 0.3
+    assert json.loads((tmp_path / "fit" / "result.json").read_text())["avg"]["overall"] > 90
+
+
+def test_two_processes_share_one_run(teacher, tiny_cifar, tmp_path):
+    """torchrun with 2 gloo processes: one log, and each test image counted once (a re-evaluation on one process agrees)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d",
+               "--rdzv-endpoint=localhost:0", str(ROOT / "train_student.py"), "--data-dir", str(tiny_cifar), "--teacher", str(teacher),
+               "--out", str(tmp_path / "two"), *STUDENT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [r["epoch"] for r in records(tmp_path / "two")] == [0, 1, 2]
+    rt = engine.setup("cpu")
+    net, args = analyze.load_student(str(tmp_path / "two"), rt)
+    again = train_student.evaluate(net, None, engine.load_data(args, rt), args, rt)
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert {c: again["avg"][c] for c in engine.COLUMNS} == result["avg"]
+
+
+def test_the_teacher_is_trained_first_when_it_is_missing(tiny_cifar, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny = train_teacher.LDAM_CPU | dict(epochs=1, batch=64)
+    monkeypatch.setitem(train_teacher.RECIPES["cpu"], "cifar10", tiny)
+    flags = ["--data-dir", tiny_cifar, *STUDENT, "--epochs", "1"]
+    script(train_student, monkeypatch, *flags)
+    printed = capsys.readouterr().out
+    assert printed.startswith("teacher resnet32, 1 epochs, then deit-lt mini") and "about" in printed.splitlines()[0]
+    assert (tmp_path / "runs/teacher_cifar10_imb4_cpu_s0/result.json").exists()
+    script(train_student, monkeypatch, *flags, "--seed", 0, "--overwrite")
+    assert "Teacher:" not in capsys.readouterr().out                                      # the second time it is there
+
+
+# ---- Mistakes ------------------------------------------------------------------------------------------------------------
+
+def refused(module, monkeypatch, capsys, *flags):
+    """Run a script that must end with exit code 2 and one line; returns the line."""
+    with pytest.raises(SystemExit) as stop:
+        script(module, monkeypatch, *flags)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "Traceback" not in error and len(error.splitlines()) == 1, error
+    return error
+
+
+def test_mistakes_end_with_one_line_and_leave_nothing(teacher, tiny_cifar, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data-dir", tiny_cifar]
+    no = lambda module, *flags: refused(module, monkeypatch, capsys, *flags)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda self: (_ for _ in ()).throw(OSError("no network")))
+    assert "--data-dir" in no(train_teacher, "--data-dir", tmp_path / "nowhere")
+    assert "--imb" in no(train_teacher, *data, "--imb", 0)
+    assert "lower --imb" in no(train_student, *data, "--imb", 1000, "--method", "vit")
+    assert "no checkpoint" in no(train_student, *data, "--teacher", tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    assert "not a readable checkpoint" in no(train_student, *data, "--teacher", tmp_path / "text.pt")
+    assert "multiple of" in no(train_student, *data, "--patch-size", 5)
+    assert "must be positive" in no(train_student, *data, "--epochs", 0)
+    assert "no paper recipe" in no(train_student, "--dataset", "shapes", "--recipe", "paper")
+    assert "10 classes, the data have 100" in no_hundred(teacher, tmp_path, no)
+    assert "already holds a run" in no(train_teacher, *data, "--out", teacher)
+    assert not (tmp_path / "runs").exists()
+
+
+def no_hundred(teacher, tmp_path, no):
+    from PIL import Image
+    for split in ("train", "test"):
+        for k in range(100):
+            (tmp_path / "hundred" / split / f"{k}").mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / "hundred" / split / f"{k}" / "0.png")
+    return no(train_student, "--dataset", "cifar100", "--imb", 1, "--data-dir", tmp_path / "hundred", "--teacher", teacher)
+
+
+# ---- analyze, help, README -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command, file", [("eval", "per_class.csv"), ("attention", "attention.png"), ("augment", "augment.png")])
+def test_analyses_run_on_a_student(command, file, student, monkeypatch, capsys):
+    script(analyze, monkeypatch, command, student)
+    assert (student / file).stat().st_size > 100
+    assert file in capsys.readouterr().out
+
+
+def test_eval_repeats_the_accuracies_of_the_run(student, monkeypatch, capsys):
+    """Loaded weights, data and preprocessing must be those of the training: same numbers, to the last image."""
+    script(analyze, monkeypatch, "eval", student)
+    result = json.loads((student / "result.json").read_text())
+    line = next(l for l in capsys.readouterr().out.splitlines() if l.startswith("avg"))
+    assert [float(v) for v in line.split()[1:]] == [round(result["avg"][c], 1) for c in engine.COLUMNS]
+
+
+def test_rollout_of_known_attentions():
+    """Identity attention stays the identity; a uniform block gives (I + U)/2; two tokens worked out by hand."""
+    eye = torch.eye(3).expand(1, 2, 3, 3)
+    uniform = torch.full((1, 2, 3, 3), 1 / 3)
+    assert torch.allclose(analyze.attention_rollout([eye, eye]), torch.eye(3)[None])
+    assert torch.allclose(analyze.attention_rollout([uniform]), (torch.eye(3) + 1 / 3)[None] / 2)
+    first = torch.tensor([[0.5, 0.5], [0.0, 1.0]]).expand(1, 1, 2, 2)
+    second = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).expand(1, 1, 2, 2)
+    # (A1 + I)/2 = [.75 .25; 0 1], (A2 + I)/2 = [1 0; .25 .75]; product A2 A1 = [.75 .25; .1875 .8125]
+    assert torch.allclose(analyze.attention_rollout([first, second])[0], torch.tensor([[0.75, 0.25], [0.1875, 0.8125]]))
+
+
+@pytest.mark.parametrize("module", [train_teacher, train_student, analyze])
+def test_help_works(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module.__name__, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_every_training_command_in_the_readme_parses():
+    """A flag that was renamed must be renamed there too."""
+    commands = re.findall(r"(train_teacher|train_student)\.py((?: +(?:--[\w-]+|[\w./,-]+))*)", (ROOT / "README.md").read_text())
+    assert len(commands) >= 6
+    for name, flags in commands:
+        if "--" in flags:
+            {"train_teacher": train_teacher, "train_student": train_student}[name].parse(shlex.split(flags))
