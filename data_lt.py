@@ -43,15 +43,19 @@ def long_tailed_counts(n_max, num_classes, imb=100, kind="exp"):
 
     n_max: images of the largest class; imb >= 1, where 1 is balanced. Raises DataError for other values.
     """
-    if not imb >= 1:
+    if not imb >= 1:                                                      # also catches NaN
         raise DataError(f"the imbalance factor (--imb) is n_max / n_min and must be at least 1, not {imb:g}")
     f = 1 / imb
     if kind == "exp":
-        return [int(n_max * f ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]          # (1)
-    if kind == "step":
+        counts = [int(n_max * f ** (k / max(num_classes - 1, 1))) for k in range(num_classes)]        # (1)
+    elif kind == "step":
         half = num_classes // 2
-        return [int(n_max)] * half + [int(n_max * f)] * (num_classes - half)
-    raise DataError(f"the kind of imbalance must be exp or step, not {kind!r}")
+        counts = [int(n_max)] * half + [int(n_max * f)] * (num_classes - half)
+    else:
+        raise DataError(f"the kind of imbalance must be exp or step, not {kind!r}")
+    if min(counts) == 0:
+        raise DataError(f"imbalance {imb:g} leaves class {counts.index(0)} without a training image; lower --imb")
+    return counts
 
 
 def long_tailed_indices(labels, counts):
@@ -124,7 +128,10 @@ def shard(order, batch, rank=0, world=1):
 
     Batches differ by at most one image (no tiny last one), processes share each batch without overlap, and together they see
     exactly the images that one process would: order (n,) -> steps_per_epoch(n, batch) tensors of about batch / world.
+    Raises DataError if that leaves a process without an image.
     """
+    if len(order) // steps_per_epoch(len(order), batch) < world:
+        raise DataError(f"a batch of {batch} is too small for {world} processes")
     return [part[rank::world] for part in torch.tensor_split(order, steps_per_epoch(len(order), batch))]
 
 
@@ -241,8 +248,9 @@ class LongTailData:
 
 
 def natural(name):
-    """Sort key that puts class 2 before class 10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    """Sort key that puts class 2 before class 10; the name itself settles ties such as 1 and 01."""
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], name
 
 
 def list_image_folder(folder):
@@ -337,7 +345,5 @@ def load_data(dataset, imb=100, kind="exp", data_dir="data"):
     else:
         raise DataError(f"unknown data set {dataset!r}: choose shapes, cifar10 or cifar100")
     x, y, test_x, test_y, names, counts = arrays
-    if min(counts) == 0:
-        raise DataError(f"imbalance {imb:g} leaves class {names[counts.index(0)]} without a training image; lower --imb")
     return LongTailData(dataset, label, x, torch.as_tensor(y).long(), test_x, torch.as_tensor(test_y).long(), list(names),
                         list(counts), head_mid_tail(dataset, counts))

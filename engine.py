@@ -266,7 +266,9 @@ def flag(key):
 
 
 def check_positive(args, *names):
-    """Raise UserError for a setting that must be positive and is not."""
+    """Raise UserError for a setting that must be positive and is not, or a negative seed."""
+    if args.seed < 0:
+        raise UserError(f"--seed must be at least 0, not {args.seed}")
     for name in names:
         if getattr(args, name) <= 0:
             raise UserError(f"{flag(name)} must be positive, not {getattr(args, name)}")
@@ -375,20 +377,36 @@ class Run:
             raise UserError(f"{folder} already holds a run: --resume continues it, --overwrite starts it again, --out names "
                             "another folder")
         self.resumed = load_checkpoint(self.checkpoint, ("model", "config", "epoch")) if exists and args.resume else None
+        if self.resumed:
+            self.check_settings(args)
+            if self.start_epoch >= args.epochs:
+                rt.print(f"The run in {folder} is finished; evaluating it again.")
         if rt.main:
             try:
                 os.makedirs(folder, exist_ok=True)
             except OSError as error:
                 raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
 
+    def check_settings(self, args):
+        """Going on with other settings would be neither run: raise UserError with the differences."""
+        free = ("out", "resume", "overwrite", "device", "data_dir", "name")
+        old, new = ({k: v for k, v in c.items() if k not in free} for c in (self.resumed["config"], vars(args)))
+        changed = [f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        if changed:
+            raise UserError(f"{self.folder} was begun with other settings: {', '.join(changed)}; repeat them, or start another run")
+
     @property
     def start_epoch(self):
         return self.resumed["epoch"] if self.resumed else 0
 
     def begin(self, args, data):
-        """Write config.json and cut the log back to the epochs that the checkpoint has."""
+        """Write config.json and cut the log back to the epochs that the checkpoint has; a new run clears the old one away."""
         if not self.rt.main:
             return
+        for old in ("last.pt", "result.json"):
+            path = os.path.join(self.folder, old)
+            if not self.resumed and os.path.exists(path):
+                os.remove(path)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         save_json(os.path.join(self.folder, "config.json"), vars(args) | {
             "classes": data.class_names, "counts": data.counts, "groups": data.groups, "versions": versions,

@@ -32,15 +32,15 @@ from losses import distillation_loss, drw_weights, soft_cross_entropy
 # 1024 and the learning rate follows from 2 x 128. cpu: the same method at 32 px, found by measurement (README).
 PAPER = dict(model="base", img_size=224, patch_size=16, epochs=1200, batch=1024, micro_batch=128, lr=2.5e-4, warmup_epochs=5,
              weight_decay=0.05, drop_path=0.1, alpha=0.5, drw_epoch=1100, beta=0.9999, repeats=3, crop="resized", magnitude=9.0,
-             erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, ema=0.99996, eval_crop=0.875, eval_every=10)
-CPU = PAPER | dict(model="mini", img_size=32, patch_size=4, epochs=40, batch=128, lr=1e-3, drop_path=0.0, drw_epoch=30, repeats=1,
-                   crop="padded", ema=0.0, eval_crop=1.0, eval_every=5)
+             erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, mix_drw=False, ema=0.99996, eval_crop=0.875, eval_every=10)
+CPU = PAPER | dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4, drop_path=0.0, drw_epoch=40,
+                   repeats=1, crop="padded", ema=0.0, eval_crop=1.0, eval_every=5)
 RECIPES = {
     "paper": {"cifar10": PAPER, "cifar100": PAPER},
-    "cpu": {"cifar10": CPU, "cifar100": CPU, "shapes": CPU | dict(epochs=20, drw_epoch=14)},
+    "cpu": {"cifar10": CPU, "cifar100": CPU, "shapes": CPU | dict(model="micro", lr=2e-3)},
 }
 HELP = {
-    "model": "mini, tiny, small or base",
+    "model": "micro, mini, tiny, small or base",
     "img_size": "side of the student's images, pixels",
     "patch_size": "side of a patch, pixels",
     "epochs": "epochs of about as many samples as there are training images",
@@ -51,7 +51,7 @@ HELP = {
     "weight_decay": "of AdamW; not on biases, norms, tokens and positions",
     "drop_path": "stochastic depth rate of the last block",
     "alpha": "weight of the DIST loss; 1 - alpha of the CLS loss",
-    "drw_epoch": "first epoch (0-based) with re-weighted teacher labels and without mixing",
+    "drw_epoch": "first epoch (0-based) with re-weighted teacher labels (and, unless --mix-drw, without mixing)",
     "beta": "of the effective number of images, for the class weights",
     "repeats": "repeated augmentation: times an image comes up in an epoch that has it; 1 = off",
     "crop": "resized (random area and shape, to img_size) or padded (pad by an eighth, shift)",
@@ -60,11 +60,12 @@ HELP = {
     "mixup": "Beta parameter of mixup; 0 = off",
     "cutmix": "Beta parameter of CutMix; 0 = off",
     "smoothing": "label smoothing while images are mixed",
+    "mix_drw": "go on mixing in the DRW stage (published: not on CIFAR, but on ImageNet-LT and iNaturalist)",
     "ema": "decay per step of the averaged weights, evaluated beside the last ones; 0 = off",
     "eval_crop": "test images are resized to img_size / eval_crop and the centre is cut out",
     "eval_every": "epochs between evaluations on the test set (the last is always evaluated)",
 }
-MODELS = {"mini": vit.vit_mini, "tiny": vit.vit_tiny, "small": vit.vit_small, "base": vit.vit_base}
+MODELS = {"micro": vit.vit_micro, "mini": vit.vit_mini, "tiny": vit.vit_tiny, "small": vit.vit_small, "base": vit.vit_base}
 METHODS = {  # what the methods differ in; everything else is equal
     "deit-lt": dict(distilled=True),
     "vit": dict(distilled=False),
@@ -87,6 +88,8 @@ def resolve(args, rt):
     if args.model not in MODELS or args.crop not in ("resized", "padded"):
         raise engine.UserError(f"--model is one of {', '.join(MODELS)}; --crop resized or padded")
     engine.check_positive(args, "epochs", "batch", "micro_batch", "lr", "img_size", "patch_size", "repeats", "eval_every")
+    if not 0 < args.eval_crop <= 1:
+        raise engine.UserError(f"--eval-crop is a fraction of the picture's side, above 0 and at most 1, not {args.eval_crop}")
     if args.img_size % args.patch_size:
         raise engine.UserError(f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}")
     if args.batch % rt.world:
@@ -168,7 +171,7 @@ def train(args, data, teacher, rt, run):
                 share, index = len(index) / len(batch), index.to(rt.device, non_blocking=True)
                 x, target = augment.to_float(data.train_images[index]), data.train_labels[index]  # (B,3,H,W) in [0,1], (B,)
                 x = strong_augment(x, args)                                       # (B,3,S,S)
-                if not drw:
+                if not drw or args.mix_drw:
                     x, target = augment.mixup_cutmix(x, target, data.num_classes, args.mixup, args.cutmix, args.smoothing)
                 with engine.no_sync(model, i < len(micro_batches) - 1):
                     with rt.autocast():

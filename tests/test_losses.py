@@ -212,7 +212,7 @@ def test_gradients_are_those_of_finite_differences(name):
     assert gradcheck(LOSSES[name], LOGITS.clone().requires_grad_())
 
 
-HALF_LOSSES = {                                                           # what a step under autocast passes in: half logits only
+HALF_LOSSES = {                                                           # as in a step under autocast: only logits are half
     "soft_cross_entropy": lambda z: soft_cross_entropy(z, SOFT.float()),
     "hard_distillation": lambda z: hard_distillation(z, TEACHER, WEIGHT.float()),
     "soft_distillation": lambda z: soft_distillation(z, z.flip(0), tau=2.0),

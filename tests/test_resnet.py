@@ -1,4 +1,4 @@
-"""resnet.py against torchvision's ResNet-50, against ResNet-32 written out from its state dict, and against formulas in loops."""
+"""resnet.py against torchvision's ResNet-50, ResNet-32 written out from its state dict, and formulas written as loops."""
 import math
 
 import pytest
@@ -28,7 +28,8 @@ def normalise(x, mean, std):
 
 # ---- sizes and names ----
 
-@pytest.mark.parametrize("build, K, parameters", [(resnet32, 10, 464_154), (resnet32, 100, 470_004), (resnet50, 1000, 25_557_032)])
+@pytest.mark.parametrize("build, K, parameters", [(resnet32, 10, 464_154), (resnet32, 100, 470_004),
+                                                  (resnet50, 1000, 25_557_032)])
 def test_parameter_counts(build, K, parameters):
     """Convolution shortcuts (option B), biases beside BatchNorm, a wrong depth or width."""
     with torch.device("meta"):
@@ -38,7 +39,8 @@ def test_parameter_counts(build, K, parameters):
 def ldam_drw_layout(K, cosine):
     """Names and shapes of the state dict that LDAM-DRW and Saddle-LongTail save for CIFAR."""
     def batchnorm(name, C):
-        return {f"{name}.{t}": (C,) for t in ("weight", "bias", "running_mean", "running_var")} | {f"{name}.num_batches_tracked": ()}
+        vectors = {f"{name}.{t}": (C,) for t in ("weight", "bias", "running_mean", "running_var")}
+        return vectors | {f"{name}.num_batches_tracked": ()}
 
     layout = {"conv1.weight": (16, 3, 3, 3)} | batchnorm("bn1", 16)
     for stage, C in ((1, 16), (2, 32), (3, 64)):
@@ -112,7 +114,7 @@ def resnet32_written_out(state, x, training):
             block, stride = f"layer{stage}.{b}", 2 if b == 0 and stage > 1 else 1
             out = batchnorm(f"{block}.bn1", conv(f"{block}.conv1", x, stride)).clamp(min=0)
             out = batchnorm(f"{block}.bn2", conv(f"{block}.conv2", out, 1))
-            if stride == 2:                                               # option A: every second pixel, C/2 zero channels each side
+            if stride == 2:                                               # option A: every 2nd pixel, C/2 zero channels around
                 B, C, H, W = x.shape
                 small = torch.zeros(B, 2 * C, H // 2, W // 2, dtype=x.dtype)
                 for i in range(H // 2):

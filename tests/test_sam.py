@@ -1,4 +1,4 @@
-"""sam.py against steps done on paper, against SGD and backpropagation written in NumPy, and against itself interrupted or split."""
+"""sam.py against steps done on paper, SGD and backpropagation written in NumPy, and itself interrupted or split."""
 import copy
 import io
 import math
@@ -289,7 +289,7 @@ def train_on_a_share(rank, world, folder):
     """Three SAM steps of process `rank`, which sees every world-th image of each batch; the weights go to a file."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
-                                         timeout=timedelta(seconds=60))
+                                         timeout=timedelta(minutes=5))
     net = nn.parallel.DistributedDataParallel(small_net(batchnorm=False, dtype=torch.float64))
     sam = SAM(sgd(net), rho=0.8)
     for x, y in batches(3, torch.float64):

@@ -22,7 +22,8 @@ def small_vit(**kwargs):
 
 # ---- sizes and names ----
 
-@pytest.mark.parametrize("build, parameters", [(vit.vit_tiny, 5_910_800), (vit.vit_small, 22_436_432), (vit.vit_base, 87_338_192)])
+@pytest.mark.parametrize("build, parameters", [(vit.vit_tiny, 5_910_800), (vit.vit_small, 22_436_432),
+                                               (vit.vit_base, 87_338_192)])
 def test_parameter_counts_are_deits(build, parameters):
     """A missing bias, token, head or norm, or a wrong width. Head count has no parameters, so d = 64 is checked beside it."""
     with torch.device("meta"):
@@ -94,7 +95,7 @@ TORCHVISION_NAMES = {"conv_proj": "patch_embed.proj", "class_token": "cls_token"
 
 @pytest.mark.parametrize("training", [True, False])
 def test_without_distillation_it_is_torchvisions_vit(training):
-    """Anything that differs from another implementation: order of q, k, v, of patches or norms, the scale, the normalisation."""
+    """Any difference from another implementation: order of q, k, v, of patches or norms, the scale, the normalisation."""
     torch.manual_seed(0)
     theirs = torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=64,
                                                   mlp_dim=256, num_classes=7).train(training)
@@ -327,7 +328,8 @@ def test_a_ramp_of_positions_stays_a_ramp(G, new, atol):
     edge = max(1, 2 * new // G)                                           # 2 pixels of the old grid, or 1 of the new one
     interior = [2 + r * new + c for r in range(edge, new - edge) for c in range(edge, new - edge)]
     for channel, unit in [(0, 1), (1, 100)]:
-        torch.testing.assert_close(resized[0, interior, channel] / unit, expected[0, interior, channel] / unit, rtol=0, atol=atol)
+        got, wanted = resized[0, interior, channel] / unit, expected[0, interior, channel] / unit
+        torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
 
 
 def test_positions_that_are_no_square_are_refused():
