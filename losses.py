@@ -28,8 +28,13 @@ def full_precision(logits):
 
 
 def class_balanced_weights(counts, beta=0.9999):
-    """Class weights (2) from training counts (K,) -> float tensor (K,), sum K. beta = 0 gives ones."""
+    """Class weights (2) from training counts (K,) -> float tensor (K,), sum K. beta = 0 gives ones.
+
+    Raises ValueError for a class without images, whose weight would be infinite.
+    """
     counts = torch.as_tensor(counts, dtype=torch.float64)
+    if counts.min() < 1:
+        raise ValueError("every class needs at least one training image")
     effective = (1 - beta ** counts) / (1 - beta)                         # E_k
     weights = 1 / effective
     return (len(counts) * weights / weights.sum()).float()

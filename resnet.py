@@ -28,7 +28,8 @@ class CosineClassifier(nn.Module):
     def __init__(self, in_features, num_classes, scale=30.0):
         super().__init__()
         self.scale = scale
-        self.weight = nn.Parameter(torch.empty(in_features, num_classes).uniform_(-1, 1))
+        # Unit columns, as published: their length changes no logit, but the longer they are the slower they turn.
+        self.weight = nn.Parameter(F.normalize(torch.empty(in_features, num_classes).uniform_(-1, 1), dim=0))
 
     def forward(self, x):
         return self.scale * (F.normalize(x, dim=1) @ F.normalize(self.weight, dim=0))    # (B,d) @ (d,K) -> (B,K)

@@ -47,6 +47,8 @@ class SAM:
         if self.saved is not None:
             raise RuntimeError("first_step was called twice without second_step")
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            raise RuntimeError("there are no gradients: call backward before first_step")
         grads = [p.grad for p in params]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         # Keep w itself rather than e: (w + e) - e is not w in floating point.

@@ -27,7 +27,7 @@ from sam import SAM, frozen_batchnorm_statistics
 # One row per data set. paper: Saddle-LongTail's run.sh. cpu: the same method in minutes on 2 cores.
 LDAM_PAPER = dict(arch="resnet32", loss="ldam", epochs=200, batch=128, lr=0.1, weight_decay=2e-4, schedule="step",
                   warmup_epochs=5, rho=0.8, drw_epoch=160, beta=0.9999, max_margin=0.5, eval_every=1)
-LDAM_CPU = LDAM_PAPER | dict(epochs=30, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw_epoch=20, eval_every=5)
+LDAM_CPU = LDAM_PAPER | dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw_epoch=16, eval_every=4)
 RECIPES = {
     "paper": {"cifar10": LDAM_PAPER, "cifar100": LDAM_PAPER},
     "cpu": {"cifar10": LDAM_CPU, "cifar100": LDAM_CPU,
