@@ -1,9 +1,9 @@
 r"""Look inside a trained student: tables and pictures from a run folder, in one command each.
 
     python analyze.py eval      runs/NAME             accuracies of every head, overall and per class
-    python analyze.py summary   runs/NAME             one picture: who knows which classes, the training, what the tokens look at
+    python analyze.py summary   runs/NAME             one picture: who knows which classes, the training, where the tokens look
     python analyze.py attention runs/NAME             where CLS and DIST look, on images of the rarest classes
-    python analyze.py augment   runs/NAME             what the student is trained on: clean, strong, mixed, with the teacher's label
+    python analyze.py augment   runs/NAME             what the student trains on: clean, strong, mixed, with the teacher's label
 
 What to expect if DeiT-LT works: CLS is better on the head classes, DIST on the tail, the average near the better of both.
 Pictures and numbers are written into the run folder unless --out names a file. Only this file needs matplotlib.
@@ -82,7 +82,8 @@ def token_maps(net, images):
     _, attentions = net.forward_features(images, return_attention=True)
     rollout = attention_rollout(attentions)
     G = net.img_size // net.patch_size
-    return {name: rollout[:, i, net.num_tokens:].unflatten(1, (G, G)) for i, name in enumerate(["cls", "dist"][:net.num_tokens])}
+    names = ["cls", "dist"][:net.num_tokens]
+    return {name: rollout[:, i, net.num_tokens:].unflatten(1, (G, G)) for i, name in enumerate(names)}
 
 
 # ---- Pictures ------------------------------------------------------------------------------------------------------------
@@ -98,7 +99,8 @@ def show_map(axis, image, heat):
     """An image in gray under a heat map (G,G), scaled to its own range."""
     size = image.shape[-1]
     axis.imshow(image.mean(dim=0).cpu().numpy(), cmap="gray", vmin=-0.3, vmax=1.3)
-    axis.imshow(heat.cpu().numpy(), cmap="inferno", alpha=0.6, extent=(-0.5, size - 0.5, size - 0.5, -0.5), interpolation="bilinear")
+    edges = (-0.5, size - 0.5, size - 0.5, -0.5)                          # lay the G x G map over the whole image
+    axis.imshow(heat.cpu().numpy(), cmap="inferno", alpha=0.6, interpolation="bilinear", extent=edges)
     axis.set_xticks([])
     axis.set_yticks([])
 
@@ -114,8 +116,8 @@ def draw_attention(axes, net, args, data, index):
         for row, name in enumerate(maps, 1):
             show_map(axes[row, column], images[column], maps[name][column])
             right = predictions[name][column] == int(data.test_labels[i])
-            axes[row, column].set_title(data.class_names[predictions[name][column]], fontsize=8, fontweight="bold" if right else "normal",
-                                        color="black" if right else "#999999")
+            weight, color = ("bold", "black") if right else ("normal", "#888888")
+            axes[row, column].set_title(data.class_names[predictions[name][column]], fontsize=8, fontweight=weight, color=color)
     for row, name in enumerate(["image", *(NAMES[n] for n in maps)]):
         axes[row, 0].set_ylabel(textwrap.fill(name, 12), fontsize=8, rotation=0, ha="right", va="center")
 
@@ -131,7 +133,7 @@ def draw_classes(axis, result, config):
     axis.set_ylim(0, 100)
     axis.set_ylabel("test accuracy, %")
     if len(x) <= 20:
-        axis.set_xticks(x, [f"{c}\n{n}" for c, n in zip(config["classes"], counts)], fontsize=8, rotation=30 if len(x) > 12 else 0)
+        axis.set_xticks(x, [f"{c}\n{n}" for c, n in zip(config["classes"], counts)], fontsize=8)
         axis.set_xlabel("class, and its training images")
     else:
         axis.set_xlabel("class, from most to least common")
@@ -144,8 +146,9 @@ def draw_classes(axis, result, config):
 def draw_curves(axis, log, head="avg"):
     """Test accuracy of the average by group over training, with the DRW switch."""
     shown = [r for r in log if head in r]
+    epochs = [r["epoch"] + 1 for r in shown]
     for group in engine.COLUMNS:
-        axis.plot([r["epoch"] + 1 for r in shown], [r[head][group] for r in shown], color=COLORS[group], marker=".", label=group)
+        axis.plot(epochs, [r[head][group] for r in shown], color=COLORS[group], marker=".", label=group)
     switch = next((r["epoch"] for r in log if r["drw"]), None)
     if switch is not None:
         axis.axvline(switch, color="#888888", linestyle="--", linewidth=1)
@@ -164,7 +167,7 @@ def save_figure(figure, path):
 
 def summary(folder, out=None):
     """One picture of a finished run; returns its path."""
-    rt = engine.setup("cpu")
+    rt = engine.Runtime(torch.device("cpu"))                              # alone, also when called by one of several processes
     with open(os.path.join(folder, "result.json")) as f:
         result = json.load(f)
     with open(os.path.join(folder, "config.json")) as f:
@@ -179,10 +182,10 @@ def summary(folder, out=None):
     draw_curves(figure.add_subplot(top[1]), read_log(folder))
     axes = grid[1].subgridspec(1 + net.num_tokens, columns, hspace=0.3, wspace=0.08).subplots()
     draw_attention(axes, net, args, data, examples(data, data.groups["tail"] or data.groups["mid"], columns))
-    figure.suptitle(f"{result['method']} {result['model']} on {result['dataset']}, imbalance {result['imb']:g}, {result['epochs']} epochs: "
-                    f"{result['avg']['overall']:.1f} % overall, {result['avg']['tail']:.1f} % on the tail classes\n", fontsize=12, y=0.98)
-    figure.text(0.5, 0.015, "Bottom: test images of the tail classes and where each token looks (attention rollout); above each map what "
-                "the token predicts, in bold when right.", ha="center", fontsize=8)
+    figure.suptitle("{method} {model} on {dataset}, imbalance {imb:g}, {epochs} epochs: ".format(**result)
+                    + "{overall:.1f} % overall, {tail:.1f} % on the tail classes".format(**result["avg"]), fontsize=12, y=0.95)
+    figure.text(0.5, 0.03, "Bottom: test images of the tail classes, and where each token looks (attention rollout). Above each "
+                "map what that token predicts, in bold when right.", ha="center", fontsize=8)
     return save_figure(figure, out or os.path.join(folder, "summary.png"))
 
 
@@ -196,7 +199,7 @@ def command_attention(options, rt):
     n = 10
     figure, axes = plt.subplots(1 + net.num_tokens, n, figsize=(1.3 * n, 1.5 * (1 + net.num_tokens)))
     draw_attention(axes, net, args, data, examples(data, data.groups["tail"] or data.groups["mid"], n, options.seed))
-    figure.suptitle(f"{options.run}: attention rollout on tail images; above each map what the token predicts, bold when right", fontsize=9)
+    figure.suptitle(f"{options.run}: attention rollout; above each map what that token predicts, bold when right", fontsize=9)
     print(save_figure(figure, options.out or os.path.join(options.run, "attention.png")))
 
 

@@ -49,8 +49,9 @@ def print_rates(title, times, images, baseline=None):
 
 def pil_pipeline(size):
     """The same policy as users have it today: PIL images one by one, torchvision's transforms."""
-    return transforms.Compose([transforms.RandomCrop(size, padding=size // 8), transforms.RandomHorizontalFlip(),
-                               transforms.RandAugment(2, 9), transforms.ToTensor(), transforms.RandomErasing(0.25, value="random")])
+    crop = [transforms.RandomCrop(size, padding=size // 8), transforms.RandomHorizontalFlip()]
+    return transforms.Compose([*crop, transforms.RandAugment(2, 9), transforms.ToTensor(),
+                               transforms.RandomErasing(0.25, value="random")])
 
 
 def bench_augment(rt, n):
@@ -62,7 +63,8 @@ def bench_augment(rt, n):
         "torchvision on PIL images, one by one": lambda: torch.stack([pil(p) for p in pictures]),
         "augment.py on the batch, a draw per image": lambda: train_student.strong_augment(augment.to_float(images), args),
     }, n, rt)
-    print_rates("Augmentation, 32 px: crop, flip, RandAugment, erasing (128 images)", times, 128, baseline="torchvision on PIL images, one by one")
+    print_rates("Augmentation, 32 px: crop, flip, RandAugment, erasing (128 images)", times, 128,
+                baseline="torchvision on PIL images, one by one")
 
 
 def matmul_peak(rt):
@@ -115,8 +117,9 @@ def bench_step(rt, n):
         with frozen_batchnorm_statistics(net):
             backward()
         sam.second_step()
+    per_image = training_flops(net, images)
     steps |= {"teacher ResNet-32: step": plain_step, "teacher ResNet-32: step with SAM": sam_step}
-    flops |= {"teacher ResNet-32: step": training_flops(net, images), "teacher ResNet-32: step with SAM": 2 * training_flops(net, images)}
+    flops |= {"teacher ResNet-32: step": per_image, "teacher ResNet-32: step with SAM": 2 * per_image}
     times = rounds(steps, n, rt)
     print_rates("Training step, 32 px, batch 128", times, 128)
     for name, t in times.items():

@@ -206,7 +206,8 @@ def accuracies(confusion, groups):
 
 def one_line(results):
     """Overall (head, mid, tail) of every head, for the line of an epoch."""
-    return "  ".join(f"{name} {r['overall']:.1f} ({r['head']:.1f} {r['mid']:.1f} {r['tail']:.1f})" for name, r in results.items())
+    line = "{} {overall:.1f} ({head:.1f} {mid:.1f} {tail:.1f})"
+    return "  ".join(line.format(name, **r) for name, r in results.items())
 
 
 def report(bar, rt, epoch, loss, speed, results):
@@ -304,7 +305,7 @@ def resolve_recipe(args, recipes, rt):
         given = getattr(args, key)
         if given is None:
             setattr(args, key, value)
-        elif given != value:
+        elif given != value and key != "eval_every":
             changed += f"_{key.replace('_', '')}{given}"
     return changed
 
@@ -381,19 +382,15 @@ class Run:
             self.check_settings(args)
             if self.start_epoch >= args.epochs:
                 rt.print(f"The run in {folder} is finished; evaluating it again.")
-        if rt.main:
-            try:
-                os.makedirs(folder, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
 
     def check_settings(self, args):
         """Going on with other settings would be neither run: raise UserError with the differences."""
         free = ("out", "resume", "overwrite", "device", "data_dir", "name")
         old, new = ({k: v for k, v in c.items() if k not in free} for c in (self.resumed["config"], vars(args)))
-        changed = [f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-        if changed:
-            raise UserError(f"{self.folder} was begun with other settings: {', '.join(changed)}; repeat them, or start another run")
+        keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        if keys:
+            changed = ", ".join(f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in keys)
+            raise UserError(f"{self.folder} was begun with other settings: {changed}; repeat them, or start another run")
 
     @property
     def start_epoch(self):
@@ -403,6 +400,10 @@ class Run:
         """Write config.json and cut the log back to the epochs that the checkpoint has; a new run clears the old one away."""
         if not self.rt.main:
             return
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {self.folder}: {error.strerror}") from None
         for old in ("last.pt", "result.json"):
             path = os.path.join(self.folder, old)
             if not self.resumed and os.path.exists(path):

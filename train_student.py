@@ -34,11 +34,12 @@ from losses import distillation_loss, drw_weights, soft_cross_entropy
 PAPER = dict(model="base", img_size=224, patch_size=16, epochs=1200, batch=1024, micro_batch=128, lr=2.5e-4, warmup_epochs=5,
              weight_decay=0.05, drop_path=0.1, alpha=0.5, drw_epoch=1100, beta=0.9999, repeats=3, crop="resized", magnitude=9.0,
              erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, mix_drw=False, ema=0.99984, eval_crop=0.875, eval_every=10)
-CPU = PAPER | dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4, drop_path=0.0, drw_epoch=40,
-                   repeats=1, crop="padded", ema=0.0, eval_crop=1.0, eval_every=5)
+CPU = PAPER | dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4, drop_path=0.0,
+                   drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0, eval_every=5)
 RECIPES = {
     "paper": {"cifar10": PAPER, "cifar100": PAPER},
-    "cpu": {"cifar10": CPU, "cifar100": CPU, "shapes": CPU | dict(model="micro", epochs=100, lr=1e-3, drw_epoch=50, eval_every=10)},
+    "cpu": {"cifar10": CPU, "cifar100": CPU,
+            "shapes": CPU | dict(model="micro", epochs=100, lr=1e-3, drw_epoch=50, eval_every=10)},
 }
 HELP = {
     "model": "micro, mini, tiny, small or base",
@@ -77,8 +78,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     engine.add_run_flags(parser)
     parser.add_argument("--method", default="deit-lt", choices=METHODS, help="default: %(default)s")
-    parser.add_argument("--teacher", default="auto", help="run folder or checkpoint of train_teacher.py; auto: the recipe's own "
-                        "teacher of the same seed, trained first if it is missing (default: %(default)s)")
+    parser.add_argument("--teacher", default="auto", help="run folder or checkpoint of train_teacher.py; auto: the recipe's "
+                        "own teacher of the same seed, trained first if it is missing (default: %(default)s)")
     engine.add_recipe_flags(parser, RECIPES, HELP)
     return parser.parse_args(argv)
 
@@ -179,7 +180,8 @@ def train(args, data, teacher, rt, run):
                         y_t = teacher_labels(teacher, x) if teacher else None     # (B,)
                         cls_logits, dist_logits = model(x)                        # (B,K), (B,K)
                         if teacher:
-                            loss, loss_cls, loss_dist = distillation_loss(cls_logits, dist_logits, target, y_t, args.alpha, weight)
+                            loss, loss_cls, loss_dist = distillation_loss(cls_logits, dist_logits, target, y_t, args.alpha,
+                                                                          weight)
                         else:
                             loss = soft_cross_entropy(cls_logits, target)
                     (share * loss).backward()
@@ -278,7 +280,8 @@ def main():
             missing = None
     teacher = train_teacher.load_teacher(args.teacher, data.num_classes, rt) if needs_teacher and not missing else None
 
-    seconds = seconds_of_run(args, data, rt, teacher)
+    like_teacher = teacher or missing and train_teacher.new_network(missing, data, rt).eval()
+    seconds = seconds_of_run(args, data, rt, like_teacher)
     plan = f"{args.method} {args.model} ({args.img_size} px, patch {args.patch_size}), {args.epochs} epochs"
     if missing:
         seconds += train_teacher.seconds_of_run(missing, data, rt)
@@ -300,12 +303,18 @@ def main():
 
 
 def seconds_of_run(args, data, rt, teacher):
-    """About how long this run will take here: one measured forward and backward pass, times the images to come."""
+    """About how long this run will take here: one measured step of all parts, times the images to come, and evaluation."""
     net = build(vars(args), data.num_classes).to(rt.device)
-    batch = min(args.micro_batch, args.batch // rt.world)
-    x = torch.rand(batch, 3, args.img_size, args.img_size, device=rt.device)
-    step = engine.seconds_of_step(lambda: sum(out.sum() for out in net(x) if out is not None), rt)
-    return step / batch * len(epoch_order(args, data, 0)) * args.epochs / rt.world
+    images = data.train_images[:min(args.micro_batch, args.batch // rt.world)]
+
+    def forward():
+        x = strong_augment(augment.to_float(images), args)
+        if teacher:
+            teacher_labels(teacher, x)
+        return sum(logits.sum() for logits in net(x) if logits is not None)
+    per_image = engine.seconds_of_step(forward, rt) / len(images)
+    evaluated = len(data.test_labels) * -(-args.epochs // args.eval_every) / 3      # a forward pass is a third of a step
+    return per_image * (len(epoch_order(args, data, 0)) * args.epochs + evaluated) / rt.world
 
 
 def draw_summary(folder):

@@ -74,6 +74,11 @@ def build(args, num_classes):
     return ARCHITECTURES[args["arch"]](num_classes, cosine=args["loss"] == "ldam", **stats)
 
 
+def new_network(args, data, rt):
+    """An untrained network of these settings on the device."""
+    return build(vars(args), data.num_classes).to(rt.device, memory_format=torch.channels_last)
+
+
 def load_teacher(path, num_classes, rt):
     """A teacher from its run folder or checkpoint, ready to label: on the device, in evaluation mode, without gradients.
 
@@ -100,17 +105,17 @@ def learning_rate(args, t):
 
 def seconds_of_run(args, data, rt):
     """About how long this run will take here: one measured forward and backward pass, times the passes to come."""
-    net = build(vars(args), data.num_classes).to(rt.device, memory_format=torch.channels_last)
-    batch = max(1, args.batch // rt.world)
-    x = torch.rand(batch, *data.train_images.shape[1:], device=rt.device).contiguous(memory_format=torch.channels_last)
+    net = new_network(args, data, rt)
+    x = augment.to_float(data.train_images[:args.batch // rt.world]).contiguous(memory_format=torch.channels_last)
     passes = (2 if args.rho > 0 else 1) * args.epochs * len(data.train_labels)
-    return engine.seconds_of_step(lambda: net(x).sum(), rt) / batch * passes / rt.world
+    evaluated = len(data.test_labels) * -(-args.epochs // args.eval_every) / 3      # a forward pass is a third of a step
+    return engine.seconds_of_step(lambda: net(x).sum(), rt) / len(x) * (passes + evaluated) / rt.world
 
 
 def train(args, data, rt, run):
     """The whole training loop. Returns {"avg": accuracies of the last epoch}."""
     torch.manual_seed(args.seed)
-    net = build(vars(args), data.num_classes).to(rt.device, memory_format=torch.channels_last)
+    net = new_network(args, data, rt)
     criterion = LDAMLoss(data.counts, args.max_margin).to(rt.device) if args.loss == "ldam" else F.cross_entropy
     sgd = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     optimizer = SAM(sgd, args.rho)

@@ -19,7 +19,7 @@ import train_teacher
 
 ROOT = Path(__file__).parent.parent
 TEACHER = "--epochs 2 --drw-epoch 1 --batch 32 --eval-every 1 --imb 4".split()
-STUDENT = "--epochs 3 --drw-epoch 2 --batch 32 --micro-batch 16 --patch-size 8 --eval-every 1 --ema 0.9 --drop-path 0.1 --imb 4".split()
+STUDENT = "--model micro --epochs 3 --drw-epoch 2 --batch 32 --micro-batch 16 --patch-size 8 --eval-every 1 --ema 0.9 --drop-path 0.1 --imb 4".split()
 
 
 def script(module, monkeypatch, *flags):
@@ -67,7 +67,7 @@ def test_a_run_folder_holds_what_the_contract_says(student):
     assert [r["epoch"] for r in log] == [0, 1, 2] and [r["drw"] for r in log] == [False, False, True]
     assert -1 <= log[-1]["cosine"] <= 1 and log[-1]["avg"]["overall"] == result["avg"]["overall"]
     config = json.loads((student / "config.json").read_text())
-    assert config["counts"] == data_lt.long_tailed_counts(24, 10, 4) and config["lr"] == 1e-3
+    assert config["counts"] == data_lt.long_tailed_counts(24, 10, 4) and config["lr"] == 5e-4
 
 
 def test_the_first_loss_is_near_chance(student):
@@ -150,7 +150,7 @@ def test_weight_decay_spares_biases_norms_tokens_and_positions():
 def test_a_small_set_can_be_learned_by_heart(tiny_cifar, tmp_path, monkeypatch):
     """Without augmentation the plain ViT must fit 240 easy images; a broken gradient, target or step could not."""
     script(train_student, monkeypatch, "--data-dir", tiny_cifar, "--out", tmp_path / "fit", "--imb", 1, "--method", "vit", "--epochs", 12,
-           "--drw-epoch", 0, "--magnitude", -1, "--erasing", 0, "--batch", 24, "--patch-size", 8, "--crop", "padded", "--eval-every", 12)
+           "--drw-epoch", 0, "--magnitude", -1, "--erasing", 0, "--batch", 24, "--patch-size", 8, "--crop", "padded", "--eval-every", 12, "--model", "micro", "--lr", 2e-3)
     assert records(tmp_path / "fit")[-1]["loss"] < 0.3
     assert json.loads((tmp_path / "fit" / "result.json").read_text())["avg"]["overall"] > 90
 
@@ -177,7 +177,7 @@ def test_the_teacher_is_trained_first_when_it_is_missing(tiny_cifar, tmp_path, m
     flags = ["--data-dir", tiny_cifar, *STUDENT, "--epochs", "1"]
     script(train_student, monkeypatch, *flags)
     printed = capsys.readouterr().out
-    assert printed.startswith("teacher resnet32, 1 epochs, then deit-lt mini") and "about" in printed.splitlines()[0]
+    assert printed.startswith("teacher resnet32, 1 epochs, then deit-lt micro") and "about" in printed.splitlines()[0]
     assert (tmp_path / "runs/teacher_cifar10_imb4_cpu_s0/result.json").exists()
     script(train_student, monkeypatch, *flags, "--seed", 0, "--overwrite")
     assert "Teacher:" not in capsys.readouterr().out                                      # the second time it is there
@@ -202,14 +202,18 @@ def test_mistakes_end_with_one_line_and_leave_nothing(teacher, tiny_cifar, tmp_p
     assert "--data-dir" in no(train_teacher, "--data-dir", tmp_path / "nowhere")
     assert "--imb" in no(train_teacher, *data, "--imb", 0)
     assert "lower --imb" in no(train_student, *data, "--imb", 1000, "--method", "vit")
+    data += ["--imb", 4]
     assert "no checkpoint" in no(train_student, *data, "--teacher", tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("hello")
     assert "not a readable checkpoint" in no(train_student, *data, "--teacher", tmp_path / "text.pt")
     assert "multiple of" in no(train_student, *data, "--patch-size", 5)
     assert "must be positive" in no(train_student, *data, "--epochs", 0)
+    assert "--seed" in no(train_teacher, *data, "--seed", -1)
+    assert "--eval-crop" in no(train_student, *data, "--eval-crop", 2)
     assert "no paper recipe" in no(train_student, "--dataset", "shapes", "--recipe", "paper")
     assert "10 classes, the data have 100" in no_hundred(teacher, tmp_path, no)
     assert "already holds a run" in no(train_teacher, *data, "--out", teacher)
+    assert "--lr 0.1 -> 0.3" in no(train_teacher, *data, "--out", teacher, "--resume", "--lr", 0.3, *TEACHER)
     assert not (tmp_path / "runs").exists()
 
 
