@@ -39,7 +39,7 @@ CPU = PAPER | dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64,
 RECIPES = {
     "paper": {"cifar10": PAPER, "cifar100": PAPER},
     "cpu": {"cifar10": CPU, "cifar100": CPU,
-            "shapes": CPU | dict(model="micro", epochs=100, lr=1e-3, drw_epoch=50, eval_every=10)},
+            "shapes": CPU | dict(model="micro", epochs=100, lr=1e-3, drw_epoch=40, eval_every=10)},
 }
 HELP = {
     "model": "micro, mini, tiny, small or base",
