@@ -140,7 +140,7 @@ def draw_classes(axis, result, config):
     edges = np.cumsum([len(g) for g in config["groups"].values()])[:-1] - 0.5
     for edge in edges:
         axis.axvline(edge, color="#bbbbbb", linewidth=0.8)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="lower left")
 
 
 def draw_curves(axis, log, head="avg"):
@@ -152,11 +152,11 @@ def draw_curves(axis, log, head="avg"):
     switch = next((r["epoch"] for r in log if r["drw"]), None)
     if switch is not None:
         axis.axvline(switch, color="#888888", linestyle="--", linewidth=1)
-        axis.text(switch, 98, " DRW", fontsize=8, color="#666666", va="top")
+        axis.text(switch, 2, " DRW", fontsize=8, color="#666666")
     axis.set_ylim(0, 100)
     axis.set_xlabel("epoch")
     axis.set_ylabel(f"test accuracy of the {NAMES[head]}, %")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left")
 
 
 def save_figure(figure, path):
@@ -184,8 +184,8 @@ def summary(folder, out=None):
     draw_attention(axes, net, args, data, examples(data, data.groups["tail"] or data.groups["mid"], columns))
     figure.suptitle("{method} {model} on {dataset}, imbalance {imb:g}, {epochs} epochs: ".format(**result)
                     + "{overall:.1f} % overall, {tail:.1f} % on the tail classes".format(**result["avg"]), fontsize=12, y=0.95)
-    figure.text(0.5, 0.03, "Bottom: test images of the tail classes, and where each token looks (attention rollout). Above each "
-                "map what that token predicts, in bold when right.", ha="center", fontsize=8)
+    figure.text(0.5, 0.065, "Bottom: test images of the tail classes, and where each token looks (attention rollout). Above "
+                "each map what that token predicts, in bold when right.", ha="center", fontsize=8)
     return save_figure(figure, out or os.path.join(folder, "summary.png"))
 
 
@@ -217,8 +217,9 @@ def command_augment(options, rt):
     for row, (name, images) in enumerate([("clean", clean), ("strong", strong), ("mixed", mixed)]):
         says = train_student.teacher_labels(teacher, images).tolist() if teacher else [None] * n
         for column in range(n):
+            parts = target[column].topk(2).indices.tolist()
             title = data.class_names[int(labels[column])] if row < 2 else " + ".join(
-                f"{100 * target[column, k]:.0f}% {data.class_names[k]}" for k in target[column].topk(2).indices.tolist())
+                f"{100 * target[column, k]:.0f}% {data.class_names[k]}" for k in parts if target[column, k] > 0.02)
             if teacher:
                 title = f"{textwrap.fill(title, 14)}\nteacher: {data.class_names[says[column]]}"
             show(axes[row, column], images[column], title)

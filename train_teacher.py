@@ -34,7 +34,7 @@ RECIPES = {
             "shapes": LDAM_CPU | dict(epochs=8, batch=32, lr=0.03, rho=0.05, drw_epoch=6, warmup_epochs=1, eval_every=2)},
 }
 HELP = {
-    "arch": "network: resnet32 (32 px) or resnet50",
+    "arch": "network: resnet32 or resnet50",
     "loss": "ldam (with a cosine classifier) or ce (cross-entropy)",
     "epochs": "passes over the training set",
     "batch": "images per step, over all processes together",
@@ -69,9 +69,9 @@ def resolve(args, rt):
 
 
 def build(args, num_classes):
-    """The network of these settings, with its normalisation."""
-    stats = dict(mean=CIFAR_MEAN, std=CIFAR_STD) if args["arch"] == "resnet32" else {}
-    return ARCHITECTURES[args["arch"]](num_classes, cosine=args["loss"] == "ldam", **stats)
+    """The network of these settings (a dict); every data set here has 32 px images."""
+    make = ARCHITECTURES[args["arch"]]
+    return make(num_classes, cosine=args["loss"] == "ldam", img_size=32, mean=CIFAR_MEAN, std=CIFAR_STD)
 
 
 def new_network(args, data, rt):
@@ -112,11 +112,15 @@ def seconds_of_run(args, data, rt):
     return engine.seconds_of_step(lambda: net(x).sum(), rt) / len(x) * (passes + evaluated) / rt.world
 
 
+def cross_entropy(logits, target, weight=None):
+    return F.cross_entropy(logits.float(), target, weight=weight)
+
+
 def train(args, data, rt, run):
     """The whole training loop. Returns {"avg": accuracies of the last epoch}."""
     torch.manual_seed(args.seed)
     net = new_network(args, data, rt)
-    criterion = LDAMLoss(data.counts, args.max_margin).to(rt.device) if args.loss == "ldam" else F.cross_entropy
+    criterion = LDAMLoss(data.counts, args.max_margin).to(rt.device) if args.loss == "ldam" else cross_entropy
     sgd = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     optimizer = SAM(sgd, args.rho)
     if run.resumed:
