@@ -168,11 +168,12 @@ def save_figure(figure, path):
 def summary(folder, out=None):
     """One picture of a finished run; returns its path."""
     rt = engine.Runtime(torch.device("cpu"))                              # alone, also when called by one of several processes
-    with open(os.path.join(folder, "result.json")) as f:
-        result = json.load(f)
-    with open(os.path.join(folder, "config.json")) as f:
-        config = json.load(f)
     net, args = load_student(folder, rt)
+    try:
+        with open(os.path.join(folder, "result.json")) as f, open(os.path.join(folder, "config.json")) as g:
+            result, config = json.load(f), json.load(g)
+    except FileNotFoundError:
+        raise engine.UserError(f"the run in {folder} is not finished; continue it with --resume") from None
     data = engine.load_data(args, rt)
     columns = 10
     figure = plt.figure(figsize=(13, 8.2))
@@ -206,7 +207,7 @@ def command_attention(options, rt):
 def command_augment(options, rt):
     net, args = load_student(options.run, rt)
     data = engine.load_data(args, rt)
-    teacher = train_teacher.load_teacher(args.teacher, data.num_classes, rt) if net.distilled else None
+    teacher = train_teacher.load_teacher(args.teacher, data.class_names, rt) if net.distilled else None
     torch.manual_seed(options.seed)
     n = 10
     index = torch.randperm(len(data.train_labels))[:n]

@@ -38,6 +38,11 @@ def random_sign(n):
     return torch.randint(0, 2, (n,)) * 2.0 - 1.0
 
 
+def rgb(values, images):
+    """Three numbers -> (3,1,1) on the images' device, without waiting for it."""
+    return torch.tensor(values).to(images.device, images.dtype, non_blocking=True).view(3, 1, 1)
+
+
 def per_image(values, images):
     """(B,) on the CPU -> (B,1,1,1) on the images' device, without waiting for it."""
     return values.to(images.device, images.dtype, non_blocking=True).view(-1, 1, 1, 1)
@@ -86,11 +91,11 @@ def crop_resize(images, top, left, height, width, out, mirror=None):
     mirror: (B,) bool or None. (B,3,H,W) -> (B,3,out,out).
     """
     H, W = images.shape[-2:]
+    top, left, height, width = (v.to(images.device, non_blocking=True) for v in (top, left, height, width))
     rows, cols = resize_matrix(top, height, H, out), resize_matrix(left, width, W, out)               # (B,out,H), (B,out,W)
     if mirror is not None:
-        cols = torch.where(mirror.view(-1, 1, 1), cols.flip(1), cols)
-    rows, cols = (m.to(images.device, non_blocking=True)[:, None] for m in (rows, cols))              # (B,1,out,...)
-    return (rows @ images @ cols.transpose(-2, -1)).clamp_(0, 1)
+        cols = torch.where(mirror.to(images.device, non_blocking=True).view(-1, 1, 1), cols.flip(1), cols)
+    return (rows[:, None] @ images @ cols[:, None].transpose(-2, -1)).clamp_(0, 1)
 
 
 def random_resized_crop(images, out, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5):
@@ -133,7 +138,7 @@ def center_crop(images, size):
 
 def grayscale(images):
     """Luma 0.299 R + 0.587 G + 0.114 B, (B,3,H,W) -> (B,1,H,W)."""
-    return (images * images.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+    return (images * rgb([0.299, 0.587, 0.114], images)).sum(dim=1, keepdim=True)
 
 
 def blend(other, images, factor):
@@ -214,7 +219,7 @@ def affine(images, a, b, c, d, tx, ty):
     rows = [torch.stack([a, b * H / W, 2 * tx / W], dim=1), torch.stack([c * W / H, d, 2 * ty / H], dim=1)]
     theta = torch.stack(rows, dim=1).to(images.device, images.dtype, non_blocking=True)               # (B,2,3)
     grid = F.affine_grid(theta, images.shape, align_corners=False)
-    fill = images.new_tensor(IMAGENET_MEAN).mul_(255).round_().div_(255).view(3, 1, 1)
+    fill = rgb([round(255 * m) / 255 for m in IMAGENET_MEAN], images)
     warped = F.grid_sample(images - fill, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
     return (warped + fill).clamp_(0, 1)
 
@@ -310,9 +315,9 @@ def random_erasing(images, prob=0.25, area=(0.02, 1 / 3), aspect=0.3):
     y, x = torch.arange(H).view(1, H), torch.arange(W).view(1, W)
     in_rows = (y >= top[:, None]) & (y < (top + h)[:, None]) & erase[:, None]                         # (B,H)
     in_cols = (x >= left[:, None]) & (x < (left + w)[:, None])                                        # (B,W)
-    box = (in_rows[:, :, None] & in_cols[:, None, :])[:, None].to(images.device, non_blocking=True)   # (B,1,H,W)
-    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    noise = (mean + std * torch.randn_like(images)).clamp_(0, 1)
+    in_rows, in_cols = (i.to(images.device, non_blocking=True) for i in (in_rows, in_cols))
+    box = (in_rows[:, :, None] & in_cols[:, None, :])[:, None]                                        # (B,1,H,W)
+    noise = (rgb(IMAGENET_MEAN, images) + rgb(IMAGENET_STD, images) * torch.randn_like(images)).clamp_(0, 1)
     return torch.where(box, noise, images)
 
 

@@ -313,10 +313,13 @@ def load_cifar_folder(root, num_classes, imb, kind):
 def load_cifar_torchvision(root, num_classes, imb, kind):
     """CIFAR from torchvision's folder under `root`, downloaded there if it is missing. Raises DataError if that fails."""
     from torchvision import datasets
+    was_there = os.path.isdir(root)
     cls = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[num_classes]
     try:
         train, test = (cls(root, train=t, download=True) for t in (True, False))
     except Exception as error:                                            # no network, no space, a damaged archive
+        if not was_there and os.path.isdir(root) and not os.listdir(root):
+            os.rmdir(root)                                                # torchvision makes it before it tries
         raise DataError(f"CIFAR-{num_classes} is not under {root} and could not be downloaded ({error}); put torchvision's "
                         f"folder or train/<class>/*, test/<class>/* there, or name its place with --data-dir") from None
     counts = long_tailed_counts(len(train.targets) / num_classes, num_classes, imb, kind)

@@ -13,21 +13,21 @@ import copy
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shlex
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from data_lt import DataError
-from data_lt import load_data as load_long_tailed
+import augment
+import data_lt
 
 
 class UserError(Exception):
@@ -38,7 +38,7 @@ def run_main(main):
     """Run a script: a UserError or DataError ends it with one line and exit code 2, anything else keeps its traceback."""
     try:
         main()
-    except (UserError, DataError) as error:
+    except (UserError, data_lt.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -72,27 +72,24 @@ class Runtime:
         if self.device.type == "cuda":
             return f"{self.world} x {torch.cuda.get_device_name(self.device)}"
         threads = f"{torch.get_num_threads()} threads"
-        return (f"{self.world} x " if self.world > 1 else "") + f"{threads} of {cpu_name()}"
+        name = cpu_info(r"model name\s*:\s*(.+)")
+        return (f"{self.world} x " if self.world > 1 else "") + f"{threads} of {name[1] if name else platform.machine()}"
 
 
-def cpu_info():
+def cpu_info(pattern):
+    """First match of a regular expression in /proc/cpuinfo, or None (also where there is no such file)."""
     try:
         with open("/proc/cpuinfo") as f:
-            return f.read()
+            return re.search(pattern, f.read())
     except OSError:
-        return ""
-
-
-def cpu_name():
-    found = re.search(r"model name\s*:\s*(.+)", cpu_info())
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
+        return None
 
 
 def has_bf16(device):
     """Does the hardware multiply bfloat16 matrices faster than float32 ones? (CPU: as /proc/cpuinfo says.)"""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info()) is not None
+    return device.type == "cpu" and cpu_info(r"\b(avx512_bf16|amx_bf16|bf16)\b") is not None
 
 
 def setup(device="auto", amp="auto"):
@@ -100,8 +97,10 @@ def setup(device="auto", amp="auto"):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: this torch sees no CUDA device; use --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or ":" in device and world > 1:
+        raise UserError(f"--device is auto, cpu, cuda or, for one process, cuda:N, not {device}")
+    if device != "cpu" and int(device[5:] or local) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
     device = torch.device(f"cuda:{local}" if device == "cuda" else device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -112,16 +111,10 @@ def setup(device="auto", amp="auto"):
     return Runtime(device, rank, world, torch.bfloat16 if use_amp else None)
 
 
-@contextmanager
-def main_process_first(rt):
-    """The main process runs the body before the others do (downloads, files that others then read)."""
-    if rt.world > 1 and not rt.main:
+def wait_for_all(rt):
+    """Barrier: what the main process has written by now, the others may read."""
+    if rt.world > 1:
         dist.barrier()
-    try:
-        yield
-    finally:
-        if rt.world > 1 and rt.main:
-            dist.barrier()
 
 
 def all_sum(tensor, rt):
@@ -131,9 +124,11 @@ def all_sum(tensor, rt):
     return tensor
 
 
-def no_sync(model, wanted):
-    """Context in which DistributedDataParallel keeps its gradients to itself; does nothing for a plain network."""
-    return model.no_sync() if wanted and hasattr(model, "no_sync") else nullcontext()
+def share_buffers(net, rt):
+    """Give every process the main process's buffers: each has seen other images, so BatchNorm's statistics differ."""
+    if rt.world > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def seed_step(*key):
@@ -188,7 +183,7 @@ def evaluate(predict, images, labels, groups, rt, batch=500):
     confusion = {}                                                        # head -> (K,K), rows truth, columns prediction
     for index in mine.split(batch):
         with rt.autocast():
-            heads = predict(images[index].float().div_(255))
+            heads = predict(augment.to_float(images[index]))
         for head, logits in heads.items():
             pair = labels[index] * K + logits.argmax(dim=1)
             confusion[head] = confusion.get(head, 0) + torch.bincount(pair, minlength=K * K)
@@ -204,17 +199,18 @@ def accuracies(confusion, groups):
     return {k: round(v, 3) for k, v in out.items()} | {"per_class": [round(float(r), 2) for r in recall]}
 
 
-def one_line(results):
-    """Overall (head, mid, tail) of every head, for the line of an epoch."""
-    line = "{} {overall:.1f} ({head:.1f} {mid:.1f} {tail:.1f})"
-    return "  ".join(line.format(name, **r) for name, r in results.items())
-
-
 def report(bar, rt, epoch, loss, speed, results):
-    """Print an epoch's line above the progress bar."""
+    """Print an epoch's line above the progress bar: overall (head mid tail) of every head, where they were measured."""
     if rt.main:
-        accuracies = one_line(results) if results else ""
-        bar.write(f"epoch {epoch + 1:4d}  loss {loss:.3f}  {speed:5.0f} images/s  {accuracies}")
+        line = "{} {overall:.1f} ({head:.1f} {mid:.1f} {tail:.1f})"
+        shown = "  ".join(line.format(name, **r) for name, r in (results or {}).items())
+        bar.write(f"epoch {epoch + 1:4d}  loss {loss:.3f}  {speed:5.0f} images/s  {shown}")
+
+
+def progress_bar(rt, epochs, start_epoch, images):
+    """tqdm over all images of the whole run, so that the time left is the run's; silent where the output is not a terminal."""
+    return tqdm(total=epochs * images, initial=start_epoch * images, unit=" images", unit_scale=True,
+                disable=None if rt.main else True)
 
 
 COLUMNS = ("overall", "head", "mid", "tail")
@@ -244,8 +240,9 @@ def add_run_flags(parser):
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "none"],
                         help="bfloat16 autocast; auto: where the hardware has it (default: %(default)s)")
     parser.add_argument("--out", help="run folder (default: runs/<name from the settings>)")
-    parser.add_argument("--resume", action="store_true", help="continue the run folder's last.pt")
-    parser.add_argument("--overwrite", action="store_true", help="start again in a run folder that already has a run")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue the run folder's last.pt")
+    again.add_argument("--overwrite", action="store_true", help="start again in a run folder that already has a run")
 
 
 def add_recipe_flags(parser, recipes, help_texts):
@@ -266,13 +263,12 @@ def flag(key):
     return "--" + key.replace("_", "-")
 
 
-def check_positive(args, *names):
-    """Raise UserError for a setting that must be positive and is not, or a negative seed."""
-    if args.seed < 0:
-        raise UserError(f"--seed must be at least 0, not {args.seed}")
-    for name in names:
-        if getattr(args, name) <= 0:
-            raise UserError(f"{flag(name)} must be positive, not {getattr(args, name)}")
+def check_ranges(args, **ranges):
+    """Raise UserError for a setting outside its (lowest, highest) allowed value; NaN is outside."""
+    for name, (low, high) in {"seed": (0, 2 ** 62), **ranges}.items():
+        if not low <= getattr(args, name) <= high:
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise UserError(f"{flag(name)} must be {limits}, not {getattr(args, name)}")
 
 
 def data_name(args):
@@ -281,10 +277,23 @@ def data_name(args):
 
 
 def load_data(args, rt):
-    """The data set of these settings on this process's device; downloads happen once."""
-    with main_process_first(rt):
-        data = load_long_tailed(args.dataset, args.imb, args.imb_type, args.data_dir)
+    """The data set of these settings on this process's device; the main process loads first, so a download happens once."""
+    if not rt.main:
+        wait_for_all(rt)
+    try:
+        data = data_lt.load_data(args.dataset, args.imb, args.imb_type, args.data_dir)
+    finally:
+        if rt.main:
+            wait_for_all(rt)
     return data.to(rt.device)
+
+
+def recipe_line(args, recipes):
+    """One line for people about which recipe runs and how to get the other; empty for the paper's."""
+    if args.recipe == "paper":
+        return ""
+    other = "; the paper's is --recipe paper" if args.dataset in recipes["paper"] else ""
+    return f"Recipe cpu: small networks and short trainings, for a machine without a GPU{other}."
 
 
 def describe(data, args):
@@ -345,7 +354,7 @@ def load_checkpoint(path, keys=("model", "config")):
         raise UserError(f"there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:                                            # damaged files raise nearly anything
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise UserError(f"{path} is not a readable checkpoint ({why})") from None
     if not isinstance(state, dict) or any(k not in state for k in keys):
@@ -359,11 +368,6 @@ def load_weights(model, weights, what):
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise UserError(f"{what} does not fit the network: {' '.join(str(error).split())[:200]}") from None
-
-
-def is_finished(folder):
-    """Has the run in this folder written its result?"""
-    return os.path.exists(os.path.join(folder, "result.json"))
 
 
 class Run:
@@ -380,8 +384,6 @@ class Run:
         self.resumed = load_checkpoint(self.checkpoint, ("model", "config", "epoch")) if exists and args.resume else None
         if self.resumed:
             self.check_settings(args)
-            if self.start_epoch >= args.epochs:
-                rt.print(f"The run in {folder} is finished; evaluating it again.")
 
     def check_settings(self, args):
         """Going on with other settings would be neither run: raise UserError with the differences."""
@@ -393,6 +395,11 @@ class Run:
             raise UserError(f"{self.folder} was begun with other settings: {changed}; repeat them, or start another run")
 
     @property
+    def finished(self):
+        """Has the run in this folder written its result?"""
+        return os.path.exists(os.path.join(self.folder, "result.json"))
+
+    @property
     def start_epoch(self):
         return self.resumed["epoch"] if self.resumed else 0
 
@@ -402,12 +409,14 @@ class Run:
             return
         try:
             os.makedirs(self.folder, exist_ok=True)
+            self.write_beginning(args, data)
         except OSError as error:
-            raise UserError(f"cannot make the run folder {self.folder}: {error.strerror}") from None
-        for old in ("last.pt", "result.json"):
-            path = os.path.join(self.folder, old)
-            if not self.resumed and os.path.exists(path):
-                os.remove(path)
+            raise UserError(f"cannot write the run folder {self.folder}: {error.strerror}") from None
+
+    def write_beginning(self, args, data):
+        for old in ("last.pt", "result.json") if not self.resumed else ():
+            with suppress(FileNotFoundError):
+                os.remove(os.path.join(self.folder, old))
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         save_json(os.path.join(self.folder, "config.json"), vars(args) | {
             "classes": data.class_names, "counts": data.counts, "groups": data.groups, "versions": versions,
@@ -415,7 +424,7 @@ class Run:
         lines = []
         if self.resumed and os.path.exists(self.log_path):
             with open(self.log_path) as f:
-                lines = [line for line in f if json.loads(line)["epoch"] < self.start_epoch]
+                lines = f.readlines()[:self.start_epoch]                  # one line per epoch
         write_atomically(self.log_path, lambda f: f.write("".join(lines).encode()))
 
     def log(self, record):
@@ -428,22 +437,27 @@ class Run:
             save_checkpoint(self.checkpoint, **state)
 
     def finish(self, args, data, results, **more):
-        """Write result.json: what was run, on what, and each head's accuracies."""
-        with open(self.log_path) as f:
-            more["seconds"] = round(sum(json.loads(line)["seconds"] for line in f), 1)
-        heads = {name: {c: r[c] for c in COLUMNS} for name, r in results.items()}
-        result = {"dataset": data.label, "imb": args.imb, "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
-                  "command": "python " + shlex.join(sys.argv), "hardware": self.rt.hardware(), **more, **heads,
-                  "per_class": {name: r["per_class"] for name, r in results.items()}}
+        """Write result.json: what was run, on what, and each head's accuracies; no process goes on before it is there."""
         if self.rt.main:
+            with open(self.log_path) as f:
+                seconds = round(sum(json.loads(line)["seconds"] for line in f), 1)
+            launcher = f"torchrun --nproc_per_node={self.rt.world}" if self.rt.world > 1 else "python"
+            result = {"dataset": data.label, "imb": args.imb, "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
+                      "command": f"{launcher} {shlex.join(sys.argv)}", "hardware": self.rt.hardware(), "seconds": seconds}
+            result |= more | {name: {c: r[c] for c in COLUMNS} for name, r in results.items()}
+            result["per_class"] = {name: r["per_class"] for name, r in results.items()}
             save_json(os.path.join(self.folder, "result.json"), result)
-        return result
+        wait_for_all(self.rt)
 
 
-def seconds_of_step(forward, rt):
-    """Seconds of one forward and backward pass of `forward()` -> scalar: the faster of two after one to warm up."""
+def seconds_of_run(forward, images, training_images, tests, test_images, rt):
+    """About how long a run will take here, from one measured step.
+
+    forward() -> scalar: a step's work on `images` images, up to the loss. training_images: all to come, in passes forward and
+    back; tests: evaluations of test_images each, at a third of a training image's cost.
+    """
     times = []
-    for _ in range(3):
+    for _ in range(3):                                                    # the first warms up
         start = time.perf_counter()
         with rt.autocast():
             loss = forward()
@@ -451,7 +465,7 @@ def seconds_of_step(forward, rt):
         if rt.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times[1:]) / images * (training_images + tests * test_images / 3) / rt.world
 
 
 def duration(seconds):

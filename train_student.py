@@ -14,12 +14,14 @@ measured is in the README and under results/.
 The teacher is trained first when it is missing (`--teacher auto`). Output: runs/<name>/ (see engine.py).
 """
 import argparse
+import os
 import time
+from contextlib import nullcontext
+from math import inf
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import augment
 import data_lt
@@ -84,20 +86,42 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+def teacher_args(args):
+    """Settings of the recipe's own teacher (`--teacher auto`): the same data, recipe and seed, its run folder resumed."""
+    given = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in
+             ("dataset", "imb", "imb-type", "data-dir", "recipe", "seed", "device", "amp")]
+    return train_teacher.parse(given + ["--resume"])
+
+
 def resolve(args, rt):
-    """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be."""
+    """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be.
+
+    Returns the settings of the recipe's own teacher with `--teacher auto`, else None.
+    """
     changed = engine.resolve_recipe(args, RECIPES, rt)
     if args.model not in MODELS or args.crop not in ("resized", "padded"):
         raise engine.UserError(f"--model is one of {', '.join(MODELS)}; --crop resized or padded")
-    engine.check_positive(args, "epochs", "batch", "micro_batch", "lr", "img_size", "patch_size", "repeats", "eval_every")
-    if not 0 < args.eval_crop <= 1:
-        raise engine.UserError(f"--eval-crop is a fraction of the picture's side, above 0 and at most 1, not {args.eval_crop}")
+    engine.check_ranges(args, epochs=(1, inf), batch=(rt.world, inf), micro_batch=(1, inf), lr=(0, inf), img_size=(1, inf),
+                        patch_size=(1, inf), warmup_epochs=(0, inf), weight_decay=(0, inf), drop_path=(0, 0.99), alpha=(0, 1),
+                        beta=(0, 0.999999), repeats=(1, inf), erasing=(0, 1), mixup=(0, inf), cutmix=(0, inf), smoothing=(0, 1),
+                        ema=(0, 0.999999), eval_crop=(0.1, 1), eval_every=(1, inf))
     if args.img_size % args.patch_size:
         raise engine.UserError(f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}")
     if args.batch % rt.world:
         raise engine.UserError(f"--batch {args.batch} cannot be shared by {rt.world} processes")
+    distilled = METHODS[args.method]["distilled"]
+    if distilled and args.teacher != "auto":
+        changed += "_by_" + os.path.basename(os.path.normpath(args.teacher))
     args.name = f"{args.method}_{args.model}_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
     args.out = args.out or f"runs/{args.name}"
+    if not distilled:
+        args.teacher = None
+    if args.teacher != "auto":
+        return None
+    own = teacher_args(args)
+    train_teacher.resolve(own, rt)
+    args.teacher = own.out
+    return own
 
 
 def build(args, num_classes):
@@ -157,25 +181,27 @@ def train(args, data, teacher, rt, run):
             engine.load_weights(ema.model, run.resumed["ema"], run.checkpoint)
     model = DistributedDataParallel(net) if rt.world > 1 else net
     steps = data_lt.steps_per_epoch(len(epoch_order(args, data, 0)), args.batch)
-    bar = tqdm(total=args.epochs * steps, initial=run.start_epoch * steps, disable=None if rt.main else True, unit="step")
+    bar, results = engine.progress_bar(rt, args.epochs, run.start_epoch, len(epoch_order(args, data, 0))), None
 
     for epoch in range(run.start_epoch, args.epochs):
         net.train()
         started, sums = time.time(), torch.zeros(4, device=rt.device)             # loss, CLS, DIST, teacher's accuracy
         weight = drw_weights(data.counts, epoch, args.drw_epoch, args.beta)       # None, or (K,) from the DRW epoch on
-        drw, weight = weight is not None, None if weight is None else weight.to(rt.device)
+        weight = None if weight is None else weight.to(rt.device)
+        mixing = weight is None or args.mix_drw
         order = epoch_order(args, data, epoch)
         for step, batch in enumerate(data_lt.shard(order, args.batch, rt.rank, rt.world)):
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, engine.cosine_lr(epoch + step / steps, args.epochs, args.lr, args.warmup_epochs))
-            micro_batches = batch.split(args.micro_batch)                         # their gradients add up to the batch's
+            micro_batches = batch.tensor_split(-(-len(batch) // args.micro_batch))  # their gradients add up to the batch's
             for i, index in enumerate(micro_batches):
                 share, index = len(index) / len(batch), index.to(rt.device, non_blocking=True)
                 x, target = augment.to_float(data.train_images[index]), data.train_labels[index]  # (B,3,H,W) in [0,1], (B,)
                 x = strong_augment(x, args)                                       # (B,3,S,S)
-                if not drw or args.mix_drw:
+                if mixing:
                     x, target = augment.mixup_cutmix(x, target, data.num_classes, args.mixup, args.cutmix, args.smoothing)
-                with engine.no_sync(model, i < len(micro_batches) - 1):
+                last = i == len(micro_batches) - 1                                # only then do processes average gradients
+                with nullcontext() if last or rt.world == 1 else model.no_sync():
                     with rt.autocast():
                         y_t = teacher_labels(teacher, x) if teacher else None     # (B,)
                         cls_logits, dist_logits = model(x)                        # (B,K), (B,K)
@@ -191,13 +217,13 @@ def train(args, data, teacher, rt, run):
             optimizer.zero_grad()
             if ema:
                 ema.update(net)
-            bar.update()
+            bar.update(len(batch) * rt.world)
             if step % 20 == 0 and not bar.disable:                                # the only wait for the device in the loop
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
 
-        speed = len(order) / (time.time() - started)
         sums = (engine.all_sum(sums, rt) / steps / rt.world).tolist()
-        record = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "drw": drw, "loss": sums[0]}
+        speed = len(order) / (time.time() - started)
+        record = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "drw": weight is not None, "loss": sums[0]}
         record |= {"loss_cls": sums[1], "loss_dist": sums[2], "teacher_accuracy": 100 * sums[3]} if teacher else {}
         results = None
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
@@ -258,53 +284,40 @@ def token_cosine(net, data, args, rt):
 
 # ---- The run -------------------------------------------------------------------------------------------------------------
 
-def teacher_args(args):
-    """Settings of the recipe's own teacher (`--teacher auto`): the same data, recipe and seed, its run folder resumed."""
-    given = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in
-             ("dataset", "imb", "imb-type", "data-dir", "recipe", "seed", "device", "amp")]
-    return train_teacher.parse(given + ["--resume"])
-
-
 def main():
     args = parse()
     rt = engine.setup(args.device, args.amp)
-    resolve(args, rt)
+    own_teacher = resolve(args, rt)
     run = engine.Run(args.out, args, rt)
+    own_run = engine.Run(own_teacher.out, own_teacher, rt) if own_teacher else None         # refuses another recipe's teacher
     data = engine.load_data(args, rt)
-    needs_teacher, missing = METHODS[args.method]["distilled"], None
-    if needs_teacher and args.teacher == "auto":
-        missing = teacher_args(args)
-        train_teacher.resolve(missing, rt)
-        args.teacher = missing.out
-        if engine.is_finished(missing.out):
-            missing = None
-    teacher = train_teacher.load_teacher(args.teacher, data.num_classes, rt) if needs_teacher and not missing else None
+    teacher, to_train = None, own_run is not None and not own_run.finished
+    if args.teacher and not to_train:
+        teacher = train_teacher.load_teacher(args.teacher, data.class_names, rt)
 
-    like_teacher = teacher or missing and train_teacher.new_network(missing, data, rt).eval()
-    seconds = seconds_of_run(args, data, rt, like_teacher)
     plan = f"{args.method} {args.model} ({args.img_size} px, patch {args.patch_size}), {args.epochs} epochs"
-    if missing:
-        seconds += train_teacher.seconds_of_run(missing, data, rt)
-        plan = f"teacher {missing.arch}, {missing.epochs} epochs, then " + plan
+    like_teacher = train_teacher.new_network(own_teacher, data, rt).eval() if to_train else teacher
+    seconds = seconds_of_run(args, data, rt, like_teacher, run.start_epoch)
+    if to_train:
+        plan = f"teacher {own_teacher.arch}, {own_teacher.epochs} epochs, then {plan}"
+        seconds += train_teacher.seconds_of_run(own_teacher, data, rt, own_run.start_epoch)
     rt.print(f"{plan} on {engine.describe(data, args)}: about {engine.duration(seconds)} on {rt.hardware()}.")
-    if args.recipe == "cpu":
-        rt.print("Recipe cpu: small and short, for a machine without a GPU. The paper's: --recipe paper.")
-    if missing:
-        train_teacher.run(missing, rt, data)
-        teacher = train_teacher.load_teacher(args.teacher, data.num_classes, rt)
+    rt.print(engine.recipe_line(args, RECIPES))
+    if to_train:
+        train_teacher.run(own_teacher, data, rt, own_run)
+        teacher = train_teacher.load_teacher(args.teacher, data.class_names, rt)
 
     run.begin(args, data)
     results = train(args, data, teacher, rt, run)
-    teacher_name = args.teacher if needs_teacher else None
-    run.finish(args, data, results, method=args.method, model=args.model, teacher=teacher_name)
+    run.finish(args, data, results, method=args.method, model=args.model, teacher=args.teacher)
     rt.print("\n" + engine.table(results, args.method) + f"\nRun folder: {args.out}")
     if rt.main:
         draw_summary(args.out)
 
 
-def seconds_of_run(args, data, rt, teacher):
-    """About how long this run will take here: one measured step of all parts, times the images to come, and evaluation."""
-    net = build(vars(args), data.num_classes).to(rt.device)
+def seconds_of_run(args, data, rt, teacher, start_epoch):
+    """About how long the epochs from start_epoch on will take here, all parts of a step included."""
+    net, epochs = build(vars(args), data.num_classes).to(rt.device), args.epochs - start_epoch
     images = data.train_images[:min(args.micro_batch, args.batch // rt.world)]
 
     def forward():
@@ -312,9 +325,8 @@ def seconds_of_run(args, data, rt, teacher):
         if teacher:
             teacher_labels(teacher, x)
         return sum(logits.sum() for logits in net(x) if logits is not None)
-    per_image = engine.seconds_of_step(forward, rt) / len(images)
-    evaluated = len(data.test_labels) * -(-args.epochs // args.eval_every) / 3      # a forward pass is a third of a step
-    return per_image * (len(epoch_order(args, data, 0)) * args.epochs + evaluated) / rt.world
+    to_come, tests = epochs * len(epoch_order(args, data, 0)), -(-epochs // args.eval_every)
+    return engine.seconds_of_run(forward, len(images), to_come, tests, len(data.test_labels), rt)
 
 
 def draw_summary(folder):

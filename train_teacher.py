@@ -11,11 +11,11 @@ mixed images that it never saw. That is meant: it is what makes DeiT-LT's distil
 """
 import argparse
 import time
+from math import inf
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import augment
 import data_lt
@@ -62,8 +62,9 @@ def resolve(args, rt):
     """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be."""
     changed = engine.resolve_recipe(args, RECIPES, rt)
     if args.arch not in ARCHITECTURES or args.loss not in ("ldam", "ce") or args.schedule not in ("step", "cosine"):
-        raise engine.UserError(f"--arch is one of {', '.join(ARCHITECTURES)}, --loss ldam or ce, --schedule step or cosine")
-    engine.check_positive(args, "epochs", "batch", "lr", "eval_every")
+        raise engine.UserError(f"--arch is {' or '.join(ARCHITECTURES)}, --loss ldam or ce, --schedule step or cosine")
+    engine.check_ranges(args, epochs=(1, inf), batch=(rt.world, inf), lr=(0, inf), weight_decay=(0, inf), rho=(0, inf),
+                        warmup_epochs=(0, inf), beta=(0, 0.999999), max_margin=(0, 1), eval_every=(1, inf))
     args.name = f"teacher_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
     args.out = args.out or f"runs/{args.name}"
 
@@ -79,17 +80,20 @@ def new_network(args, data, rt):
     return build(vars(args), data.num_classes).to(rt.device, memory_format=torch.channels_last)
 
 
-def load_teacher(path, num_classes, rt):
+def load_teacher(path, class_names, rt):
     """A teacher from its run folder or checkpoint, ready to label: on the device, in evaluation mode, without gradients.
 
-    Raises UserError if the file is none, or was trained for another number of classes.
+    Raises UserError if the file is none, or was trained for other classes or another order of them.
     """
     state = engine.load_checkpoint(path, ("model", "config", "class_names"))
     if state["config"].get("arch") not in ARCHITECTURES:
         raise engine.UserError(f"{path} is not a teacher: its network is {state['config'].get('model', 'unknown')}")
-    if len(state["class_names"]) != num_classes:
-        raise engine.UserError(f"the teacher {path} knows {len(state['class_names'])} classes, the data have {num_classes}")
-    net = build(state["config"], num_classes)
+    theirs = state["class_names"]
+    if len(theirs) != len(class_names):
+        raise engine.UserError(f"the teacher {path} knows {len(theirs)} classes, the data have {len(class_names)}")
+    if list(theirs) != list(class_names):
+        raise engine.UserError(f"the teacher {path} knows other classes ({theirs[0]}, ...) than the data ({class_names[0]})")
+    net = build(state["config"], len(theirs))
     engine.load_weights(net, state["model"], f"the teacher {path}")
     return net.to(rt.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
@@ -103,13 +107,12 @@ def learning_rate(args, t):
     return args.lr * (1 if t < 0.8 * args.epochs else 1e-2 if t < 0.9 * args.epochs else 1e-4)
 
 
-def seconds_of_run(args, data, rt):
-    """About how long this run will take here: one measured forward and backward pass, times the passes to come."""
-    net = new_network(args, data, rt)
+def seconds_of_run(args, data, rt, start_epoch=0):
+    """About how long the epochs from start_epoch on will take here."""
+    net, epochs = new_network(args, data, rt), args.epochs - start_epoch
     x = augment.to_float(data.train_images[:args.batch // rt.world]).contiguous(memory_format=torch.channels_last)
-    passes = (2 if args.rho > 0 else 1) * args.epochs * len(data.train_labels)
-    evaluated = len(data.test_labels) * -(-args.epochs // args.eval_every) / 3      # a forward pass is a third of a step
-    return engine.seconds_of_step(lambda: net(x).sum(), rt) / len(x) * (passes + evaluated) / rt.world
+    passes = (2 if args.rho > 0 else 1) * epochs * len(data.train_labels)
+    return engine.seconds_of_run(lambda: net(x).sum(), len(x), passes, -(-epochs // args.eval_every), len(data.test_labels), rt)
 
 
 def cross_entropy(logits, target, weight=None):
@@ -128,7 +131,7 @@ def train(args, data, rt, run):
         optimizer.load_state_dict(run.resumed["optimizer"])
     model = DistributedDataParallel(net) if rt.world > 1 else net
     steps = data_lt.steps_per_epoch(len(data.train_labels), args.batch)
-    bar = tqdm(total=args.epochs * steps, initial=run.start_epoch * steps, disable=None if rt.main else True, unit="step")
+    bar, results = engine.progress_bar(rt, args.epochs, run.start_epoch, len(data.train_labels)), None
 
     for epoch in range(run.start_epoch, args.epochs):
         net.train()
@@ -157,13 +160,13 @@ def train(args, data, rt, run):
                 sgd.zero_grad()
 
             loss_sum += loss.detach()
-            bar.update()
+            bar.update(len(index) * rt.world)
             if step % 20 == 0 and not bar.disable:                                # the only wait for the device in the loop
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
 
+        mean_loss = (engine.all_sum(loss_sum, rt) / steps / rt.world).item()
         speed = len(order) / (time.time() - started)
-        record = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "drw": weight is not None,
-                  "loss": (engine.all_sum(loss_sum, rt) / steps / rt.world).item()}
+        record = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "drw": weight is not None, "loss": mean_loss}
         results = None
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             results = evaluate(net, data, rt)
@@ -171,7 +174,7 @@ def train(args, data, rt, run):
         run.log(record | {"images_per_second": round(speed, 1), "seconds": round(time.time() - started, 2)})
         run.save(model=net.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch + 1, config=vars(args),
                  class_names=data.class_names, counts=data.counts)
-        engine.report(bar, rt, epoch, record["loss"], speed, results)
+        engine.report(bar, rt, epoch, mean_loss, speed, results)
     bar.close()
     return results or evaluate(net, data, rt)
 
@@ -179,28 +182,30 @@ def train(args, data, rt, run):
 def evaluate(net, data, rt):
     """{"avg": accuracies} of a teacher on the clean test images."""
     net.eval()
+    engine.share_buffers(net, rt)                                         # the BatchNorm statistics that are saved
     return engine.evaluate(lambda x: {"avg": net(x.contiguous(memory_format=torch.channels_last))},
                            data.test_images, data.test_labels, data.groups, rt)
 
 
-def run(args, rt, data=None):
-    """Train the teacher of these (resolved) settings, or go on with it; writes its run folder and returns that."""
-    folder = engine.Run(args.out, args, rt)
-    data = data or engine.load_data(args, rt)
-    rt.print(f"Teacher: {args.arch}, {args.loss}, SAM rho {args.rho:g}, {args.epochs} epochs on {engine.describe(data, args)}; "
-             f"about {engine.duration(seconds_of_run(args, data, rt))} on {rt.hardware()}. Run folder: {args.out}")
+def run(args, data, rt, folder):
+    """Train the teacher of these (resolved) settings, or go on with it, and fill its run folder (an engine.Run)."""
+    seconds = seconds_of_run(args, data, rt, folder.start_epoch)
+    rt.print(f"Teacher: {args.arch}, {args.loss}, SAM rho {args.rho:g}, {args.epochs} epochs on {engine.describe(data, args)}: "
+             f"about {engine.duration(seconds)} on {rt.hardware()}. Run folder: {args.out}")
     folder.begin(args, data)
     results = train(args, data, rt, folder)
     folder.finish(args, data, results, method=args.loss, model=args.arch, teacher=None)
     rt.print(engine.table(results, "teacher"))
-    return args.out
 
 
 def main():
     args = parse()
     rt = engine.setup(args.device, args.amp)
     resolve(args, rt)
-    run(args, rt)
+    folder = engine.Run(args.out, args, rt)
+    data = engine.load_data(args, rt)
+    run(args, data, rt, folder)
+    rt.print(engine.recipe_line(args, RECIPES))
 
 
 if __name__ == "__main__":

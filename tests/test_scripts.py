@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ import train_teacher
 
 ROOT = Path(__file__).parent.parent
 TEACHER = "--epochs 2 --drw-epoch 1 --batch 32 --eval-every 1 --imb 4".split()
-STUDENT = "--model micro --epochs 3 --drw-epoch 2 --batch 32 --micro-batch 16 --patch-size 8 --eval-every 1 --ema 0.9 --drop-path 0.1 --imb 4".split()
+STUDENT = ("--model micro --epochs 3 --drw-epoch 2 --batch 32 --micro-batch 16 --patch-size 8 --eval-every 1 --ema 0.9 "
+           "--drop-path 0.1 --imb 4").split()
 
 
 def script(module, monkeypatch, *flags):
@@ -83,8 +85,8 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("module", [train_teacher, train_student])
 @pytest.mark.parametrize("survived", [1, 2])
-def test_a_killed_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(module, survived, teacher, student, tiny_cifar, tmp_path,
-                                                                       monkeypatch):
+def test_a_killed_and_resumed_run_is_bit_for_bit_the_same(module, survived, teacher, student, tiny_cifar, tmp_path,
+                                                          monkeypatch):
     """Stopped inside an epoch, before and after the DRW switch; momentum, EMA or a random draw left behind would show."""
     flags = ["--data-dir", tiny_cifar, "--out", tmp_path / "run", *(TEACHER if module is train_teacher else STUDENT)]
     flags += [] if module is train_teacher else ["--teacher", teacher]
@@ -114,7 +116,7 @@ def test_a_killed_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(module, s
 def test_a_student_run_leaves_its_teacher_alone_and_labels_by_argmax(teacher, tiny_cifar):
     """In training mode, or with gradients, the teacher's BatchNorm statistics would drift with the student's images."""
     rt = engine.setup("cpu")
-    net = train_teacher.load_teacher(str(teacher), 10, rt)
+    net = train_teacher.load_teacher(str(teacher), [f"class{k}" for k in range(10)], rt)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     x = torch.rand(16, 3, 32, 32)
     labels = train_student.teacher_labels(net, x)
@@ -149,24 +151,36 @@ def test_weight_decay_spares_biases_norms_tokens_and_positions():
 
 def test_a_small_set_can_be_learned_by_heart(tiny_cifar, tmp_path, monkeypatch):
     """Without augmentation the plain ViT must fit 240 easy images; a broken gradient, target or step could not."""
-    script(train_student, monkeypatch, "--data-dir", tiny_cifar, "--out", tmp_path / "fit", "--imb", 1, "--method", "vit", "--epochs", 12,
-           "--drw-epoch", 0, "--magnitude", -1, "--erasing", 0, "--batch", 24, "--patch-size", 8, "--crop", "padded", "--eval-every", 12, "--model", "micro", "--lr", 2e-3)
+    flags = "--imb 1 --method vit --model micro --patch-size 8 --epochs 12 --drw-epoch 0 --lr 2e-3 --batch 24 --eval-every 12"
+    off = ["--magnitude", "-1", "--erasing", "0"]
+    script(train_student, monkeypatch, "--data-dir", tiny_cifar, "--out", tmp_path / "fit", *flags.split(), *off)
     assert records(tmp_path / "fit")[-1]["loss"] < 0.3
     assert json.loads((tmp_path / "fit" / "result.json").read_text())["avg"]["overall"] > 90
 
 
-def test_two_processes_share_one_run(teacher, tiny_cifar, tmp_path):
-    """torchrun with 2 gloo processes: one log, and each test image counted once (a re-evaluation on one process agrees)."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv-backend=c10d",
-               "--rdzv-endpoint=localhost:0", str(ROOT / "train_student.py"), "--data-dir", str(tiny_cifar), "--teacher", str(teacher),
-               "--out", str(tmp_path / "two"), *STUDENT]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [r["epoch"] for r in records(tmp_path / "two")] == [0, 1, 2]
+def on_two_processes(name, folder, tiny_cifar, *flags):
+    """torchrun --nproc_per_node=2 with gloo on free ports; returns the result."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
+               "--rdzv-endpoint=localhost:0", ROOT / f"{name}.py", "--data-dir", tiny_cifar, "--device", "cpu", "--out", folder, *flags]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_two_processes_share_one_run(tiny_cifar, tmp_path):
+    """One log; each test image counted once and the saved BatchNorm statistics used: one process re-evaluates the same."""
+    result = on_two_processes("train_teacher", tmp_path / "teacher", tiny_cifar, *TEACHER)
     rt = engine.setup("cpu")
+    data = data_lt.load_data("cifar10", 4, "exp", tiny_cifar)
+    net = train_teacher.load_teacher(str(tmp_path / "teacher"), data.class_names, rt)
+    again = train_teacher.evaluate(net, data, rt)["avg"]
+    assert {c: again[c] for c in engine.COLUMNS} == result["avg"] and len(records(tmp_path / "teacher")) == 2
+
+    result = on_two_processes("train_student", tmp_path / "two", tiny_cifar, "--teacher", tmp_path / "teacher", *STUDENT)
+    assert [r["epoch"] for r in records(tmp_path / "two")] == [0, 1, 2] and result["command"].startswith("torchrun")
     net, args = analyze.load_student(str(tmp_path / "two"), rt)
-    again = train_student.evaluate(net, None, engine.load_data(args, rt), args, rt)
-    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    again = train_student.evaluate(net, None, data, args, rt)
     assert {c: again["avg"][c] for c in engine.COLUMNS} == result["avg"]
 
 
@@ -179,8 +193,13 @@ def test_the_teacher_is_trained_first_when_it_is_missing(tiny_cifar, tmp_path, m
     printed = capsys.readouterr().out
     assert printed.startswith("teacher resnet32, 1 epochs, then deit-lt micro") and "about" in printed.splitlines()[0]
     assert (tmp_path / "runs/teacher_cifar10_imb4_cpu_s0/result.json").exists()
-    script(train_student, monkeypatch, *flags, "--seed", 0, "--overwrite")
-    assert "Teacher:" not in capsys.readouterr().out                                      # the second time it is there
+    folder = next((tmp_path / "runs").glob("deit-lt*"))
+    before = (folder / "result.json").read_text()
+    script(train_student, monkeypatch, *flags, "--resume")                                # a finished run, teacher and all
+    assert "Teacher:" not in capsys.readouterr().out
+    assert json.loads((folder / "result.json").read_text())["avg"] == json.loads(before)["avg"]
+    monkeypatch.setitem(train_teacher.RECIPES["cpu"], "cifar10", tiny | dict(rho=0.2))    # the teacher there is another's
+    assert "--rho 0.1 -> 0.2" in refused(train_student, monkeypatch, capsys, *flags, "--overwrite")
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------------------------------
@@ -194,12 +213,12 @@ def refused(module, monkeypatch, capsys, *flags):
     return error
 
 
-def test_mistakes_end_with_one_line_and_leave_nothing(teacher, tiny_cifar, tmp_path, monkeypatch, capsys):
+def test_mistakes_end_with_one_line_and_leave_nothing(teacher, student, tiny_cifar, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = ["--data-dir", tiny_cifar]
     no = lambda module, *flags: refused(module, monkeypatch, capsys, *flags)
-    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda self: (_ for _ in ()).throw(OSError("no network")))
-    assert "--data-dir" in no(train_teacher, "--data-dir", tmp_path / "nowhere")
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    assert "--data-dir" in no(train_teacher, "--data-dir", tmp_path / "nowhere") and not (tmp_path / "nowhere").exists()
     assert "--imb" in no(train_teacher, *data, "--imb", 0)
     assert "lower --imb" in no(train_student, *data, "--imb", 1000, "--method", "vit")
     data += ["--imb", 4]
@@ -207,14 +226,35 @@ def test_mistakes_end_with_one_line_and_leave_nothing(teacher, tiny_cifar, tmp_p
     (tmp_path / "text.pt").write_text("hello")
     assert "not a readable checkpoint" in no(train_student, *data, "--teacher", tmp_path / "text.pt")
     assert "multiple of" in no(train_student, *data, "--patch-size", 5)
-    assert "must be positive" in no(train_student, *data, "--epochs", 0)
+    assert "--epochs must be at least 1" in no(train_student, *data, "--epochs", 0)
+    assert "--drop-path" in no(train_student, *data, "--drop-path", 1)
+    assert "--rho" in no(train_teacher, *data, "--rho", "nan")
+    assert "--device" in no(train_teacher, *data, "--device", "gpu")
     assert "--seed" in no(train_teacher, *data, "--seed", -1)
     assert "--eval-crop" in no(train_student, *data, "--eval-crop", 2)
     assert "no paper recipe" in no(train_student, "--dataset", "shapes", "--recipe", "paper")
     assert "10 classes, the data have 100" in no_hundred(teacher, tmp_path, no)
     assert "already holds a run" in no(train_teacher, *data, "--out", teacher)
+    assert "knows other classes" in no(train_student, "--dataset", "shapes", "--teacher", teacher)
+    assert "not finished" in no(analyze, "summary", unfinished(student, tmp_path))
+    broken = copy_of(tiny_cifar, tmp_path / "broken")
+    (broken / "test" / "class3" / "0.png").write_bytes(b"not a picture")
+    assert "class3" in no(train_teacher, "--data-dir", broken, "--imb", 4)
+    for file in (broken / "train" / "class5").iterdir():
+        file.unlink()
+    assert "class5 has no images" in no(train_teacher, "--data-dir", broken, "--imb", 4)
     assert "--lr 0.1 -> 0.3" in no(train_teacher, *data, "--out", teacher, "--resume", "--lr", 0.3, *TEACHER)
     assert not (tmp_path / "runs").exists()
+
+
+def copy_of(folder, to):
+    return Path(shutil.copytree(folder, to))
+
+
+def unfinished(student, tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    shutil.copy(student / "last.pt", tmp_path / "unfinished")
+    return tmp_path / "unfinished"
 
 
 def no_hundred(teacher, tmp_path, no):
