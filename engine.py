@@ -288,14 +288,6 @@ def load_data(args, rt):
     return data.to(rt.device)
 
 
-def recipe_line(args, recipes):
-    """One line for people about which recipe runs and how to get the other; empty for the paper's."""
-    if args.recipe == "paper":
-        return ""
-    other = "; the paper's is --recipe paper" if args.dataset in recipes["paper"] else ""
-    return f"Recipe cpu: small networks and short trainings, for a machine without a GPU{other}."
-
-
 def describe(data, args):
     """For people: CIFAR-10-LT (imb 100, 12,406 images, 10 classes of 5000 to 50)."""
     return (f"{data.label} (imb {args.imb:g}, {len(data.train_labels):,} images, {data.num_classes} classes of "
@@ -375,7 +367,6 @@ class Run:
 
     def __init__(self, folder, args, rt):
         self.folder, self.rt, self.checkpoint = folder, rt, os.path.join(folder, "last.pt")
-        self.started = time.time()
         self.log_path = os.path.join(folder, "log.jsonl")
         exists = os.path.exists(self.checkpoint)
         if exists and not (args.resume or args.overwrite):

@@ -302,7 +302,9 @@ def main():
         plan = f"teacher {own_teacher.arch}, {own_teacher.epochs} epochs, then {plan}"
         seconds += train_teacher.seconds_of_run(own_teacher, data, rt, own_run.start_epoch)
     rt.print(f"{plan} on {engine.describe(data, args)}: about {engine.duration(seconds)} on {rt.hardware()}.")
-    rt.print(engine.recipe_line(args, RECIPES))
+    if args.recipe == "cpu":
+        other = "; the paper's is --recipe paper" if args.dataset in RECIPES["paper"] else ""
+        rt.print(f"Recipe cpu: a small network and a short training, for a machine without a GPU{other}.")
     if to_train:
         train_teacher.run(own_teacher, data, rt, own_run)
         teacher = train_teacher.load_teacher(args.teacher, data.class_names, rt)

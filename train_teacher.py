@@ -190,8 +190,8 @@ def evaluate(net, data, rt):
 def run(args, data, rt, folder):
     """Train the teacher of these (resolved) settings, or go on with it, and fill its run folder (an engine.Run)."""
     seconds = seconds_of_run(args, data, rt, folder.start_epoch)
-    rt.print(f"Teacher: {args.arch}, {args.loss}, SAM rho {args.rho:g}, {args.epochs} epochs on {engine.describe(data, args)}: "
-             f"about {engine.duration(seconds)} on {rt.hardware()}. Run folder: {args.out}")
+    rt.print(f"Teacher ({args.recipe} recipe): {args.arch}, {args.loss}, SAM rho {args.rho:g}, {args.epochs} epochs "
+             f"on {engine.describe(data, args)}: about {engine.duration(seconds)} on {rt.hardware()}. Run folder: {args.out}")
     folder.begin(args, data)
     results = train(args, data, rt, folder)
     folder.finish(args, data, results, method=args.loss, model=args.arch, teacher=None)
@@ -205,7 +205,6 @@ def main():
     folder = engine.Run(args.out, args, rt)
     data = engine.load_data(args, rt)
     run(args, data, rt, folder)
-    rt.print(engine.recipe_line(args, RECIPES))
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ def test_the_teacher_is_trained_first_when_it_is_missing(tiny_cifar, tmp_path, m
     folder = next((tmp_path / "runs").glob("deit-lt*"))
     before = (folder / "result.json").read_text()
     script(train_student, monkeypatch, *flags, "--resume")                                # a finished run, teacher and all
-    assert "Teacher:" not in capsys.readouterr().out
+    assert "Teacher (" not in capsys.readouterr().out
     assert json.loads((folder / "result.json").read_text())["avg"] == json.loads(before)["avg"]
     monkeypatch.setitem(train_teacher.RECIPES["cpu"], "cifar10", tiny | dict(rho=0.2))    # the teacher there is another's
     assert "--rho 0.1 -> 0.2" in refused(train_student, monkeypatch, capsys, *flags, "--overwrite")
