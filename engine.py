@@ -444,19 +444,18 @@ class Run:
 def seconds_of_run(forward, images, training_images, tests, test_images, rt):
     """About how long a run will take here, from one measured step.
 
-    forward() -> scalar: a step's work on `images` images, up to the loss. training_images: all to come, in passes forward and
-    back; tests: evaluations of test_images each, at a third of a training image's cost.
+    forward(n) -> scalar: a step's work on n <= images images, up to a loss. training_images: all to come, in passes forward
+    and back; tests: evaluations of test_images each, at a third of a training image's cost.
     """
-    times = []
-    for _ in range(3):                                                    # the first warms up
+    for n in (min(4, images), images, images):                            # the first warms up
         start = time.perf_counter()
-        with rt.autocast():
-            loss = forward()
-        loss.backward()
+        forward(n).backward()
         if rt.device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:]) / images * (training_images + tests * test_images / 3) / rt.world
+        seconds = time.perf_counter() - start
+        if seconds / n * images > 20:                                     # a big network on a CPU: four images tell enough
+            break
+    return seconds / n * (training_images + tests * test_images / 3) / rt.world
 
 
 def duration(seconds):

@@ -322,11 +322,12 @@ def seconds_of_run(args, data, rt, teacher, start_epoch):
     net, epochs = build(vars(args), data.num_classes).to(rt.device), args.epochs - start_epoch
     images = data.train_images[:min(args.micro_batch, args.batch // rt.world)]
 
-    def forward():
-        x = strong_augment(augment.to_float(images), args)
-        if teacher:
-            teacher_labels(teacher, x)
-        return sum(logits.sum() for logits in net(x) if logits is not None)
+    def forward(n):
+        x = strong_augment(augment.to_float(images[:n]), args)
+        with rt.autocast():
+            if teacher:
+                teacher_labels(teacher, x)
+            return sum(logits.sum() for logits in net(x) if logits is not None)
     to_come, tests = epochs * len(epoch_order(args, data, 0)), -(-epochs // args.eval_every)
     return engine.seconds_of_run(forward, len(images), to_come, tests, len(data.test_labels), rt)
 

@@ -111,8 +111,12 @@ def seconds_of_run(args, data, rt, start_epoch=0):
     """About how long the epochs from start_epoch on will take here."""
     net, epochs = new_network(args, data, rt), args.epochs - start_epoch
     x = augment.to_float(data.train_images[:args.batch // rt.world]).contiguous(memory_format=torch.channels_last)
-    passes = (2 if args.rho > 0 else 1) * epochs * len(data.train_labels)
-    return engine.seconds_of_run(lambda: net(x).sum(), len(x), passes, -(-epochs // args.eval_every), len(data.test_labels), rt)
+    passes, tests = (2 if args.rho > 0 else 1) * epochs * len(data.train_labels), -(-epochs // args.eval_every)
+
+    def forward(n):
+        with rt.autocast():
+            return net(x[:n]).sum()
+    return engine.seconds_of_run(forward, len(x), passes, tests, len(data.test_labels), rt)
 
 
 def cross_entropy(logits, target, weight=None):

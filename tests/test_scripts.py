@@ -79,6 +79,15 @@ def test_the_first_loss_is_near_chance(student):
     assert first["loss"] == pytest.approx(0.5 * first["loss_cls"] + 0.5 * first["loss_dist"], rel=1e-4)
 
 
+def test_the_papers_steps_run_at_another_size_than_the_data(teacher, tiny_cifar, tmp_path, monkeypatch):
+    """The paper's recipe, its network, batch and length made small: resized crops, repeats, EMA, accumulation, evaluation crop."""
+    flags = "--recipe paper --model micro --img-size 64 --batch 48 --micro-batch 16 --epochs 2 --drw-epoch 1 --imb 4".split()
+    script(train_student, monkeypatch, "--data-dir", tiny_cifar, "--teacher", teacher, "--out", tmp_path / "paper", *flags)
+    log, result = records(tmp_path / "paper"), json.loads((tmp_path / "paper" / "result.json").read_text())
+    assert len(log) == 2 and all(0 < r["loss"] < 4 for r in log) and "ema" in result
+    assert torch.load(tmp_path / "paper" / "last.pt", weights_only=True)["config"]["repeats"] == 3
+
+
 class Killed(Exception):
     pass
 
