@@ -31,7 +31,7 @@ LDAM_CPU = LDAM_PAPER | dict(epochs=24, batch=64, schedule="cosine", warmup_epoc
 RECIPES = {
     "paper": {"cifar10": LDAM_PAPER, "cifar100": LDAM_PAPER},
     "cpu": {"cifar10": LDAM_CPU, "cifar100": LDAM_CPU,
-            "shapes": LDAM_CPU | dict(epochs=8, batch=32, lr=0.03, rho=0.05, drw_epoch=6, warmup_epochs=1, eval_every=2)},
+            "shapes": LDAM_CPU | dict(epochs=12, batch=32, lr=0.03, rho=0.05, drw_epoch=7, warmup_epochs=1, eval_every=2)},
 }
 HELP = {
     "arch": "network: resnet32 or resnet50",
