@@ -71,9 +71,9 @@ class Runtime:
         """For people: the GPU's name, or the CPU's with the threads in use."""
         if self.device.type == "cuda":
             return f"{self.world} x {torch.cuda.get_device_name(self.device)}"
-        threads = f"{torch.get_num_threads()} threads"
-        name = cpu_info(r"model name\s*:\s*(.+)")
-        return (f"{self.world} x " if self.world > 1 else "") + f"{threads} of {name[1] if name else platform.machine()}"
+        n, name = torch.get_num_threads(), cpu_info(r"model name\s*:\s*(.+)")
+        threads = f"{n} thread{'s' if n > 1 else ''} of {name[1] if name else platform.machine()}"
+        return f"{self.world} x {threads}" if self.world > 1 else threads
 
 
 def cpu_info(pattern):
