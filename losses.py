@@ -15,6 +15,15 @@ Teacher, LDAM (Cao et al., NeurIPS 2019, arXiv 1906.07413), with the classifier'
 
     L_LDAM = w[y] CE(z - s m_y onehot(y), y),    m_k = m_max * (n_min / n_k)^(1/4)                    (3)
 
+and the other CNN rows of the paper's tables, with pi_k = n_k / N:
+
+    L_VS    = w[y] CE(z_k / D_k + tau ln pi_k, y),   D_k = (n_max / n_k)^gamma                        (4)
+    L_focal = (1 - e^-l)^gamma l,   l = w[y] CE(z, y)                                                 (5)
+
+(4) is vector scaling (Kini et al., NeurIPS 2021, arXiv 2103.01550); with gamma = 0 it is logit adjustment (Menon et al.,
+ICLR 2021, arXiv 2007.07314), with tau = 0 too plain cross-entropy. (5) is the focal loss (Lin et al., arXiv 1708.02002), with
+the class weight inside the exponent as in LDAM-DRW's code.
+
 All functions take logits (B,K) and work in float32 or better, also under autocast.
 """
 import torch
@@ -53,9 +62,12 @@ def soft_cross_entropy(logits, target):
     return F.cross_entropy(full_precision(logits), target)
 
 
-def hard_distillation(dist_logits, teacher_labels, weight=None):
-    """Second term of (1): cross-entropy (B,K) with the teacher's labels (B,), class weights (K,) or None."""
-    return F.cross_entropy(full_precision(dist_logits), teacher_labels, weight=weight)
+def weighted_cross_entropy(logits, labels, weight=None):
+    """sum_i w[y_i] l_i / sum_i w[y_i], l_i = -log softmax(logits_i)[y_i]; the second term of (1) where y is the teacher's.
+
+    logits (B,K), labels (B,), class weights w (K,) or None for ones.
+    """
+    return F.cross_entropy(full_precision(logits), labels, weight=weight)
 
 
 def soft_distillation(dist_logits, teacher_logits, tau=1.0):
@@ -71,7 +83,7 @@ def soft_distillation(dist_logits, teacher_logits, tau=1.0):
 def distillation_loss(cls_logits, dist_logits, target, teacher_labels, alpha=0.5, weight=None):
     """Equation (1). target: soft labels (B,K) or class numbers (B,). Returns (loss, CLS part, DIST part)."""
     loss_cls = soft_cross_entropy(cls_logits, target)
-    loss_dist = hard_distillation(dist_logits, teacher_labels, weight)
+    loss_dist = weighted_cross_entropy(dist_logits, teacher_labels, weight)
     return (1 - alpha) * loss_cls + alpha * loss_dist, loss_cls, loss_dist                            # (1)
 
 
@@ -93,3 +105,26 @@ class LDAMLoss(nn.Module):
         onehot = F.one_hot(target, logits.shape[1])
         z = full_precision(logits) - self.scale * self.margins[target][:, None] * onehot
         return F.cross_entropy(z, target, weight=weight)                  # (3)
+
+
+class VSLoss(nn.Module):
+    """Vector scaling (4): the logits of rare classes count for less and start lower, so that training must lift them.
+
+    counts (K,): training images per class. Published: gamma 0.3, tau 1. At test time the plain logits are used.
+    """
+
+    def __init__(self, counts, gamma=0.3, tau=1.0):
+        super().__init__()
+        counts = torch.as_tensor(counts, dtype=torch.float64)
+        self.register_buffer("delta", ((counts.max() / counts) ** gamma).float())                     # D_k (K,)
+        self.register_buffer("shift", (tau * (counts / counts.sum()).log()).float())                  # tau ln pi_k (K,)
+
+    def forward(self, logits, target, weight=None):
+        """logits (B,K), target (B,), class weights (K,) or None -> scalar."""
+        return F.cross_entropy(full_precision(logits) / self.delta + self.shift, target, weight=weight)   # (4)
+
+
+def focal_loss(logits, target, weight=None, gamma=1.0):
+    """Focal loss (5), the plain mean over the batch; logits (B,K), target (B,), class weights (K,) or None."""
+    loss = F.cross_entropy(full_precision(logits), target, weight=weight, reduction="none")           # l (B,)
+    return ((1 - torch.exp(-loss)) ** gamma * loss).mean()                                            # (5)

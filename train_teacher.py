@@ -14,13 +14,12 @@ import time
 from math import inf
 
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import augment
 import data_lt
 import engine
-from losses import LDAMLoss, drw_weights
+from losses import LDAMLoss, VSLoss, drw_weights, focal_loss, weighted_cross_entropy
 from resnet import CIFAR_MEAN, CIFAR_STD, resnet32, resnet50
 from sam import SAM, frozen_batchnorm_statistics
 
@@ -35,7 +34,7 @@ RECIPES = {
 }
 HELP = {
     "arch": "network: resnet32 or resnet50",
-    "loss": "ldam (with a cosine classifier) or ce (cross-entropy)",
+    "loss": "ldam (with a cosine classifier), ce, focal, la (logit adjustment) or vs (vector scaling)",
     "epochs": "passes over the training set",
     "batch": "images per step, over all processes together",
     "lr": "peak learning rate of SGD with momentum 0.9",
@@ -47,6 +46,13 @@ HELP = {
     "beta": "of the effective number of images, for the class weights",
     "max_margin": "LDAM's margin of the rarest class",
     "eval_every": "epochs between evaluations on the test set (the last is always evaluated)",
+}
+LOSSES = {  # name -> criterion(logits, labels, weight=class weights or None)
+    "ce": lambda counts, args: weighted_cross_entropy,
+    "focal": lambda counts, args: focal_loss,
+    "la": lambda counts, args: VSLoss(counts, gamma=0),
+    "vs": lambda counts, args: VSLoss(counts),
+    "ldam": lambda counts, args: LDAMLoss(counts, args.max_margin),
 }
 ARCHITECTURES = {"resnet32": resnet32, "resnet50": resnet50}
 
@@ -61,8 +67,9 @@ def parse(argv=None):
 def resolve(args, rt):
     """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be."""
     changed = engine.resolve_recipe(args, RECIPES, rt)
-    if args.arch not in ARCHITECTURES or args.loss not in ("ldam", "ce") or args.schedule not in ("step", "cosine"):
-        raise engine.UserError(f"--arch is {' or '.join(ARCHITECTURES)}, --loss ldam or ce, --schedule step or cosine")
+    if args.arch not in ARCHITECTURES or args.loss not in LOSSES or args.schedule not in ("step", "cosine"):
+        raise engine.UserError(f"--arch is one of {', '.join(ARCHITECTURES)}; --loss one of {', '.join(LOSSES)}; "
+                               "--schedule step or cosine")
     engine.check_ranges(args, epochs=(1, inf), batch=(rt.world, inf), lr=(0, inf), weight_decay=(0, inf), rho=(0, inf),
                         warmup_epochs=(0, inf), beta=(0, 0.999999), max_margin=(0, 1), eval_every=(1, inf))
     args.name = f"teacher_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
@@ -119,15 +126,12 @@ def seconds_of_run(args, data, rt, start_epoch=0):
     return engine.seconds_of_run(forward, len(x), passes, tests, len(data.test_labels), rt)
 
 
-def cross_entropy(logits, target, weight=None):
-    return F.cross_entropy(logits.float(), target, weight=weight)
-
-
 def train(args, data, rt, run):
     """The whole training loop. Returns {"avg": accuracies of the last epoch}."""
     torch.manual_seed(args.seed)
     net = new_network(args, data, rt)
-    criterion = LDAMLoss(data.counts, args.max_margin).to(rt.device) if args.loss == "ldam" else cross_entropy
+    criterion = LOSSES[args.loss](data.counts, args)
+    criterion = criterion.to(rt.device) if isinstance(criterion, torch.nn.Module) else criterion
     sgd = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     optimizer = SAM(sgd, args.rho)
     if run.resumed:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from losses import (LDAMLoss, class_balanced_weights, distillation_loss, drw_weights, hard_distillation, soft_cross_entropy,
-                    soft_distillation)
+from losses import (LDAMLoss, VSLoss, class_balanced_weights, distillation_loss, drw_weights, focal_loss, soft_cross_entropy,
+                    soft_distillation, weighted_cross_entropy)
 
 C10_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 C10_50 = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
@@ -31,7 +31,7 @@ def log_softmax(row):
     return [v - math.log(sum(math.exp(u) for u in row)) for v in row]
 
 
-def weighted_cross_entropy(logits, labels, weight):
+def looped_cross_entropy(logits, labels, weight):
     """sum_i w[t_i] * -log p_i[t_i] / sum_i w[t_i]"""
     pairs = [(float(weight[t]), -log_softmax(row)[t]) for row, t in zip(logits, labels.tolist())]
     return sum(w * loss for w, loss in pairs) / sum(w for w, _ in pairs)
@@ -98,24 +98,24 @@ def test_loss_of_a_perfect_student_is_the_entropy_of_its_targets():
     loss.backward()
     entropy = (1.5 * math.log(2) + 0.8 * math.log(1.25) + 0.2 * math.log(10)) / 2
     assert loss.item() == pytest.approx(entropy, abs=1e-12) and logits.grad.abs().max() < 1e-12
-    assert hard_distillation(100 * torch.eye(3)[TEACHER], TEACHER).item() < 1e-30
+    assert weighted_cross_entropy(100 * torch.eye(3)[TEACHER], TEACHER).item() < 1e-30
 
 
 def test_weighted_mean_divides_by_the_sum_of_weights():
     """On paper: p of the label is 3/4 with w = 3 and 1/2 with w = 1, so (3 ln(4/3) + ln 2) / 4; not / 2."""
     logits = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]], dtype=torch.float64)
     weight = torch.tensor([3.0, 1.0], dtype=torch.float64)
-    loss = hard_distillation(logits, torch.tensor([0, 1]), weight)
+    loss = weighted_cross_entropy(logits, torch.tensor([0, 1]), weight)
     assert loss.item() == pytest.approx((3 * math.log(4 / 3) + math.log(2)) / 4, abs=1e-12)
 
 
 @pytest.mark.parametrize("weight", [None, WEIGHT])
-def test_hard_distillation_is_its_formula(weight):
+def test_weighted_cross_entropy_is_its_formula(weight):
     """Weights of the wrong class, ignored, or that do anything when they are None or all equal."""
-    expected = weighted_cross_entropy(LOGITS, TEACHER, [1, 1, 1] if weight is None else weight)
-    assert hard_distillation(LOGITS, TEACHER, weight).item() == pytest.approx(expected, abs=1e-12)
+    expected = looped_cross_entropy(LOGITS, TEACHER, [1, 1, 1] if weight is None else weight)
+    assert weighted_cross_entropy(LOGITS, TEACHER, weight).item() == pytest.approx(expected, abs=1e-12)
     equal = torch.full((3,), 0.3, dtype=torch.float64)
-    torch.testing.assert_close(hard_distillation(LOGITS, TEACHER, equal), hard_distillation(LOGITS, TEACHER))
+    torch.testing.assert_close(weighted_cross_entropy(LOGITS, TEACHER, equal), weighted_cross_entropy(LOGITS, TEACHER))
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
@@ -142,7 +142,7 @@ def test_total_is_1_minus_alpha_labels_plus_alpha_teacher(alpha, target):
     loss, cls, dist = distillation_loss(LOGITS, OTHER, target, TEACHER, alpha=alpha, weight=WEIGHT)
     onehot = target if target.dim() == 2 else torch.eye(3)[target]
     expected_cls = sum(-t * lp for row, rows in zip(LOGITS, onehot.tolist()) for t, lp in zip(rows, log_softmax(row))) / 4
-    expected_dist = weighted_cross_entropy(OTHER, TEACHER, WEIGHT)
+    expected_dist = looped_cross_entropy(OTHER, TEACHER, WEIGHT)
     assert cls.item() == pytest.approx(expected_cls, abs=1e-12) and dist.item() == pytest.approx(expected_dist, abs=1e-12)
     assert loss.item() == pytest.approx((1 - alpha) * expected_cls + alpha * expected_dist, abs=1e-12)
 
@@ -150,7 +150,7 @@ def test_total_is_1_minus_alpha_labels_plus_alpha_teacher(alpha, target):
 def test_default_is_deits_half_and_half_without_weights():
     """Another default alpha, or a default weighting."""
     loss = distillation_loss(LOGITS, OTHER, LABELS, TEACHER)[0]
-    expected = (weighted_cross_entropy(LOGITS, LABELS, [1] * 3) + weighted_cross_entropy(OTHER, TEACHER, [1] * 3)) / 2
+    expected = (looped_cross_entropy(LOGITS, LABELS, [1] * 3) + looped_cross_entropy(OTHER, TEACHER, [1] * 3)) / 2
     assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -181,7 +181,7 @@ def test_ldam_is_its_formula(weight):
     shifted = (LOGITS * 5).clone()
     for i, t in enumerate(LABELS.tolist()):
         shifted[i, t] -= s * margins[t]
-    expected = weighted_cross_entropy(shifted, LABELS, [1, 1, 1] if weight is None else weight)
+    expected = looped_cross_entropy(shifted, LABELS, [1, 1, 1] if weight is None else weight)
     loss = LDAMLoss(counts, max_margin=0.3, scale=s)(LOGITS * 5, LABELS, weight)
     assert loss.item() == pytest.approx(expected, abs=1e-5)               # the margins are kept in float32
 
@@ -198,11 +198,13 @@ def test_ldam_defaults_and_a_margin_on_paper():
 LOSSES = {
     "soft_cross_entropy": lambda z: soft_cross_entropy(z, SOFT.to(z)),
     "soft_cross_entropy, class numbers": lambda z: soft_cross_entropy(z, LABELS),
-    "hard_distillation": lambda z: hard_distillation(z, TEACHER, WEIGHT.to(z)),
+    "weighted_cross_entropy": lambda z: weighted_cross_entropy(z, TEACHER, WEIGHT.to(z)),
     "soft_distillation, student": lambda z: soft_distillation(z, OTHER.to(z), tau=2.0),
     "soft_distillation, teacher": lambda z: soft_distillation(OTHER.to(z), z, tau=2.0),
     "distillation_loss": lambda z: distillation_loss(z, z.flip(0), SOFT.to(z), TEACHER, weight=WEIGHT.to(z))[0],
     "ldam": lambda z: LDAMLoss([160, 10, 30], scale=5.0)(z, LABELS, WEIGHT.to(z)),
+    "vector scaling": lambda z: VSLoss([160, 10, 30])(z, LABELS, WEIGHT.to(z)),
+    "focal": lambda z: focal_loss(z, LABELS, WEIGHT.to(z), gamma=2.0),
 }
 
 
@@ -214,7 +216,7 @@ def test_gradients_are_those_of_finite_differences(name):
 
 HALF_LOSSES = {                                                           # as in a step under autocast: only logits are half
     "soft_cross_entropy": lambda z: soft_cross_entropy(z, SOFT.float()),
-    "hard_distillation": lambda z: hard_distillation(z, TEACHER, WEIGHT.float()),
+    "weighted_cross_entropy": lambda z: weighted_cross_entropy(z, TEACHER, WEIGHT.float()),
     "soft_distillation": lambda z: soft_distillation(z, z.flip(0), tau=2.0),
     "distillation_loss": lambda z: distillation_loss(z, z.flip(0), SOFT.float(), TEACHER, weight=WEIGHT.float())[0],
     "ldam": lambda z: LDAMLoss([160, 10, 30], scale=5.0)(z, LABELS, WEIGHT.float()),
@@ -236,3 +238,33 @@ def test_half_precision_logits_are_computed_in_float32(name, autocast, dtype):
 def test_ldam_margins_follow_the_loss_to_its_device():
     """Margins left behind on the CPU when the loss moves: they are a buffer, not a plain attribute."""
     assert LDAMLoss(C10_100).to("meta").margins.is_meta
+
+
+# ---- vector scaling, logit adjustment, focal -----------------------------------------------------------------------------
+
+def softmax_loss(z, y):
+    return math.log(sum(math.exp(v) for v in z)) - z[y]
+
+
+@pytest.mark.parametrize("gamma, tau", [(0.3, 1.0), (0.0, 1.0), (0.0, 0.0)])
+def test_vector_scaling_equals_its_formula(gamma, tau):
+    """CE(z_k / (n_max/n_k)^gamma + tau ln pi_k); a prior added with the wrong sign, or counts for frequencies, would differ."""
+    counts, labels, w = [100, 20, 4], [0, 2, 1, 2], [0.5, 1.0, 1.5]
+    z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    total = weights = 0.0
+    for row, y in zip(z.tolist(), labels):
+        shifted = [v / (100 / n) ** gamma + tau * math.log(n / 124) for v, n in zip(row, counts)]
+        total, weights = total + w[y] * softmax_loss(shifted, y), weights + w[y]
+    loss = VSLoss(counts, gamma, tau)(z, torch.tensor(labels), torch.tensor(w, dtype=torch.float64))
+    assert loss.item() == pytest.approx(total / weights, rel=1e-6)
+
+
+def test_focal_loss_equals_its_formula_with_the_weight_inside_the_exponent():
+    z = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels, w = [0, 2, 1, 2], [0.5, 1.0, 1.5]
+    each = [w[y] * softmax_loss(row, y) for row, y in zip(z.tolist(), labels)]
+    expected = sum((1 - math.exp(-l)) ** 2 * l for l in each) / 4
+    loss = focal_loss(z, torch.tensor(labels), torch.tensor(w, dtype=torch.float64), gamma=2.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    assert focal_loss(z, torch.tensor(labels), gamma=0.0).item() == pytest.approx(
+        sum(softmax_loss(row, y) for row, y in zip(z.tolist(), labels)) / 4)              # gamma = 0: cross-entropy

@@ -304,6 +304,14 @@ def test_rollout_of_known_attentions():
     assert torch.allclose(analyze.attention_rollout([first, second])[0], torch.tensor([[0.75, 0.25], [0.1875, 0.8125]]))
 
 
+@pytest.mark.parametrize("loss", ["ce", "focal", "la", "vs"])
+def test_every_loss_trains_a_teacher(loss, tiny_cifar, tmp_path, monkeypatch):
+    """With and without weights (before and after DRW), without SAM; the loss is finite and the classifier linear, with bias."""
+    script(train_teacher, monkeypatch, "--data-dir", tiny_cifar, "--out", tmp_path / loss, *TEACHER, "--loss", loss, "--rho", 0)
+    assert all(0 < r["loss"] < 20 for r in records(tmp_path / loss))
+    assert "linear.bias" in torch.load(tmp_path / loss / "last.pt", weights_only=True)["model"]
+
+
 @pytest.mark.parametrize("module", [train_teacher, train_student, analyze])
 def test_help_works(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module.__name__, "--help"])
