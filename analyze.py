@@ -140,7 +140,7 @@ def draw_classes(axis, result, config):
     edges = np.cumsum([len(g) for g in config["groups"].values()])[:-1] - 0.5
     for edge in edges:
         axis.axvline(edge, color="#bbbbbb", linewidth=0.8)
-    axis.legend(fontsize=8, loc="lower left")
+    axis.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 
 
 def draw_curves(axis, log, head="avg"):
@@ -156,7 +156,7 @@ def draw_curves(axis, log, head="avg"):
     axis.set_ylim(0, 100)
     axis.set_xlabel("epoch")
     axis.set_ylabel(f"test accuracy of the {NAMES[head]}, %")
-    axis.legend(fontsize=8, loc="upper left")
+    axis.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, columnspacing=1)
 
 
 def save_figure(figure, path):
@@ -214,7 +214,7 @@ def command_augment(options, rt):
     clean, labels = augment.to_float(data.train_images[index]), data.train_labels[index]
     strong = train_student.strong_augment(clean, args)
     mixed, target = augment.mixup_cutmix(strong, labels, data.num_classes, args.mixup, args.cutmix, args.smoothing)
-    figure, axes = plt.subplots(3, n, figsize=(1.3 * n, 5))
+    figure, axes = plt.subplots(3, n, figsize=(1.5 * n, 5.6))
     for row, (name, images) in enumerate([("clean", clean), ("strong", strong), ("mixed", mixed)]):
         says = train_student.teacher_labels(teacher, images).tolist() if teacher else [None] * n
         for column in range(n):
