@@ -1,6 +1,6 @@
 r"""How fast is it here? Every figure is measured now, on this machine, side by side with what it is compared to.
 
-    python bench.py                      about two minutes on 2 CPU cores
+    python bench.py                      all of it
     python bench.py --only augment       or: step
 
 Quote ratios from one run, not single numbers: machines are shared and noisy. Each comparison calls its variants in turn, round

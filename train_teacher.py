@@ -1,7 +1,7 @@
 r"""Train the CNN teacher on the long-tailed data: LDAM with deferred re-weighting, under SAM.
 
     python train_teacher.py --dataset cifar10 --imb 100            the teacher of DeiT-LT on CIFAR-10-LT
-    python train_teacher.py --dataset shapes                       about a minute on 2 CPU cores, no download
+    python train_teacher.py --dataset shapes                       two to three minutes on 2 CPU threads, no download
 
 Published: ResNet-32, LDAM-DRW-SAM, 200 epochs: 81.9 % on CIFAR-10-LT (imb 100), 45.4 % on CIFAR-100-LT (Saddle-LongTail,
 arXiv 2212.13827). The teacher sees only weak augmentation, crop and flip; the student will ask it about strongly augmented,

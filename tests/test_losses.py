@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from losses import (LDAMLoss, VSLoss, class_balanced_weights, distillation_loss, drw_weights, focal_loss, soft_cross_entropy,

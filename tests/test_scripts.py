@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import analyze
-import augment
 import data_lt
 import engine
 import train_student
