@@ -1,12 +1,14 @@
-r"""Look inside a trained student: tables and pictures from a run folder, in one command each.
+r"""Look inside a trained network: tables and pictures from a run folder or a published checkpoint, in one command each.
 
-    python analyze.py eval      runs/NAME             accuracies of every head, overall and per class
+    python analyze.py eval      runs/NAME             accuracies of every head, overall and per class; of a teacher too
+    python analyze.py eval      --checkpoint FILE --dataset cifar10 --imb 100          the same of a file (see networks.py)
     python analyze.py summary   runs/NAME             one picture: who knows which classes, the training, where the tokens look
     python analyze.py attention runs/NAME             where CLS and DIST look, on images of the rarest classes
     python analyze.py augment   runs/NAME             what the student trains on: clean, strong, mixed, with the teacher's label
 
 What to expect if DeiT-LT works: CLS is better on the head classes, DIST on the tail, the average near the better of both.
-Pictures and numbers are written into the run folder unless --out names a file. Only this file needs matplotlib.
+Pictures and numbers are written into the run folder (or beside the file) unless --out says where. Only this file needs
+matplotlib.
 """
 import argparse
 import csv
@@ -22,9 +24,11 @@ matplotlib.use("Agg")  # draw to files, also without a display
 import matplotlib.pyplot as plt
 
 import augment
+import data_lt
 import engine
 import train_student
 import train_teacher
+from networks import NORMALISATIONS, load_network, match_classes
 
 # Okabe and Ito's colour-blind safe palette.
 COLORS = {"cls": "#0072B2", "dist": "#D55E00", "avg": "#000000", "ema": "#009E73",
@@ -34,15 +38,38 @@ NAMES = {"cls": "CLS (head expert)", "dist": "DIST (tail expert)", "avg": "avera
 
 # ---- Loading -------------------------------------------------------------------------------------------------------------
 
-def load_student(folder, rt):
-    """A student's run folder -> (network in evaluation mode, its settings, its data). Raises UserError for other things."""
-    state = engine.load_checkpoint(folder, ("model", "config", "class_names"))
-    if "method" not in state["config"]:
-        raise engine.UserError(f"{folder} is not a student's run folder")
-    args = argparse.Namespace(**state["config"])
-    net = train_student.build(state["config"], len(state["class_names"])).to(rt.device)
-    engine.load_weights(net, state["model"], folder)
-    return net.eval(), args
+def load(path, rt, options=None):
+    """Run folder or checkpoint -> (Network in evaluation mode on the device, its settings, its data).
+
+    A file from elsewhere has no settings: the data are what `options` (command line) say, CIFAR by default, and test images are
+    resized and cropped as usual for its size. Raises UserError for a file that is not understood or does not fit the data.
+    """
+    found = load_network(path, getattr(options, "norm", None), getattr(options, "size", None))
+    dataset = "cifar100" if found.num_classes == 100 else "cifar10"
+    assumed = {"dataset": dataset, "imb": 100.0, "imb_type": "exp", "data_dir": "data", "img_size": found.net.img_size,
+               "eval_crop": 0.875 if found.net.img_size > 64 else 1.0}
+    given = {key: value for key in DATA_FLAGS if (value := getattr(options, key, None)) is not None}
+    args = argparse.Namespace(**assumed | found.config | given)
+    data = engine.load_data(args, rt)
+    match_classes(found, data, path)
+    found.net.to(rt.device)
+    return found, args, data
+
+
+DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir")
+
+
+def load_student(path, rt, options=None):
+    """As load, but (the student itself, its settings, its data); raises UserError for a teacher."""
+    found, args, data = load(path, rt, options)
+    if found.kind != "student":
+        raise engine.UserError(f"{path} is not a student: it is {found.what}")
+    return found.net, args, data
+
+
+def beside(path, name):
+    """Where an output called `name` goes: into the run folder, or beside the checkpoint file, with its name in front."""
+    return os.path.join(path, name) if os.path.isdir(path) else f"{os.path.splitext(path)[0]}_{name}"
 
 
 def read_log(folder):
@@ -168,13 +195,12 @@ def save_figure(figure, path):
 def summary(folder, out=None):
     """One picture of a finished run; returns its path."""
     rt = engine.Runtime(torch.device("cpu"))                              # alone, also when called by one of several processes
-    net, args = load_student(folder, rt)
+    net, args, data = load_student(folder, rt)
     try:
         with open(os.path.join(folder, "result.json")) as f, open(os.path.join(folder, "config.json")) as g:
             result, config = json.load(f), json.load(g)
     except FileNotFoundError:
         raise engine.UserError(f"the run in {folder} is not finished; continue it with --resume") from None
-    data = engine.load_data(args, rt)
     columns = 10
     figure = plt.figure(figsize=(13, 8.2))
     grid = figure.add_gridspec(2, 1, height_ratios=[1.25, 1], hspace=0.32)
@@ -195,19 +221,19 @@ def command_summary(options, rt):
 
 
 def command_attention(options, rt):
-    net, args = load_student(options.run, rt)
-    data = engine.load_data(args, rt)
+    net, args, data = load_student(options.run, rt, options)
     n = 10
     figure, axes = plt.subplots(1 + net.num_tokens, n, figsize=(1.3 * n, 1.5 * (1 + net.num_tokens)))
     draw_attention(axes, net, args, data, examples(data, data.groups["tail"] or data.groups["mid"], n, options.seed))
     figure.suptitle(f"{options.run}: attention rollout; above each map what that token predicts, bold when right", fontsize=9)
-    print(save_figure(figure, options.out or os.path.join(options.run, "attention.png")))
+    print(save_figure(figure, options.out or beside(options.run, "attention.png")))
 
 
 def command_augment(options, rt):
-    net, args = load_student(options.run, rt)
-    data = engine.load_data(args, rt)
-    teacher = train_teacher.load_teacher(args.teacher, data.class_names, rt) if net.distilled else None
+    net, args, data = load_student(options.run, rt, options)
+    if not hasattr(args, "magnitude"):
+        raise engine.UserError(f"{options.run} does not say how its student was trained; name a run of train_student.py")
+    teacher = train_student.read_teacher(args, data, rt) if net.distilled else None
     torch.manual_seed(options.seed)
     n = 10
     index = torch.randperm(len(data.train_labels))[:n]
@@ -225,15 +251,20 @@ def command_augment(options, rt):
                 title = f"{textwrap.fill(title, 14)}\nteacher: {data.class_names[says[column]]}"
             show(axes[row, column], images[column], title)
         axes[row, 0].set_ylabel(name)
-    print(save_figure(figure, options.out or os.path.join(options.run, "augment.png")))
+    print(save_figure(figure, options.out or beside(options.run, "augment.png")))
 
 
 def command_eval(options, rt):
-    net, args = load_student(options.run, rt)
-    data = engine.load_data(args, rt)
-    results = train_student.evaluate(net, None, data, args, rt)
-    print(engine.table(results, args.method))
-    path = options.out or os.path.join(options.run, "per_class.csv")
+    found, args, data = load(options.run, rt, options)
+    print(f"{options.run}: {found.what}; on {engine.describe(data, args)}")
+    if found.kind == "student":
+        results = train_student.evaluate(found.net, None, data, args, rt)
+        print(engine.table(results, "student"))
+    else:
+        results = train_teacher.evaluate(found.net, data, rt)
+        print(engine.table(results, "teacher"))
+        print(train_teacher.say_on_training_images(train_teacher.on_training_images(found.net, data, rt)))
+    path = options.out or beside(options.run, "per_class.csv")
     with open(path, "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["class", "training images", *results])
@@ -246,11 +277,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = {"eval": command_eval, "summary": command_summary, "attention": command_attention, "augment": command_augment}
     parser.add_argument("command", choices=commands)
-    parser.add_argument("run", help="a student's run folder")
-    parser.add_argument("--out", help="file to write (default: in the run folder)")
+    parser.add_argument("run", nargs="?", help="run folder or checkpoint file (summary: a finished run folder)")
+    parser.add_argument("--checkpoint", help="the same, as a flag")
+    parser.add_argument("--out", help="file to write (default: in the run folder, or beside the file)")
     parser.add_argument("--seed", type=int, default=0, help="which example images")
     parser.add_argument("--device", default="auto")
+    data = parser.add_argument_group("data", "which data to use; default: what the run was trained on, for other files CIFAR")
+    data.add_argument("--dataset", choices=data_lt.DATASETS)
+    data.add_argument("--imb", type=float)
+    data.add_argument("--imb-type", choices=["exp", "step"])
+    data.add_argument("--data-dir")
+    network = parser.add_argument_group("network", "for files from elsewhere")
+    network.add_argument("--norm", choices=NORMALISATIONS, help="pixel statistics to normalise with (default: as recognised)")
+    network.add_argument("--size", type=int, help="side of a CNN's images, pixels (default: as recognised)")
     options = parser.parse_args()
+    options.run = options.checkpoint or options.run
+    if not options.run:
+        parser.error("name a run folder or a checkpoint file")
     commands[options.command](options, engine.setup(options.device))
 
 

@@ -29,6 +29,7 @@ from PIL import Image
 PUBLISHED_GROUPS = {  # classes in head, mid, tail
     "cifar10": (3, 4, 3), "cifar100": (36, 35, 29), "shapes": (3, 4, 3),
 }
+DATASETS = ("cifar10", "cifar100", "shapes")
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
 
 
@@ -236,6 +237,11 @@ class LongTailData:
     class_names: list
     counts: list                # training images per class
     groups: dict                # {"head": [class numbers], "mid": ..., "tail": ...}
+    class_ids: list = None      # the data set's own number of each class; None: the same as here
+
+    def __post_init__(self):
+        if self.class_ids is None:
+            self.class_ids = list(range(self.num_classes))
 
     @property
     def num_classes(self):

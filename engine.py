@@ -124,6 +124,19 @@ def all_sum(tensor, rt):
     return tensor
 
 
+def gather(tensor, rt):
+    """Rows of all processes (n_r, ...) -> (sum of n_r, ...), in the order of ranks; the n_r may differ."""
+    if rt.world == 1:
+        return tensor
+    sizes = [torch.zeros((), dtype=torch.long, device=rt.device) for _ in range(rt.world)]
+    dist.all_gather(sizes, torch.tensor(len(tensor), device=rt.device))
+    sizes = [int(n) for n in sizes]
+    padded = torch.cat([tensor, tensor.new_zeros(max(sizes) - len(tensor), *tensor.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(rt.world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, sizes)])
+
+
 def share_buffers(net, rt):
     """Give every process the main process's buffers: each has seen other images, so BatchNorm's statistics differ."""
     if rt.world > 1:
@@ -227,7 +240,7 @@ def table(results, title=""):
 
 def add_run_flags(parser):
     """The flags that both training scripts have."""
-    parser.add_argument("--dataset", default="cifar10", choices=["cifar10", "cifar100", "shapes"],
+    parser.add_argument("--dataset", default="cifar10", choices=data_lt.DATASETS,
                         help="shapes is built in and needs no download (default: %(default)s)")
     parser.add_argument("--imb", type=float, default=100, help="imbalance n_max / n_min, 1 = balanced (default: %(default)s)")
     parser.add_argument("--imb-type", default="exp", choices=["exp", "step"], help="shape of the tail (default: %(default)s)")
@@ -250,7 +263,8 @@ def add_recipe_flags(parser, recipes, help_texts):
     group = parser.add_argument_group("recipe", "each overrides the number of the same name in the recipe table at the top "
                                       "of this file; in brackets: the rows' values")
     for key, text in help_texts.items():
-        rows = {f"{recipe} {dataset}": row[key] for recipe, r in recipes.items() for dataset, row in r.items()}
+        rows = {f"{recipe} {dataset}": row[key] for recipe, r in recipes.items() for dataset, row in r.items()
+                if key in row}
         shown = ", ".join(f"{name}: {value}" for name, value in rows.items())
         kind = type(next(iter(rows.values())))
         if kind is bool:
@@ -336,8 +350,14 @@ def save_checkpoint(path, **state):
     write_atomically(path, lambda f: torch.save(state, f))
 
 
+# What published files hold beside tensors: settings, and accuracies as NumPy numbers. Anything else is refused.
+numpy_scalar = np.float64(0).__reduce__()[0]
+HARMLESS = [argparse.Namespace, np.dtype, *(type(np.dtype(t)) for t in ("float32", "float64", "int64")),
+            (numpy_scalar, "numpy.core.multiarray.scalar"), (numpy_scalar, "numpy._core.multiarray.scalar")]
+
+
 def load_checkpoint(path, keys=("model", "config")):
-    """Read a checkpoint of this project (`path`: the file or its run folder), safely, onto the CPU.
+    """Read a checkpoint (`path`: the file or its run folder) safely, onto the CPU: a dict.
 
     Raises UserError if there is none, if it is damaged or no checkpoint, or if it lacks one of `keys`.
     """
@@ -345,8 +365,13 @@ def load_checkpoint(path, keys=("model", "config")):
     if not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                            # damaged files raise nearly anything
+        forbidden = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if forbidden:
+            raise UserError(f"{path} holds an object of type {forbidden[1]}, and reading that would run code; save its "
+                            "state_dict() instead") from None
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise UserError(f"{path} is not a readable checkpoint ({why})") from None
     if not isinstance(state, dict) or any(k not in state for k in keys):
@@ -358,7 +383,7 @@ def load_weights(model, weights, what):
     """load_state_dict with strict=True; a mismatch becomes a UserError that says what differs."""
     try:
         model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{what} does not fit the network: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -433,8 +458,9 @@ class Run:
             with open(self.log_path) as f:
                 seconds = round(sum(json.loads(line)["seconds"] for line in f), 1)
             launcher = f"torchrun --nproc_per_node={self.rt.world}" if self.rt.world > 1 else "python"
+            argv = [a for a in sys.argv if a not in ("--resume", "--overwrite")]     # how the run came about, not what it is
             result = {"dataset": data.label, "imb": args.imb, "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
-                      "command": f"{launcher} {shlex.join(sys.argv)}", "hardware": self.rt.hardware(), "seconds": seconds}
+                      "command": f"{launcher} {shlex.join(argv)}", "hardware": self.rt.hardware(), "seconds": seconds}
             result |= more | {name: {c: r[c] for c in COLUMNS} for name, r in results.items()}
             result["per_class"] = {name: r["per_class"] for name, r in results.items()}
             save_json(os.path.join(self.folder, "result.json"), result)

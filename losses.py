@@ -22,10 +22,24 @@ and the other CNN rows of the paper's tables, with pi_k = n_k / N:
 
 (4) is vector scaling (Kini et al., NeurIPS 2021, arXiv 2103.01550); with gamma = 0 it is logit adjustment (Menon et al.,
 ICLR 2021, arXiv 2007.07314), with tau = 0 too plain cross-entropy. (5) is the focal loss (Lin et al., arXiv 1708.02002), with
-the class weight inside the exponent as in LDAM-DRW's code.
+the class weight inside the exponent as in LDAM-DRW's code; with the weights (2) from the first epoch on it is "CB-Focal".
+
+Or teacher, PaCo: parametric contrastive learning (Cui et al., ICCV 2021, arXiv 2107.12028). Image i is seen in two views: one
+gives logits z_ic and a unit vector v_i, the other, through a slowly following copy of the network, a unit key k_i. Each anchor
+v_i is contrasted with the bank = [v_1..v_B; k_1..k_B; a queue of earlier keys] and with the classes, whose logits stand for
+learnable class centres and are shifted by the log prior, so that rare classes must win by more:
+
+    s_ic = z_ic + ln pi_c,    t_ia = v_i . bank_a / T                                                 (6)
+    D_i  = sum_c e^s_ic + gamma sum_{a != i} e^t_ia                                                   (7)    never itself
+    L_i  = -[ beta (s_iy - ln D_i) + alpha sum_{a in P_i} (t_ia - ln D_i) ] / (beta + alpha |P_i|)    (8)
+
+P_i: the other entries of the bank with image i's label, its own key among them. alpha = 0 and gamma = 0 give logit adjustment.
+At test time only the network is used, with its plain logits.
 
 All functions take logits (B,K) and work in float32 or better, also under autocast.
 """
+import copy
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -128,3 +142,84 @@ def focal_loss(logits, target, weight=None, gamma=1.0):
     """Focal loss (5), the plain mean over the batch; logits (B,K), target (B,), class weights (K,) or None."""
     loss = F.cross_entropy(full_precision(logits), target, weight=weight, reduction="none")           # l (B,)
     return ((1 - torch.exp(-loss)) ** gamma * loss).mean()                                            # (5)
+
+
+class PaCoLoss(nn.Module):
+    """Equations (6) to (8). counts (K,): training images per class; the published CIFAR-100 values are the defaults."""
+
+    def __init__(self, counts, alpha=0.01, beta=1.0, gamma=1.0, temperature=0.05):
+        super().__init__()
+        counts = torch.as_tensor(counts, dtype=torch.float64)
+        self.register_buffer("log_prior", (counts / counts.sum()).log().float())                      # ln pi_c (K,)
+        self.alpha, self.beta, self.gamma, self.temperature = alpha, beta, gamma, temperature
+
+    def forward(self, logits, v, target, bank, bank_labels):
+        """logits (B,K), anchors v (B,d), target (B,), bank (A,d) whose first B rows are v, labels (A,) -> scalar.
+
+        A label of -1 marks a row that is nobody's positive (an empty place in the queue).
+        """
+        with torch.autocast(v.device.type, enabled=False):
+            s = full_precision(logits) + self.log_prior                                               # (6) (B,K)
+            t = v @ bank.T / self.temperature                                                         # (6) (B,A)
+        itself = torch.eye(*t.shape, dtype=torch.bool, device=t.device)
+        positive = (target[:, None] == bank_labels) & ~itself                                         # P_i as a mask (B,A)
+        contrast = t.masked_fill(itself, -torch.inf).logsumexp(dim=1)
+        log_d = torch.logaddexp(s.logsumexp(dim=1), contrast + torch.tensor(self.gamma).log())        # (7) ln D_i (B,)
+        class_term = s.gather(1, target[:, None])[:, 0] - log_d
+        pair_terms = ((t - log_d[:, None]) * positive).sum(dim=1)
+        weight = self.beta + self.alpha * positive.sum(dim=1)
+        return -((self.beta * class_term + self.alpha * pair_terms) / weight).mean()                  # (8)
+
+
+class PaCo(nn.Module):
+    """What PaCo puts around a network while it trains: projections, the key encoder and the queue (as MoCo, 1911.05722).
+
+    A step: keys() once, then forward() and PaCoLoss (twice under SAM, with the same keys), then enqueue() once.
+
+    net: network whose call with return_features=True gives (logits (B,K), features (B,num_features)). dim: of v and the keys.
+    queue: keys remembered. momentum: share of its old weights that the key encoder keeps in a step. The queue starts with rows
+    of zeros, at right angles to everything, and labels -1, nobody's positive (published: random rows and labels).
+    """
+
+    def __init__(self, net, num_features, dim=32, queue=1024, momentum=0.999):
+        super().__init__()
+        self.momentum = momentum
+        self.net = net
+        self.projection = nn.Sequential(nn.Linear(num_features, num_features), nn.BatchNorm1d(num_features),
+                                        nn.ReLU(inplace=True), nn.Linear(num_features, dim))
+        self.key_net = copy.deepcopy(self.net).requires_grad_(False)
+        self.key_projection = copy.deepcopy(self.projection).requires_grad_(False)
+        self.register_buffer("queue", torch.zeros(queue, dim))                                        # newest first
+        self.register_buffer("queue_labels", torch.full((queue,), -1))
+
+    @staticmethod
+    def unit(projection, features):
+        with torch.autocast(features.device.type, enabled=False):         # at T = 0.05 a cosine in bfloat16 is too coarse
+            return F.normalize(projection(full_precision(features)), dim=1)
+
+    def forward(self, images):
+        """Query view (B,3,S,S) in [0,1] -> logits (B,K), anchors v (B,dim) of length 1."""
+        logits, features = self.net(images, return_features=True)
+        return logits, self.unit(self.projection, features)
+
+    @torch.no_grad()
+    def keys(self, images):
+        """Let the key encoder follow the query encoder by one step, then encode: key view -> keys (B,dim) of length 1.
+
+        Only parameters follow. BatchNorm in the key encoder normalises with its own batch, like the query encoder's, so its
+        running statistics, which its own passes move, are never used.
+        """
+        for follower, leader in ((self.key_net, self.net), (self.key_projection, self.projection)):
+            torch._foreach_lerp_(list(follower.parameters()), list(leader.parameters()), 1 - self.momentum)
+        _, features = self.key_net(images, return_features=True)
+        return self.unit(self.key_projection, features)
+
+    def bank(self, v, keys, labels):
+        """What anchors are contrasted with: (2B+queue,dim) and the labels (2B+queue,); gradients reach v."""
+        return torch.cat([v, keys, self.queue]), torch.cat([labels, labels, self.queue_labels])
+
+    @torch.no_grad()
+    def enqueue(self, keys, labels):
+        """Put a step's keys (n,dim) and labels (n,), of all processes, at the front; as many old ones drop off the end."""
+        self.queue.copy_(torch.cat([keys, self.queue])[:len(self.queue)])
+        self.queue_labels.copy_(torch.cat([labels, self.queue_labels])[:len(self.queue)])

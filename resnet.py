@@ -1,4 +1,4 @@
-r"""Residual networks: the CNN teachers. ResNet-32 for 32 px images, ResNet-50 for 224 px.
+r"""Residual networks: the CNN teachers. ResNet-32 for 32 px images, ResNet-50 for 224 px; or any network of torchvision.
 
 He et al., CVPR 2016, arXiv 1512.03385.    y = ReLU(F(x) + shortcut(x))                                       (1)
 
@@ -9,6 +9,7 @@ ResNet-50 is torchvision's v1.5: bottlenecks with the stride in the 3x3 convolut
 
 State-dict keys: ResNet-32 as in LDAM-DRW and Saddle-LongTail, ResNet-50 as in torchvision. B images, K classes.
 Like every network here they take images in [0, 1] and normalise them themselves; `img_size` is the size they were made for.
+`make(arch, K)` builds one by its name.
 """
 import torch
 import torch.nn as nn
@@ -27,7 +28,7 @@ class CosineClassifier(nn.Module):
 
     def __init__(self, in_features, num_classes, scale=30.0):
         super().__init__()
-        self.scale = scale
+        self.in_features, self.out_features, self.scale = in_features, num_classes, scale
         # Unit columns, as published: their length changes no logit, but the longer they are the slower they turn.
         self.weight = nn.Parameter(F.normalize(torch.empty(in_features, num_classes).uniform_(-1, 1), dim=0))
 
@@ -36,7 +37,7 @@ class CosineClassifier(nn.Module):
 
 
 class ResNet(nn.Module):
-    """What both networks share: normalisation, then features, then the classifier."""
+    """What the networks share: normalisation, then features, then the classifier."""
 
     def __init__(self, img_size, mean, std):
         super().__init__()
@@ -155,6 +156,38 @@ class ResNet50(ResNet):
         return x.mean(dim=(2, 3))                                         # (B,2048,7,7) -> (B,2048)
 
 
+class TorchvisionNetwork(ResNet):
+    """Any classification network of torchvision, from random weights, its last linear layer kept apart as `classifier`.
+
+    Keys: torchvision's behind "body.", the last layer's behind "classifier."; `from_torchvision` renames a plain state dict.
+    Raises ValueError for a name that torchvision does not have, and for networks that do not end in a linear layer (SqueezeNet)
+    or train with auxiliary classifiers (GoogLeNet, Inception).
+    """
+
+    def __init__(self, arch, num_classes, cosine=False, img_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        super().__init__(img_size, mean, std)
+        from torchvision import models
+        if arch not in models.list_models(module=models):
+            raise ValueError(f"there is no network {arch!r}: choose resnet32, resnet50 or another of torchvision's, such as "
+                             "resnet18 or regnet_y_16gf")
+        sized = {"image_size": img_size} if arch.startswith("vit_") else {}
+        self.body = models.get_model(arch, weights=None, num_classes=num_classes, **sized)
+        name, last = [(n, m) for n, m in self.body.named_modules() if not list(m.children()) and list(m.parameters())][-1]
+        if not isinstance(last, nn.Linear) or hasattr(self.body, "aux_logits"):
+            raise ValueError(f"{arch} cannot be a teacher here: it does not end in one linear layer")
+        self.classifier = CosineClassifier(last.in_features, num_classes) if cosine else last
+        self.body.set_submodule(name, nn.Identity())
+        self.last_name = name
+
+    def forward_features(self, x):
+        return self.body(x)                                               # (B,3,S,S) -> (B,d)
+
+    def from_torchvision(self, weights):
+        """torchvision's keys -> the keys of this network."""
+        last = self.last_name + "."
+        return {"classifier." + k[len(last):] if k.startswith(last) else "body." + k: v for k, v in weights.items()}
+
+
 def resnet32(num_classes=10, **kwargs):
     """CIFAR ResNet-32 (n = 5): 0.41 GFLOP per image for a training step."""
     return CifarResNet(5, num_classes, **kwargs)
@@ -163,3 +196,9 @@ def resnet32(num_classes=10, **kwargs):
 def resnet50(num_classes=1000, **kwargs):
     """ImageNet ResNet-50 v1.5: 25,557,032 parameters at K = 1000."""
     return ResNet50(num_classes, **kwargs)
+
+
+def make(arch, num_classes, **kwargs):
+    """The network called `arch`: resnet32, resnet50, or else torchvision's of that name. Raises ValueError as that does."""
+    ours = {"resnet32": resnet32, "resnet50": resnet50}
+    return ours[arch](num_classes, **kwargs) if arch in ours else TorchvisionNetwork(arch, num_classes, **kwargs)

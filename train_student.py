@@ -27,8 +27,9 @@ import augment
 import data_lt
 import engine
 import train_teacher
-import vit
 from losses import distillation_loss, drw_weights, soft_cross_entropy
+from networks import NORMALISATIONS, build_student
+from vit import MODELS
 
 # One row per data set. paper: the published scripts, where 2 GPUs x 128 images x 4 accumulated micro-batches make a batch of
 # 1024, the learning rate follows from 2 x 128, and the EMA's decay is that of four micro-batches, 0.99996^4. cpu: the same
@@ -69,7 +70,7 @@ HELP = {
     "eval_crop": "test images are resized to img_size / eval_crop and the centre is cut out",
     "eval_every": "epochs between evaluations on the test set (the last is always evaluated)",
 }
-MODELS = {"micro": vit.vit_micro, "mini": vit.vit_mini, "tiny": vit.vit_tiny, "small": vit.vit_small, "base": vit.vit_base}
+OWN_TEACHERS = {"auto": "ldam", "ldam": "ldam", "paco": "paco"}           # --teacher -> --loss of train_teacher.py
 METHODS = {  # what the methods differ in; everything else is equal
     "deit-lt": dict(distilled=True),
     "vit": dict(distilled=False),
@@ -80,23 +81,28 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     engine.add_run_flags(parser)
     parser.add_argument("--method", default="deit-lt", choices=METHODS, help="default: %(default)s")
-    parser.add_argument("--teacher", default="auto", help="run folder or checkpoint of train_teacher.py; auto: the recipe's "
-                        "own teacher of the same seed, trained first if it is missing (default: %(default)s)")
+    parser.add_argument("--teacher", default="auto", help="run folder of train_teacher.py, published checkpoint or state dict "
+                        "of a torchvision network; ldam or paco: the recipe's own teacher of that loss and the same seed, "
+                        "trained first if it is missing; auto: " + OWN_TEACHERS["auto"] + " (default: %(default)s)")
+    parser.add_argument("--teacher-norm", choices=NORMALISATIONS, help="pixel statistics that the teacher's images are "
+                        "normalised with (default: those it was trained on; the published student loop: imagenet)")
+    parser.add_argument("--teacher-size", type=int, help="side of the teacher's images, pixels (default: what it is known for: "
+                        "32 or 224)")
     engine.add_recipe_flags(parser, RECIPES, HELP)
     return parser.parse_args(argv)
 
 
 def teacher_args(args):
-    """Settings of the recipe's own teacher (`--teacher auto`): the same data, recipe and seed, its run folder resumed."""
+    """Settings of the recipe's own teacher (`--teacher auto`, ldam, paco): same data, recipe and seed, its folder resumed."""
     given = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in
              ("dataset", "imb", "imb-type", "data-dir", "recipe", "seed", "device", "amp")]
-    return train_teacher.parse(given + ["--resume"])
+    return train_teacher.parse(given + ["--loss", OWN_TEACHERS[args.teacher], "--resume"])
 
 
 def resolve(args, rt):
     """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be.
 
-    Returns the settings of the recipe's own teacher with `--teacher auto`, else None.
+    Returns the settings of the recipe's own teacher with `--teacher auto`, ldam or paco, else None.
     """
     changed = engine.resolve_recipe(args, RECIPES, rt)
     if args.model not in MODELS or args.crop not in ("resized", "padded"):
@@ -112,11 +118,12 @@ def resolve(args, rt):
     distilled = METHODS[args.method]["distilled"]
     if distilled and args.teacher != "auto":
         changed += "_by_" + os.path.basename(os.path.normpath(args.teacher))
+    changed += "".join(f"_{k.replace('_', '')}{v}" for k in ("teacher_norm", "teacher_size") if (v := getattr(args, k)))
     args.name = f"{args.method}_{args.model}_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
     args.out = args.out or f"runs/{args.name}"
     if not distilled:
         args.teacher = None
-    if args.teacher != "auto":
+    if args.teacher not in OWN_TEACHERS:
         return None
     own = teacher_args(args)
     train_teacher.resolve(own, rt)
@@ -124,10 +131,9 @@ def resolve(args, rt):
     return own
 
 
-def build(args, num_classes):
-    """The student of these settings (a dict)."""
-    return MODELS[args["model"]](img_size=args["img_size"], patch_size=args["patch_size"], num_classes=num_classes,
-                                 drop_path=args["drop_path"], distilled=METHODS[args["method"]]["distilled"])
+def new_network(args, data, rt):
+    """An untrained student of these settings on the device."""
+    return build_student(vars(args), data.num_classes, METHODS[args.method]["distilled"]).to(rt.device)
 
 
 def parameter_groups(net, weight_decay):
@@ -139,14 +145,8 @@ def parameter_groups(net, weight_decay):
 
 
 def strong_augment(x, args):
-    """Crop, flip, RandAugment, erasing: (B,3,H,W) in [0,1] -> (B,3,S,S) in [0,1], another draw for every image."""
-    if args.crop == "resized":
-        x = augment.random_resized_crop(x, args.img_size)
-    else:
-        x = augment.resize(augment.random_crop_flip(x, x.shape[-1] // 8), args.img_size)
-    if args.magnitude >= 0:
-        x = augment.rand_augment(x, magnitude=args.magnitude)
-    return augment.random_erasing(x, args.erasing)
+    """(B,3,H,W) in [0,1] -> (B,3,S,S) in [0,1], another draw for every image."""
+    return augment.strong_augment(x, args.img_size, args.crop, args.magnitude, args.erasing)
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def epoch_order(args, data, epoch):
 def train(args, data, teacher, rt, run):
     """The whole training loop. Returns {"cls", "dist", "avg" and, with --ema, "ema": accuracies of the last epoch}."""
     torch.manual_seed(args.seed)
-    net = build(vars(args), data.num_classes).to(rt.device)
+    net = new_network(args, data, rt)
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
     ema = engine.EMA(net, args.ema) if args.ema > 0 else None
     if run.resumed:
@@ -293,7 +293,7 @@ def main():
     data = engine.load_data(args, rt)
     teacher, to_train = None, own_run is not None and not own_run.finished
     if args.teacher and not to_train:
-        teacher = train_teacher.load_teacher(args.teacher, data.class_names, rt)
+        teacher = read_teacher(args, data, rt)
 
     plan = f"{args.method} {args.model} ({args.img_size} px, patch {args.patch_size}), {args.epochs} epochs"
     like_teacher = train_teacher.new_network(own_teacher, data, rt).eval() if to_train else teacher
@@ -307,7 +307,7 @@ def main():
         rt.print(f"Recipe cpu: a small network and a short training, for a machine without a GPU{other}.")
     if to_train:
         train_teacher.run(own_teacher, data, rt, own_run)
-        teacher = train_teacher.load_teacher(args.teacher, data.class_names, rt)
+        teacher = read_teacher(args, data, rt)
 
     run.begin(args, data)
     results = train(args, data, teacher, rt, run)
@@ -317,9 +317,17 @@ def main():
         draw_summary(args.out)
 
 
+def read_teacher(args, data, rt):
+    """The teacher of these settings, after a line that says what it is."""
+    like = (getattr(args, key, None) for key in ("teacher_norm", "teacher_size"))
+    teacher, what = train_teacher.load_teacher(args.teacher, data, rt, *like)
+    rt.print(f"Teacher {args.teacher}: {what}")
+    return teacher
+
+
 def seconds_of_run(args, data, rt, teacher, start_epoch):
     """About how long the epochs from start_epoch on will take here, all parts of a step included."""
-    net, epochs = build(vars(args), data.num_classes).to(rt.device), args.epochs - start_epoch
+    net, epochs = new_network(args, data, rt), args.epochs - start_epoch
     images = data.train_images[:min(args.micro_batch, args.batch // rt.world)]
 
     def forward(n):

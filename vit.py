@@ -230,3 +230,6 @@ def vit_small(**kwargs):
 def vit_base(**kwargs):
     """DeiT-B: 768 x 12 x 12."""
     return VisionTransformer(**{"embed_dim": 768, "depth": 12, "num_heads": 12, **kwargs})
+
+
+MODELS = {"micro": vit_micro, "mini": vit_mini, "tiny": vit_tiny, "small": vit_small, "base": vit_base}

@@ -3,6 +3,7 @@ r"""augment.py against PIL and torchvision image by image, and against the formu
 Colours are compared in levels, 255ths of the range. Everything is seeded, so that the frequencies below are the same in every
 run; their tolerances are at least three standard deviations (or what corresponds to that for `distance`) wide.
 """
+import itertools
 import math
 import random
 
@@ -10,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 import augment
 
 H, W = 64, 48                                                             # not square: an exchange of the two sides would show
-FILL = (124, 116, 104)                                                    # 255 times ImageNet's mean, rounded
+FILL, GREY = (124, 116, 104), (128, 128, 128)                             # 255 times ImageNet's mean, rounded; AutoAugment's
 OPERATION = {operation.__name__: (operation, argument) for operation, argument in augment.RAND_AUGMENT}
+AUTO = dict(augment.AUTO_AUGMENT_OPERATIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,12 @@ def to_pil(image):
 def levels(picture):
     """PIL picture -> float (3,H,W) in 0..255."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
+
+
+def as_expected(count, n, p):
+    """Whether each number of n draws is what its probability p says, to 4.5 standard deviations and one draw."""
+    count, p = torch.as_tensor(count).double(), torch.as_tensor(p).double()
+    return ((count - n * p).abs() <= 4.5 * (n * p * (1 - p)).sqrt() + 1).all()
 
 
 def distance(a, b):
@@ -99,21 +107,69 @@ AFFINE = {  # operation: (the same in PIL with timm's matrices, arguments to try
 }
 
 
-@pytest.mark.parametrize("name", AFFINE)
-def test_an_affine_operation_moves_every_image_as_pil_does(name):
+@pytest.mark.parametrize("name, table, fill", [(n, OPERATION, FILL) for n in AFFINE] + [("shear_y", AUTO, GREY)])
+def test_a_bicubic_operation_moves_every_image_as_pil_does(name, table, fill):
     """A wrong direction, amount, centre or fill colour. Half a pixel too far would be 4 to 9 levels on these pictures."""
     pil, values = AFFINE[name]
     pictures = smooth(len(values))
-    ours = OPERATION[name][0](augment.to_float(pictures), torch.tensor(values, dtype=torch.float32)) * 255
+    ours = table[name][0](augment.to_float(pictures), torch.tensor(values, dtype=torch.float32)) * 255
     white, framed = Image.new("L", (W, H), 255), Image.new("L", (W, H), 0)
     framed.paste(255, (3, 3, W - 3, H - 3))
     for picture, value, result in zip(pictures, values, ours):
         inside = np.array(pil(framed, value)) > 0                         # comes from 3 pixels or more inside the picture
         outside = np.array(pil(white, value).filter(ImageFilter.MaxFilter(7))) == 0   # 3 pixels or more outside it
-        theirs = levels(pil(to_pil(picture), value, resample=Image.Resampling.BICUBIC, fillcolor=FILL))
+        theirs = levels(pil(to_pil(picture), value, resample=Image.Resampling.BICUBIC, fillcolor=fill))
         assert (result - theirs).abs().amax(dim=0)[inside].max() <= 2.5
-        assert torch.equal(result.round().permute(1, 2, 0)[outside], torch.tensor(FILL).expand(outside.sum(), 3).float())
+        assert torch.equal(result.round().permute(1, 2, 0)[outside], torch.tensor(fill).expand(outside.sum(), 3).float())
         assert inside.mean() > 0.4 and (outside.any() or abs(value) in (3, 0.05))
+
+
+@pytest.mark.parametrize("name", ["rotate", "translate_x", "translate_y"])
+def test_a_nearest_operation_takes_the_pixels_that_pil_takes(name):
+    """Interpolation, another fill, half a pixel of shift: on noise any of them changes nearly every pixel."""
+    values = {"rotate": [30 * k / 9 for k in range(10)]}.get(name, [s * 150 / 331 * k / 9 for k in range(10) for s in (1, -1)])
+    pictures = noise(len(values))
+    ours = AUTO[name][0](augment.to_float(pictures), torch.tensor(values)) * 255
+    for picture, value, result in zip(pictures, values, ours):
+        theirs = levels(AFFINE[name][0](to_pil(picture), value, resample=Image.Resampling.NEAREST, fillcolor=GREY))
+        differ = ((result - theirs).abs() > 0.01).any(dim=0).float().mean()
+        assert differ <= (0.01 if name == "rotate" else 0), value         # a turned pixel may lie between two
+
+
+@pytest.mark.parametrize("h, w", [(H, W), (3, 2)])
+def test_blur_is_pils_gaussian_blur_with_its_own_sigma_for_every_image(h, w):
+    """A wrong width, a border that is not repeated, rows blurred as columns, one sigma for all.
+
+    PIL rounds to 8 bits after each of its six passes: on this noise up to 3 levels, 1.1 on average; none for a sigma of 0.
+    """
+    sigma = [0.0, 0.1, 0.3, 0.7, 1.0, 1.5, 2.0, 3.3, 5.0]
+    pictures = noise(len(sigma), h=h, w=w)
+    ours = augment.gaussian_blur(augment.to_float(pictures), torch.tensor(sigma)) * 255
+    for picture, s, result in zip(pictures, sigma, ours):
+        off = (result - levels(to_pil(picture).filter(ImageFilter.GaussianBlur(s)))).abs()
+        assert off.max() < 3.5 * (s > 0) + 1e-3 and off.mean() < 1.2, s
+
+
+def test_blurs_variance_is_sigma_squared():
+    """The same without PIL: a white dot's image is symmetric, keeps its light, and has this variance along both sides."""
+    sigma, at = torch.tensor([0.1, 0.5, 1.0, 2.0]), torch.arange(31.0) - 15
+    dot = torch.zeros(4, 3, 31, 31)
+    dot[:, :, 15, 15] = 1
+    out = augment.gaussian_blur(dot, sigma)
+    torch.testing.assert_close(out, out.flip(2, 3))
+    for side in (out[:, 0].sum(1), out[:, 0].sum(2)):
+        torch.testing.assert_close(side.sum(1), torch.ones(4))
+        torch.testing.assert_close((side * at ** 2).sum(1), sigma ** 2, rtol=1e-4, atol=1e-5)
+
+
+def test_hue_turns_every_image_as_torchvision_does():
+    """Another colour circle or direction, one turn for all images, greys that change; pixels with equal channels are there."""
+    turns = torch.tensor([-0.5, -0.3, -0.1, 0.0, 0.05, 0.1, 0.33, 0.5])
+    pictures = augment.to_float(torch.cat([noise(4), noise(2, 100, 102), smooth(2)]))
+    pictures[:, :, 0] = pictures[:, :1, 0]                                # a row of greys
+    for result, picture, turn in zip(augment.hue(pictures, turns), pictures, turns.tolist()):
+        assert (result - tv.adjust_hue(picture, turn)).abs().max() < 1e-5
+        torch.testing.assert_close(result[:, 0], picture[:, 0])
 
 
 def test_operations_take_the_published_arguments_at_magnitudes_0_9_and_10():
@@ -192,24 +248,180 @@ def test_probability_zero_does_nothing_and_one_does_everything():
     torch.testing.assert_close(inverted, 1 - images)
 
 
-def test_jitter_draws_brightness_contrast_and_saturation_from_one_minus_to_one_plus_strength():
-    """A left-out factor, one factor for all three or for the whole batch, another range.
+# ---- AutoAugment ---------------------------------------------------------------------------------------------------------
 
-    Two grey halves of a picture, the same colour cast on both, recover the three: brightness scales the mean grey,
-    contrast the difference of the halves, saturation the cast.
+# A transcription of the policy in the names of the published code: operation k probability, then the second.
+POLICY = [line.split() for line in """
+invert 7 .1 contrast 6 .2|rotate 2 .7 translateX 9 .3|sharpness 1 .8 sharpness 3 .9|shearY 8 .5 translateY 9 .7
+autocontrast 8 .5 equalize 2 .9|shearY 7 .2 posterize 7 .3|color 3 .4 brightness 7 .6|sharpness 9 .3 brightness 9 .7
+equalize 5 .6 equalize 1 .5|contrast 7 .6 sharpness 5 .6|color 7 .7 translateX 8 .5|equalize 7 .3 autocontrast 8 .4
+translateY 3 .4 sharpness 6 .2|brightness 6 .9 color 8 .2|solarize 2 .5 invert 3 0|equalize 0 .2 autocontrast 0 .6
+equalize 8 .2 equalize 4 .6|color 9 .9 equalize 6 .6|autocontrast 4 .8 solarize 8 .2|brightness 3 .1 color 0 .7
+solarize 5 .4 autocontrast 3 .9|translateY 9 .9 translateY 9 .7|autocontrast 2 .9 solarize 3 .8|equalize 8 .8 invert 3 .1
+translateY 9 .7 autocontrast 1 .9""".strip().replace("\n", "|").split("|")]
+POLICY = [[(op.replace("X", "_x").replace("Y", "_y"), int(k), float(p)) for op, k, p in (r[:3], r[3:])] for r in POLICY]
+BITS = [8, 8, 7, 7, 6, 6, 5, 5, 4, 4]
+SIGNED = {"color", "contrast", "brightness", "sharpness", "shear_y", "translate_x", "translate_y"}
+
+
+def published_argument(name, k, sign):
+    """What the published code computes from index k: NumPy's grids of ten values, and a sign."""
+    grid = {"rotate": np.linspace(0, 30, 10), "shear_y": sign * np.linspace(0, 0.3, 10), "posterize": BITS,
+            "solarize": np.linspace(256, 0, 10)}
+    for axis in "xy":
+        grid[f"translate_{axis}"] = sign * np.linspace(0, 150 / 331, 10)
+    return float(grid.get(name, 1 + sign * np.linspace(0, 0.9, 10))[k])
+
+
+def test_the_policy_is_the_published_one():
+    """A digit mistyped in one of the 25 rows: against the transcription above and against torchvision's own table."""
+    ours = [[(row[i], row[i + 2], row[i + 1]) for i in (0, 3)] for row in augment.AUTO_AUGMENT]
+    assert ours == POLICY
+    theirs = AutoAugment(AutoAugmentPolicy.CIFAR10).policies              # None: the operation has no strength
+    assert len(theirs) == len(ours) == 25
+    for row, pair in zip(ours, theirs):
+        for (name, k, prob), (their_name, their_prob, their_k) in zip(row, pair):
+            assert (name.replace("_", ""), prob) == (their_name.lower(), their_prob) and their_k in (None, k)
+
+
+def test_every_index_gives_the_published_argument_with_a_fair_sign():
+    """A grid that ends elsewhere, steps of tenths for ninths, a sign for rotation or none for another, one for the batch."""
+    n = 2000
+    for name in set(AUTO) - {"autocontrast", "equalize", "invert"}:
+        for k in range(10):
+            drawn = AUTO[name][1](torch.full((n,), k))
+            plus, minus = published_argument(name, k, 1), published_argument(name, k, -1)
+            is_plus, is_minus = (drawn - plus).abs() < 1e-4, (drawn - minus).abs() < 1e-4
+            assert (is_plus | is_minus).all(), (name, k)
+            if name in SIGNED and k > 0:
+                assert as_expected(is_plus.sum(), n, 0.5), (name, k)
+            else:
+                assert is_plus.all(), (name, k)
+
+
+def test_pairs_operations_and_indices_occur_as_often_as_the_policy_says(monkeypatch):
+    """A pair never drawn, one coin for both operations or for the whole batch, an index or a coin of another row.
+
+    Operation number i (1..13) at index k appends the digit 16 i + k in base 256 to its image, so that the result spells what
+    was done. Every one of the possible results is counted, and there are no others.
     """
-    def measure(x):
-        grey = 0.299 * x[:, 0, 0] + 0.587 * x[:, 1, 0] + 0.114 * x[:, 2, 0]                           # (B,2), left and right
-        return grey.mean(dim=1), grey[:, 1] - grey[:, 0], x[:, 0, 0, 0] - x[:, 1, 0, 0]
+    number = {name: i + 1 for i, name in enumerate(AUTO)}
+    spelling = {name: (lambda x, k, i=i: x * 256 + (16 * i + k).view(-1, 1, 1, 1), lambda k: k) for name, i in number.items()}
+    monkeypatch.setattr(augment, "AUTO_AUGMENT_OPERATIONS", spelling)
+    expected = torch.zeros(256 * 256).double()
+    for (op1, k1, p1), (op2, k2, p2) in POLICY:
+        first, second = 16 * number[op1] + k1, 16 * number[op2] + k2
+        for spelled, p in ((0, (1 - p1) * (1 - p2)), (first, p1 * (1 - p2)), (second, (1 - p1) * p2),
+                           (256 * first + second, p1 * p2)):
+            expected[spelled] += p / 25
+    n = 200_000
+    spelled = augment.auto_augment(torch.zeros(n, 3, 1, 1))[:, 0, 0, 0].long()
+    counts = torch.bincount(spelled, minlength=256 * 256)
+    assert counts[expected == 0].sum() == 0 and as_expected(counts, n, expected)
+    assert (counts > 0).sum() == (expected > 0).sum() > 60
 
-    picture = torch.full((3, 1, 2), 0.4)
-    picture[:, :, 1] += 0.06
-    picture[0] += 0.05
-    pictures = picture.expand(3000, 3, 1, 2)
-    mean, step, cast = (new / old for new, old in zip(measure(augment.color_jitter(pictures, 0.3)), measure(pictures)))
-    for factor in (mean, step / mean, cast / step):
-        assert distance(factor, [random.uniform(0.7, 1.3) for _ in range(20_000)]) < 0.04
-    assert abs(np.corrcoef(torch.stack([mean, step / mean, cast / step]).numpy()) - np.eye(3)).max() < 0.06
+
+def pil_operation(name, picture, value):
+    if name == "posterize":
+        return ImageOps.posterize(picture, int(value))
+    if name in COLOUR:
+        return COLOUR[name][0](picture, value) if name != "solarize" else ImageOps.solarize(picture, value)
+    how = Image.Resampling.BICUBIC if name == "shear_y" else Image.Resampling.NEAREST
+    return AFFINE[name][0](picture, value, resample=how, fillcolor=GREY)
+
+
+def test_a_whole_auto_augment_does_what_pil_does_with_the_same_draws(monkeypatch):
+    """The two operations in the wrong order, an argument of the wrong one, a result that the second does not start from.
+
+    What is drawn is written down by the table's functions of k; PIL then computes with the published argument for that k and
+    sign. PIL rounds to 8 bits in between, which a stretch can enlarge, and its bicubic kernel is another: hence 1 level on
+    average and 99 % of the pixels within 6, or with a shear 3 on average. Another operation on this noise is tens away.
+    """
+    log = []
+    watched = {name: (op, lambda k, name=name, f=f: log.append((name, k.item(), f(k))) or log[-1][-1])
+               for name, (op, f) in AUTO.items()}
+    monkeypatch.setattr(augment, "AUTO_AUGMENT_OPERATIONS", watched)
+    seen = set()
+    for picture in noise(150):
+        log.clear()
+        ours = augment.auto_augment(augment.to_float(picture[None]))[0] * 255
+        theirs = to_pil(picture)
+        for name, k, value in log:
+            sign = -1 if value < (1 if name in COLOUR else 0) else 1
+            theirs = pil_operation(name, theirs, published_argument(name, k, sign))
+        off = (ours - levels(theirs)).abs()
+        names = tuple(name for name, *_ in log)
+        assert off.mean() < 3 if "shear_y" in names else off.mean() < 1 and (off < 6).float().mean() > 0.99, log
+        seen.add(names)
+    assert len(seen) > 25 and max(map(len, seen)) == 2 and () in seen
+
+
+# ---- Operations for some images, colour jitter ---------------------------------------------------------------------------
+
+def test_every_image_meets_the_operation_and_the_level_chosen_for_it():
+    """Results or levels written back to other images of the batch; an image with choice -1 that changes."""
+    images, choice, level = torch.rand(50, 3, 4, 4), torch.randint(-1, 3, (50,)), torch.rand(50)
+    before = images.clone()
+    table = [(lambda x, v: x + v.view(-1, 1, 1, 1), lambda m: 10 * m), (lambda x, v: x * v.view(-1, 1, 1, 1), lambda m: m),
+             (lambda x, _: 1 - x, lambda m: m)]
+    out = augment.apply_chosen(images, choice, level, table)
+    for x, c, m, result in zip(images, choice.tolist(), level, out):
+        torch.testing.assert_close(result, {-1: x, 0: x + 10 * m, 1: x * m, 2: 1 - x}[c])
+    assert torch.equal(images, before)
+
+
+def test_sometimes_is_a_coin_for_every_image():
+    """One coin for the batch, 1 - p for p, or images that lose the coin and change all the same."""
+    images, n = torch.rand(4000, 3, 2, 2), 4000
+    for prob in (0.0, 0.2, 0.8, 1.0):
+        out = augment.sometimes(images, prob, lambda x: x + 2)
+        changed = (out == images + 2).flatten(1).all(dim=1)
+        assert torch.equal(out[~changed], images[~changed]) and as_expected(changed.sum(), n, prob)
+
+
+def test_jitter_draws_every_factor_from_its_range_and_all_24_orders_equally_often(monkeypatch):
+    """A fixed order, an order for the whole batch, one strength used for another, factors drawn together, one not applied.
+
+    Operation i writes its amount and its place in the order into channel i; the pictures have four channels for that.
+    """
+    def writes(i):
+        def operation(x, amount):
+            place = (x != 0).any(dim=(2, 3)).sum(dim=1)                   # how many have written before
+            x = x.clone()
+            x[:, i] = (10 * (place + 1) + amount).view(-1, 1, 1)
+            return x
+        return operation, lambda amount: amount
+
+    monkeypatch.setattr(augment, "COLOR_JITTER", [writes(i) for i in range(4)])
+    n = 24_000
+    written = augment.color_jitter(torch.zeros(n, 4, 1, 1), 0.3, 0.8, 1.5, 0.1)[:, :, 0, 0].double()  # (n,4)
+    place = (written / 10).round()                                        # amounts are below 5
+    code = (place * torch.tensor([1000, 100, 10, 1])).sum(dim=1).long()
+    orders, counts = code.unique(return_counts=True)
+    assert sorted(orders.tolist()) == sorted(int("".join(p)) for p in itertools.permutations("1234"))
+    assert as_expected(counts, n, 1 / 24)
+    amount = (written - 10 * place).T
+    for drawn, low, high in zip(amount, (0.7, 0.2, 0.0, -0.1), (1.3, 1.8, 2.5, 0.1)):
+        assert low - 1e-5 <= drawn.min() and drawn.max() <= high + 1e-5
+        assert distance(drawn, np.random.uniform(low, high, 100_000)) < 0.015
+    assert abs(np.corrcoef(amount.numpy()) - np.eye(4)).max() < 0.03
+    without = augment.color_jitter(torch.zeros(600, 4, 1, 1), 0.4, 0.4, 0.4)[:, :, 0, 0]              # no hue: six orders
+    assert (without[:, 3] == 0).all() and len((without[:, :3] / 10).round().unique(dim=0)) == 6
+
+
+def test_jitter_is_torchvisions_with_the_same_factors_in_the_same_order(monkeypatch):
+    """A stand-in for one of the four, or operations applied in another order than drawn."""
+    log = []
+    watched = [(op, lambda v, op=op: log.append((op.__name__, v.item())) or v) for op, _ in augment.COLOR_JITTER]
+    monkeypatch.setattr(augment, "COLOR_JITTER", watched)
+    theirs = {"brightness": tv.adjust_brightness, "contrast": tv.adjust_contrast, "color": tv.adjust_saturation,
+              "hue": tv.adjust_hue}
+    for picture in augment.to_float(noise(60)):
+        log.clear()
+        ours, expected = augment.color_jitter(picture[None], 0.4, 0.4, 0.4, 0.1)[0], picture
+        for name, value in log:
+            expected = theirs[name](expected, value)
+        assert len(log) == 4 and (ours - expected).abs().max() < 1e-3     # torchvision rounds the weights of its grey
 
 
 # ---- Crops ---------------------------------------------------------------------------------------------------------------
@@ -385,6 +597,105 @@ def test_erasing_rate_can_be_set_and_zero_is_off():
     assert (augment.random_erasing(pictures, prob=1.0) != pictures).flatten(1).any(dim=1).all()
 
 
+def test_cutout_is_a_black_square_centred_on_any_pixel_and_clipped():
+    """Centres that keep the square inside, another side, a colour, an image without one, or the same place for all.
+
+    Along a side of n pixels the centre c gives the box [c - 8, c + 8) inside 0..n: each of the n boxes equally often.
+    """
+    n, h, w = 24_000, 32, 24
+    kept = augment.cutout(torch.ones(n, 3, h, w))
+    black = kept[:, 0] == 0
+    assert torch.equal(kept, (~black).float()[:, None].expand(-1, 3, -1, -1))   # all channels, and the rest as it was
+    rows, cols = black.any(dim=2), black.any(dim=1)
+    assert torch.equal(black, rows[:, :, None] & cols[:, None, :])        # a full box
+    for line, side in ((rows, h), (cols, w)):
+        start, length = line.int().argmax(dim=1), line.sum(dim=1)
+        assert torch.equal(line, (torch.arange(side) >= start[:, None]) & (torch.arange(side) < (start + length)[:, None]))
+        possible = [(max(c - 8, 0), min(c + 8, side) - max(c - 8, 0)) for c in range(side)]
+        drawn = torch.bincount(start * 100 + length, minlength=3300)
+        counts = drawn[[100 * s + l for s, l in possible]]
+        assert counts.sum() == n and as_expected(counts, n, 1 / side)
+        assert (length == 16).float().mean().item() == pytest.approx((side - 15) / side, abs=0.02)    # not clipped
+    middle = black[:, 16, 12].float().mean().item()
+    assert middle == pytest.approx(16 / 32 * 16 / 24, abs=0.02)           # rows and columns are drawn independently
+    assert len(black.flatten(1).unique(dim=0)) == h * w                   # all the places together
+    assert (augment.cutout(torch.ones(50, 3, 9, 9), 6) == 0).sum(dim=(2, 3)).max() == 36
+
+
+# ---- Whole recipes -------------------------------------------------------------------------------------------------------
+
+def test_pacos_query_view_is_a_padded_crop_then_auto_augment_then_cutout(monkeypatch):
+    """Another order: with a policy that only inverts, the padding is white and the square still black."""
+    monkeypatch.setattr(augment, "AUTO_AUGMENT", [("invert", 1.0, 0, "posterize", 0.0, 0)])
+    out = augment.paco_query_view(torch.full((3000, 3, 32, 32), 0.75))
+    assert out.unique().tolist() == [0, 0.25, 1]                          # square, inverted picture, inverted padding
+    area = (out[:, 0] == 0).sum(dim=(1, 2))
+    assert 64 <= area.min() and area.max() == 256
+    white = (out[:, 0, 12] == 1).sum(dim=1)                               # in a middle row: 0 to 4 columns, less the square
+    assert white.max() == 4 and (white == 0).any()
+
+
+def test_simclrs_view_has_the_published_rates_strengths_and_order(monkeypatch):
+    """Another probability, range or strength; grey before jitter (a grey picture would get its colour cast back)."""
+    jitter, blur, crop = [], [], []
+    real_blur, real_crop = augment.gaussian_blur, augment.random_resized_crop
+    monkeypatch.setattr(augment, "gaussian_blur", lambda x, sigma: blur.append((len(x), sigma)) or real_blur(x, sigma))
+    monkeypatch.setattr(augment, "random_resized_crop", lambda x, *a, **kw: crop.append((a, kw)) or real_crop(x, *a, **kw))
+    monkeypatch.setattr(augment, "color_jitter", lambda x, *strength: (
+        jitter.append((len(x), strength)) or x + torch.tensor([0.2, 0.0, 0.0]).view(3, 1, 1)))
+    n = 4000
+    pictures = torch.rand(n, 1, 6, 6).expand(-1, 3, -1, -1) * 0.5 + torch.tensor([0.0, 0.1, 0.2]).view(3, 1, 1)
+    out = augment.simclr_view(pictures, 8)
+    grey = (out[:, 0] - out[:, 1]).abs().amax(dim=(1, 2)) < 1e-5
+    assert as_expected(grey.sum(), n, 0.2) and torch.equal(out[grey][:, 0], out[grey][:, 2])
+    assert [s for _, s in jitter] == [(0.4, 0.4, 0.4, 0.1)] and as_expected(jitter[0][0], n, 0.8)
+    (count, sigma), = blur
+    assert as_expected(count, n, 0.5) and len(sigma) == count
+    assert distance(sigma, np.random.uniform(0.1, 2, 100_000)) < 0.035
+    assert crop == [((8,), {"scale": (0.2, 1.0)})]                        # and the usual aspect ratios and flip
+    cast = ((out[:, 0] - out[:, 1])[~grey] > 0).flatten(1).float().mean(dim=1)
+    assert as_expected((cast > 0.5).sum(), len(cast), 0.8)                # jitter's red cast, independent of grey
+
+
+def test_strong_augment_is_crop_then_rand_augment_then_erasing(monkeypatch):
+    """An argument that does not arrive, a padding other than an eighth, a RandAugment that runs when switched off."""
+    calls, pictures = [], torch.rand(4, 3, 32, 32)
+    monkeypatch.setattr(augment, "random_resized_crop", lambda x, size: calls.append(("box", size)) or x + 1)
+    monkeypatch.setattr(augment, "random_crop_flip", lambda x, padding: calls.append(("pad", padding)) or x + 2)
+    monkeypatch.setattr(augment, "resize", lambda x, size: calls.append(("resize", size)) or x * 2)
+    monkeypatch.setattr(augment, "rand_augment", lambda x, magnitude: calls.append(("rand", magnitude)) or x + 4)
+    monkeypatch.setattr(augment, "random_erasing", lambda x, prob: calls.append(("erase", prob)) or x * 8)
+    torch.testing.assert_close(augment.strong_augment(pictures, 64), ((pictures + 2) * 2 + 4) * 8)
+    assert calls == [("pad", 4), ("resize", 64), ("rand", 9.0), ("erase", 0.25)]
+    calls.clear()
+    torch.testing.assert_close(augment.strong_augment(pictures, 64, "resized", -1.0, 0.1), (pictures + 1) * 8)
+    assert calls == [("box", 64), ("erase", 0.1)]
+
+
+VIEWS = {
+    "strong": lambda x: augment.strong_augment(x, 40), "strong, resized": lambda x: augment.strong_augment(x, 40, "resized"),
+    "query": augment.paco_query_view, "key": lambda x: augment.simclr_view(x, 40), "auto": augment.auto_augment,
+    "cutout": augment.cutout, "jitter": lambda x: augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_draws_anew_for_every_image_is_replayed_by_its_seed_and_leaves_its_argument_alone(name):
+    """One draw for the whole batch, a draw from elsewhere than torch's generator, colours out of range, a wrong shape."""
+    picture = augment.to_float(noise(1, 0, 255, 32, 32))
+    pictures = picture.repeat(64, 1, 1, 1)
+    torch.manual_seed(3)
+    out = VIEWS[name](pictures)
+    size = 40 if "strong" in name or name == "key" else 32
+    assert out.shape == (64, 3, size, size) and out.min() >= 0 and out.max() <= 1 and torch.isfinite(out).all()
+    assert torch.equal(pictures, picture.expand(64, -1, -1, -1))
+    assert len({x.numpy().tobytes() for x in out}) > (20 if name == "auto" else 55)   # auto has few outcomes, nothing is one
+    torch.manual_seed(3)
+    random.seed(9), np.random.seed(9)
+    assert torch.equal(VIEWS[name](pictures), out)
+    assert not torch.equal(VIEWS[name](pictures), out)
+
+
 # ---- Mixing --------------------------------------------------------------------------------------------------------------
 
 def mixed(n=1, B=6, h=32, w=24, **kwargs):
@@ -488,7 +799,9 @@ def test_extreme_pictures_stay_in_the_range_of_colours_and_arguments_are_left_al
     pictures[0], pictures[1] = 0, 1
     steps = [augment.random_crop_flip, lambda x: augment.random_resized_crop(x, 40), lambda x: augment.resize(x, 20),
              lambda x: augment.rand_augment(x, num_ops=4, prob=1.0), lambda x: augment.rand_augment(x, magnitude=10.0),
-             lambda x: augment.color_jitter(x, 0.9), lambda x: augment.random_erasing(x, prob=1.0),
+             lambda x: augment.color_jitter(x, 0.9, 0.9, 0.9, 0.5), lambda x: augment.random_erasing(x, prob=1.0),
+             lambda x: augment.gaussian_blur(x, torch.linspace(0, 3, 48)), augment.auto_augment, augment.paco_query_view,
+             lambda x: augment.simclr_view(x, 40), lambda x: augment.strong_augment(x, 40), augment.cutout,
              lambda x: augment.mixup_cutmix(x, torch.arange(48) % 10, 10)[0]]
     for i, step in enumerate(steps):
         before = pictures.clone()
@@ -504,7 +817,8 @@ def test_a_seed_replays_the_whole_chain():
     def chain(seed):
         torch.manual_seed(seed)
         x = augment.rand_augment(augment.random_resized_crop(augment.random_crop_flip(pictures), 32))
-        return augment.mixup_cutmix(augment.random_erasing(augment.color_jitter(x)), torch.arange(16) % 10, 10)
+        x = augment.random_erasing(augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1))
+        return augment.mixup_cutmix(x, torch.arange(16) % 10, 10)
 
     first, again, other = chain(7), (random.seed(1), np.random.seed(1), chain(7))[-1], chain(8)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])

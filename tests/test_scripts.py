@@ -14,11 +14,13 @@ import torch
 import analyze
 import data_lt
 import engine
+import networks
 import train_student
 import train_teacher
 
 ROOT = Path(__file__).parent.parent
 TEACHER = "--epochs 2 --drw-epoch 1 --batch 32 --eval-every 1 --imb 4".split()
+PACO = "--loss paco --epochs 2 --batch 32 --eval-every 1 --imb 4 --queue 50".split()
 STUDENT = ("--model micro --epochs 3 --drw-epoch 2 --batch 32 --micro-batch 16 --patch-size 8 --eval-every 1 --ema 0.9 "
            "--drop-path 0.1 --imb 4").split()
 
@@ -35,6 +37,15 @@ def teacher(tiny_cifar, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "teacher"
     with pytest.MonkeyPatch.context() as patch:
         script(train_teacher, patch, "--data-dir", tiny_cifar, "--out", folder, *TEACHER)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def paco_teacher(tiny_cifar, tmp_path_factory):
+    """A PaCo teacher's run folder."""
+    folder = tmp_path_factory.mktemp("runs") / "paco"
+    with pytest.MonkeyPatch.context() as patch:
+        script(train_teacher, patch, "--data-dir", tiny_cifar, "--out", folder, *PACO)
     return folder
 
 
@@ -91,13 +102,13 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("module, survived", [(train_teacher, 1), (train_student, 1), (train_student, 2)])
-def test_a_killed_and_resumed_run_is_bit_for_bit_the_same(module, survived, teacher, student, tiny_cifar, tmp_path,
-                                                          monkeypatch):
-    """Stopped inside an epoch, before and after the DRW switch; momentum, EMA or a random draw left behind would show."""
-    flags = ["--data-dir", tiny_cifar, "--out", tmp_path / "run", *(TEACHER if module is train_teacher else STUDENT)]
-    flags += [] if module is train_teacher else ["--teacher", teacher]
-    whole = teacher if module is train_teacher else student
+@pytest.mark.parametrize("kind, survived", [("teacher", 1), ("paco_teacher", 1), ("student", 1), ("student", 2)])
+def test_a_killed_and_resumed_run_is_bit_for_bit_the_same(kind, survived, teacher, tiny_cifar, tmp_path, monkeypatch, request):
+    """Stopped inside an epoch, before and after the DRW switch; momentum, EMA, PaCo's queue or a random draw would show."""
+    module = train_student if kind == "student" else train_teacher
+    flags = {"teacher": TEACHER, "paco_teacher": PACO, "student": ["--teacher", teacher, *STUDENT]}[kind]
+    flags = ["--data-dir", tiny_cifar, "--out", tmp_path / "run", *flags]
+    whole = request.getfixturevalue(kind)
     seed_step = engine.seed_step
 
     def dying(seed, epoch, step, rank):
@@ -111,7 +122,7 @@ def test_a_killed_and_resumed_run_is_bit_for_bit_the_same(module, survived, teac
     script(module, monkeypatch, *flags, "--resume")
 
     a, b = (torch.load(f / "last.pt", weights_only=True) for f in (whole, tmp_path / "run"))
-    for part in ("model", "ema"):
+    for part in ("model", "ema", "paco"):
         assert (a.get(part) is None) == (b.get(part) is None)
         for name, tensor in (a.get(part) or {}).items():
             assert torch.equal(tensor, b[part][name]), f"{part} {name}"
@@ -121,7 +132,7 @@ def test_a_killed_and_resumed_run_is_bit_for_bit_the_same(module, survived, teac
 def test_a_student_run_leaves_its_teacher_alone_and_labels_by_argmax(teacher, tiny_cifar):
     """In training mode, or with gradients, the teacher's BatchNorm statistics would drift with the student's images."""
     rt = engine.setup("cpu")
-    net = train_teacher.load_teacher(str(teacher), [f"class{k}" for k in range(10)], rt)
+    net, _ = train_teacher.load_teacher(str(teacher), data_lt.load_data("cifar10", 4, "exp", tiny_cifar), rt)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     x = torch.rand(16, 3, 32, 32)
     labels = train_student.teacher_labels(net, x)
@@ -146,7 +157,7 @@ def test_a_224_px_image_reaches_a_32_px_teacher_as_every_seventh_pixel():
 
 
 def test_weight_decay_spares_biases_norms_tokens_and_positions():
-    net = train_student.build(dict(model="mini", img_size=32, patch_size=8, drop_path=0.0, method="deit-lt"), 10)
+    net = networks.build_student(dict(model="mini", img_size=32, patch_size=8, drop_path=0.0), 10, distilled=True)
     decay, plain = train_student.parameter_groups(net, 0.05)
     names = {id(p): n for n, p in net.named_parameters()}
     spared = {names[id(p)] for p in plain["params"]}
@@ -178,13 +189,13 @@ def test_two_processes_share_one_run(tiny_cifar, tmp_path):
     result = on_two_processes("train_teacher", tmp_path / "teacher", tiny_cifar, *TEACHER)
     rt = engine.setup("cpu")
     data = data_lt.load_data("cifar10", 4, "exp", tiny_cifar)
-    net = train_teacher.load_teacher(str(tmp_path / "teacher"), data.class_names, rt)
+    net, _ = train_teacher.load_teacher(str(tmp_path / "teacher"), data, rt)
     again = train_teacher.evaluate(net, data, rt)["avg"]
     assert {c: again[c] for c in engine.COLUMNS} == result["avg"] and len(records(tmp_path / "teacher")) == 2
 
     result = on_two_processes("train_student", tmp_path / "two", tiny_cifar, "--teacher", tmp_path / "teacher", *STUDENT)
     assert [r["epoch"] for r in records(tmp_path / "two")] == [0, 1, 2] and result["command"].startswith("torchrun")
-    net, args = analyze.load_student(str(tmp_path / "two"), rt)
+    net, args, data = analyze.load_student(str(tmp_path / "two"), rt)
     again = train_student.evaluate(net, None, data, args, rt)
     assert {c: again["avg"][c] for c in engine.COLUMNS} == result["avg"]
 
@@ -306,6 +317,53 @@ def test_every_loss_trains_a_teacher(loss, tiny_cifar, tmp_path, monkeypatch):
     script(train_teacher, monkeypatch, "--data-dir", tiny_cifar, "--out", tmp_path / loss, *TEACHER, "--loss", loss, "--rho", 0)
     assert all(0 < r["loss"] < 20 for r in records(tmp_path / loss))
     assert "linear.bias" in torch.load(tmp_path / loss / "last.pt", weights_only=True)["model"]
+
+
+def test_paco_trains_a_teacher_that_a_student_can_use(paco_teacher, tiny_cifar, tmp_path, monkeypatch, capsys):
+    """Its checkpoint is a plain ResNet-32, the queue has moved by all images, and settings that PaCo lacks are refused."""
+    state = torch.load(paco_teacher / "last.pt", weights_only=True)
+    assert "linear.bias" in state["model"] and not any("projection" in k for k in state["model"])
+    assert state["paco"]["queue_labels"].min() >= 0                                       # 50 places, 2 epochs of 132 images
+    result = json.loads((paco_teacher / "result.json").read_text())
+    assert result["method"] == "paco" and set(result["training_images"]) == {"clean", "strong"}
+    assert all(0 <= s["accuracy"] <= 100 and 0 <= s["entropy"] <= 2.3027 for s in result["training_images"].values())
+    script(train_student, monkeypatch, "--data-dir", tiny_cifar, "--teacher", paco_teacher, "--out", tmp_path / "s", *STUDENT)
+    assert "teacher resnet32, paco, 10 classes, 32 px, cifar normalisation" in capsys.readouterr().out
+    assert "--max-margin" in refused(train_teacher, monkeypatch, capsys, *PACO, "--max-margin", 0.5)
+    assert "--queue" in refused(train_teacher, monkeypatch, capsys, *TEACHER, "--queue", 5)
+
+
+@pytest.mark.parametrize("loss", ["ldam", "paco"])
+def test_a_network_of_torchvision_can_be_the_teacher(loss, tiny_cifar, tmp_path, monkeypatch, capsys):
+    """At another size than the data's; its run folder is read back and evaluated to the same numbers."""
+    flags = ["--arch", "mobilenet_v3_small", "--img-size", "40", "--rho", "0", *(PACO if loss == "paco" else TEACHER)]
+    script(train_teacher, monkeypatch, "--data-dir", tiny_cifar, "--out", tmp_path / "t", *flags, "--epochs", 1)
+    script(analyze, monkeypatch, "eval", "--checkpoint", tmp_path / "t")
+    result = json.loads((tmp_path / "t" / "result.json").read_text())
+    printed = capsys.readouterr().out
+    assert f"teacher mobilenet_v3_small, {loss}, 10 classes, 40 px" in printed
+    line = [l for l in printed.splitlines() if l.startswith("avg")][-1]
+    assert [float(v) for v in line.split()[1:]] == [round(result["avg"][c], 1) for c in engine.COLUMNS]
+    again = ["--data-dir", tiny_cifar, "--imb", 4, "--arch"]
+    assert "no network 'resnet33'" in refused(train_teacher, monkeypatch, capsys, *again, "resnet33")
+    assert "alexnet cannot take 32 px" in refused(train_teacher, monkeypatch, capsys, *again, "alexnet")
+    assert "does not end in one linear layer" in refused(train_teacher, monkeypatch, capsys, *again, "squeezenet1_1")
+
+
+def test_a_file_from_elsewhere_is_a_teacher_and_can_be_evaluated(tiny_cifar, tmp_path, monkeypatch, capsys):
+    """"My data, my teacher": torchvision's own state dict, at the data's size and with another normalisation."""
+    from torchvision import models
+    torch.manual_seed(0)
+    torch.save(models.mobilenet_v3_small(num_classes=10).state_dict(), tmp_path / "mine.pth")
+    mine = ["--checkpoint", tmp_path / "mine.pth", "--data-dir", tiny_cifar, "--imb", 4, "--size", 32]
+    script(analyze, monkeypatch, "eval", *mine)
+    assert "torchvision's mobilenet_v3_small, 10 classes, 32 px, imagenet" in capsys.readouterr().out
+    assert (tmp_path / "mine_per_class.csv").exists()
+    flags = ["--teacher", tmp_path / "mine.pth", "--teacher-size", 32, "--teacher-norm", "none", *STUDENT, "--epochs", 1]
+    monkeypatch.chdir(tmp_path)
+    script(train_student, monkeypatch, "--data-dir", tiny_cifar, *flags)
+    assert "10 classes, 32 px, none normalisation" in capsys.readouterr().out
+    assert "_by_mine.pth_teachernormnone_teachersize32_" in next((tmp_path / "runs").iterdir()).name
 
 
 @pytest.mark.parametrize("module", [train_teacher, train_student, analyze])

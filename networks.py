@@ -1,0 +1,229 @@
+r"""Networks from a run's settings, and from files: this project's, the published ones, and your own.
+
+`load_network(path)` looks at the weights in a file, works out what they belong to, and loads them with strict=True:
+
+    keys in the file (`module.` in front is dropped)          recognised as
+    config, class_names, model                                a run of this project: its last.pt, or its folder
+    encoder_q.*, linear.weight (K,d)                          PaCo teacher: the query encoder and its classifier are kept
+    layer3.4.*, linear.weight (64,K) without bias             ResNet-32 with a cosine classifier: LDAM (Saddle-LongTail)
+    layer3.4.*, linear.weight (K,64), linear.bias             ResNet-32: cross-entropy, vector scaling
+    layer4.*, fc.weight (2048,K) without bias                 ResNet-50 with a cosine classifier: LDAM
+    patch_embed.*, blocks.*, head.*[, dist_token, head_dist]  ViT, DeiT, DeiT-III, DeiT-LT, also as timm saves them
+    torchvision's keys of any classification network          that network, found by its number of parameters
+
+The weights may lie in the file itself or in it under "model" or "state_dict". Files are read with weights_only=True, which runs
+no code from them; argparse.Namespace and NumPy's numbers, which published files hold, are allowed by name.
+
+Outputs are put into the order of the data at hand by `match_classes`: by class names where the file has them ("class_names"),
+else by numbers. A published teacher of ImageNet-LT or iNaturalist counts classes as the data set does (PaCo), or by descending
+training count (LDAM); DeiT-LT's students count by descending count.
+"""
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import resnet
+import vit
+from engine import UserError, load_checkpoint, load_weights
+
+NORMALISATIONS = {  # mean and standard deviation of the pixels that a network was trained on
+    "cifar": (resnet.CIFAR_MEAN, resnet.CIFAR_STD),
+    "imagenet": (resnet.IMAGENET_MEAN, resnet.IMAGENET_STD),
+    "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+@dataclass
+class Network:
+    """A network out of a file, on the CPU, in evaluation mode."""
+    net: nn.Module
+    kind: str                   # "teacher": logits; "student": (CLS logits, DIST logits or None)
+    what: str                   # for people
+    config: dict                # a run's settings; empty for files from elsewhere
+    class_names: list = None    # in the order of the outputs, or None
+    numbering: str = "own"      # without names, outputs are ordered: "own": as the data set numbers classes; "count": by count
+
+    @property
+    def num_classes(self):
+        return (self.net.classifier if self.kind == "teacher" else self.net.head).out_features
+
+
+# ---- From settings -------------------------------------------------------------------------------------------------------
+
+def build_teacher(config, num_classes):
+    """The untrained teacher of a run's settings (a dict). Raises UserError for an `arch` that cannot be."""
+    try:
+        return resnet.make(config["arch"], num_classes, cosine=config["loss"] == "ldam", img_size=config.get("img_size", 32),
+                           mean=resnet.CIFAR_MEAN, std=resnet.CIFAR_STD)
+    except ValueError as error:
+        raise UserError(f"--arch: {error}") from None
+
+
+def build_student(config, num_classes, distilled):
+    """The untrained student of a run's settings (a dict), with or without the DIST token."""
+    return vit.MODELS[config["model"]](img_size=config["img_size"], patch_size=config["patch_size"], num_classes=num_classes,
+                                       drop_path=config["drop_path"], distilled=distilled)
+
+
+# ---- From files ----------------------------------------------------------------------------------------------------------
+
+def load_network(path, norm=None, size=None):
+    """Network of a file or run folder, recognised by its contents (see above).
+
+    norm: name of the normalisation to apply instead of the network's own, one of NORMALISATIONS. size: side in pixels of the
+    images a CNN is to get, instead of the size it is known for. Raises UserError for files that are not understood.
+    """
+    state = load_checkpoint(path, keys=())
+    path = os.path.basename(os.path.normpath(path))
+    if "config" in state and "class_names" in state:
+        found = own_network(state, path)
+    else:
+        weights = next((state[k] for k in ("model", "state_dict") if isinstance(state.get(k), dict)), state)
+        weights = {k.removeprefix("module."): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
+        found = (paco_network if any(k.startswith("encoder_q.") for k in weights) else
+                 vit_network if "patch_embed.proj.weight" in weights else
+                 cifar_network if "linear.weight" in weights and "layer3.4.conv1.weight" in weights else
+                 cosine_resnet50 if "layer4.0.conv1.weight" in weights and "fc.bias" not in weights else
+                 torchvision_network)(weights, path)
+        found.class_names = state.get("class_names")
+        if "tail_acc_avg" in state or "best_acc_avg" in state:            # DeiT-LT's own files
+            found.numbering = "count"
+    if norm is not None:
+        set_normalisation(found.net, norm)
+    if size is not None and found.kind == "teacher":
+        found.net.img_size = size
+    found.net.eval().requires_grad_(False)
+    used = norm or next((name for name, (mean, _) in NORMALISATIONS.items()
+                         if torch.allclose(found.net.mean.flatten(), torch.tensor(mean))), "own")
+    found.what += f", {found.num_classes} classes, {found.net.img_size} px, {used} normalisation"
+    return found
+
+
+def own_network(state, path):
+    config, weights, K = state["config"], state["model"], len(state["class_names"])
+    if "method" in config:
+        kind, net, what = "student", build_student(config, K, "dist_token" in weights), f"{config['method']} {config['model']}"
+    else:
+        kind, net, what = "teacher", build_teacher(config, K), f"teacher {config['arch']}, {config['loss']}"
+    load_weights(net, weights, path)
+    return Network(net, kind, f"this project's {what}", config, state["class_names"])
+
+
+def paco_network(weights, path):
+    """PaCo's training wrapper: the query encoder without its projection, and the classifier beside it."""
+    encoder = {k.removeprefix("encoder_q."): v for k, v in weights.items() if k.startswith("encoder_q.")}
+    encoder = {k: v for k, v in encoder.items() if not k.startswith("fc.")}
+    linear = {k: weights.get(f"linear.{k}") for k in ("weight", "bias")}
+    if None in linear.values():
+        raise UserError(f"{path} has PaCo's encoder but not its classifier, linear.weight and linear.bias")
+    last = "fc" if "layer4.0.conv1.weight" in encoder else "linear"
+    found = teacher(encoder | {f"{last}.{k}": v for k, v in linear.items()}, path, cosine=False)
+    found.what = f"PaCo teacher ({found.what})"
+    return found
+
+
+def cifar_network(weights, path):
+    return teacher(weights, path, cosine="linear.bias" not in weights)
+
+
+def cosine_resnet50(weights, path):
+    found = teacher(weights, path, cosine=True)
+    found.numbering = "count"
+    return found
+
+
+def teacher(weights, path, cosine):
+    """ResNet-32 or ResNet-50 of the published repositories, with the statistics of the data that they were trained on."""
+    arch, last = ("resnet50", "fc") if "fc.weight" in weights else ("resnet32", "linear")
+    K = weights[f"{last}.weight"].shape[1 if cosine else 0]
+    norm = {"resnet32": "cifar", "resnet50": "inat" if K == 8142 else "imagenet"}[arch]
+    mean, std = NORMALISATIONS[norm]
+    net = resnet.make(arch, K, cosine=cosine, mean=mean, std=std)
+    load_weights(net, weights, path)
+    return Network(net, "teacher", {"resnet32": "ResNet-32", "resnet50": "ResNet-50"}[arch]
+                   + (" with a cosine classifier" if cosine else ""), {})
+
+
+def vit_network(weights, path):
+    """ViT of timm's and DeiT's layout; all sizes follow from the weights, with heads 64 wide as all published ones have."""
+    weights = {k.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): v for k, v in weights.items()}
+    try:
+        D, _, P, _ = weights["patch_embed.proj.weight"].shape
+        distilled, depth = "dist_token" in weights, 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+        K, hidden = len(weights["head.weight"]), len(weights["blocks.0.mlp.fc1.weight"])
+        tokens, positions = 1 + distilled, weights["pos_embed"].shape[1]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} has patch_embed but is not a ViT of DeiT's layout: {error}") from None
+    G = int(positions ** 0.5)                                             # a square grid, and fewer tokens than make it larger
+    if positions == G * G:                                                # DeiT-III: only patches have a position
+        weights["pos_embed"] = torch.cat([weights["pos_embed"].new_zeros(1, tokens, D), weights["pos_embed"]], dim=1)
+    elif positions != G * G + tokens:
+        raise UserError(f"{path}: {positions} positions are not a square grid and {tokens} token{'s' * distilled}")
+    net = vit.VisionTransformer(img_size=G * P, patch_size=P, num_classes=K, embed_dim=D, depth=depth, num_heads=D // 64,
+                                mlp_ratio=hidden / D, distilled=distilled,
+                                layer_scale=1.0 if "blocks.0.gamma_1" in weights else None)
+    load_weights(net, weights, path)
+    what = f"{'distilled ' if distilled else ''}ViT {D} x {depth} x {D // 64}, patch {P}"
+    return Network(net, "student", what, {})
+
+
+def torchvision_network(weights, path):
+    """A network whose weights torchvision's own model would load; found by its number of parameters but for the last layer."""
+    from torchvision import models
+    matrices = [k for k, v in weights.items() if v.ndim == 2 and k.endswith(".weight")]
+    if not matrices:
+        raise UserError(f"{path} holds no network that is known here ({', '.join(list(weights)[:3]) or 'no tensors'})")
+    K, d = weights[matrices[-1]].shape
+    buffers = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index", "relative_coords_table")
+    bias = matrices[-1].removesuffix("weight") + "bias" in weights
+    size = sum(v.numel() for k, v in weights.items() if not k.endswith(buffers)) + (1000 - K) * (d + bias)
+    for arch in models.list_models(module=models):
+        if models.get_model_weights(arch).DEFAULT.meta["num_params"] == size:
+            mean, std = NORMALISATIONS["imagenet"]
+            net = resnet.TorchvisionNetwork(arch, K, mean=mean, std=std)
+            load_weights(net, net.from_torchvision(weights), path)
+            return Network(net, "teacher", f"torchvision's {arch}", {})
+    raise UserError(f"{path} holds no network that is known here ({', '.join(list(weights)[:3])}, ...)")
+
+
+def set_normalisation(net, name):
+    """Let the network normalise its images otherwise, e.g. as the published student loop fed CIFAR teachers: "imagenet"."""
+    if name not in NORMALISATIONS:
+        raise UserError(f"the normalisation is one of {', '.join(NORMALISATIONS)}, not {name}")
+    for buffer, values in zip((net.mean, net.std), NORMALISATIONS[name]):
+        buffer.copy_(torch.tensor(values).view(3, 1, 1))
+
+
+# ---- Classes -------------------------------------------------------------------------------------------------------------
+
+def match_classes(found, data, what):
+    """Put the outputs of a Network into the order of data.class_names. Raises UserError if they are not the same classes."""
+    names, theirs = list(data.class_names), found.class_names
+    if found.num_classes != len(names):
+        raise UserError(f"{what} knows {found.num_classes} classes, the data have {len(names)}")
+    if theirs is None:
+        order = data.class_ids if found.numbering == "own" else list(range(len(names)))
+    elif sorted(theirs) != sorted(names):
+        odd = sorted(set(theirs) ^ set(names))
+        raise UserError(f"{what} knows other classes than the data ({', '.join(odd[:3])}, ...)")
+    else:
+        order = [list(theirs).index(name) for name in names]
+    if order != list(range(len(names))):
+        net = found.net
+        layers = [net.classifier] if found.kind == "teacher" else [net.head, net.head_dist] if net.distilled else [net.head]
+        for layer in layers:
+            reorder_outputs(layer, torch.tensor(order))
+    return found
+
+
+@torch.no_grad()
+def reorder_outputs(layer, order):
+    """Output k of the last layer becomes what output order[k] was."""
+    if isinstance(layer, resnet.CosineClassifier):
+        layer.weight.copy_(layer.weight[:, order].clone())                # (d,K)
+    else:
+        for p in layer.parameters():                                      # weight (K,d) and, where there is one, bias (K,)
+            p.copy_(p[order].clone())
