@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -21,6 +22,7 @@ import engine
 import resnet
 import train_student
 import vit
+from losses import PaCo, PaCoLoss
 from sam import SAM, frozen_batchnorm_statistics
 
 
@@ -83,6 +85,41 @@ def training_flops(net, x):
     return 3 * counter.get_total_flops() / 2
 
 
+def teacher_step(x, rt, paco, use_sam):
+    """A function that takes one training step of a ResNet-32 teacher on images x (B,3,32,32)."""
+    x, labels = x.contiguous(memory_format=torch.channels_last), torch.arange(len(x), device=rt.device) % 10
+    net = resnet.resnet32(10).to(rt.device, memory_format=torch.channels_last)
+    whole = PaCo(net, 64).to(rt.device) if paco else net
+    criterion = PaCoLoss([100] * 10).to(rt.device) if paco else F.cross_entropy
+    sgd = torch.optim.SGD([p for p in whole.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+    sam = SAM(sgd, 0.1)
+
+    def backward(keys):
+        with rt.autocast():
+            if paco:
+                logits, v = whole(x)
+                loss = criterion(logits, v, labels, *whole.bank(v, keys, labels))
+            else:
+                loss = criterion(whole(x), labels)
+        loss.backward()
+
+    def step():
+        with rt.autocast():
+            keys = whole.keys(x) if paco else None
+        backward(keys)
+        if use_sam:
+            sam.first_step()
+            with frozen_batchnorm_statistics(whole):
+                backward(keys)
+            sam.second_step()
+        else:
+            sgd.step()
+            sgd.zero_grad()
+        if paco:
+            whole.enqueue(keys, labels)
+    return step
+
+
 def bench_step(rt, n):
     peak, x = matmul_peak(rt), torch.rand(128, 3, 32, 32, device=rt.device)
     print(f"\nMatrix product of 2048: {peak / 1e9:.0f} GFLOP/s in {str(rt.amp or torch.float32)[6:]}")
@@ -99,32 +136,18 @@ def bench_step(rt, n):
             optimizer.step()
             optimizer.zero_grad()
         steps[f"student ViT {name}, patch 4: step"], flops[f"student ViT {name}, patch 4: step"] = step, training_flops(net, x)
-    net = resnet.resnet32(10).to(rt.device, memory_format=torch.channels_last)
-    images = x.contiguous(memory_format=torch.channels_last)
-    sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    sam = SAM(sgd, 0.1)
-
-    def backward():
-        with rt.autocast():
-            loss = net(images).logsumexp(1).mean()
-        loss.backward()
-
-    def plain_step():
-        backward()
-        sgd.step()
-        sgd.zero_grad()
-
-    def sam_step():
-        backward()
-        sam.first_step()
-        with frozen_batchnorm_statistics(net):
-            backward()
-        sam.second_step()
-    per_image = training_flops(net, images)
-    steps |= {"teacher ResNet-32: step": plain_step, "teacher ResNet-32: step with SAM": sam_step}
-    flops |= {"teacher ResNet-32: step": per_image, "teacher ResNet-32: step with SAM": 2 * per_image}
+    for paco in (False, True):
+        for use_sam in (False, True):
+            name = f"teacher ResNet-32{' with PaCo' * paco}: step{' with SAM' * use_sam}"
+            steps[name] = teacher_step(x, rt, paco, use_sam)
+            passes = 1 + use_sam + paco / 3                               # the keys of PaCo: a forward pass
+            flops[name] = passes * training_flops(resnet.resnet32(10), x.cpu())
     times = rounds(steps, n, rt)
     print_rates("Training step, 32 px, batch 128", times, 128)
+    for name in ("ResNet-32", "ResNet-32 with PaCo"):
+        plain, sam = (times[f"teacher {name}: step{with_sam}"] for with_sam in ("", " with SAM"))
+        ratio = statistics.median(b / a for a, b in zip(plain, sam))      # pairs of the same round
+        print(f"  {name}: a step with SAM takes {ratio:.2f} times as long as one without")
     for name, t in times.items():
         print(f"  {name:44s} {flops[name] * 128 / statistics.median(t) / peak:6.0%} of the matrix product's rate")
 

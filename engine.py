@@ -368,13 +368,15 @@ def load_checkpoint(path, keys=("model", "config")):
         with torch.serialization.safe_globals(HARMLESS):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                            # damaged files raise nearly anything
-        forbidden = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        forbidden = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
         if forbidden:
             raise UserError(f"{path} holds an object of type {forbidden[1]}, and reading that would run code; save its "
                             "state_dict() instead") from None
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise UserError(f"{path} is not a readable checkpoint ({why})") from None
-    if not isinstance(state, dict) or any(k not in state for k in keys):
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
+    if any(k not in state for k in keys):
         raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(keys)}")
     return state
 

@@ -78,11 +78,11 @@ def load_network(path, norm=None, size=None):
     """
     state = load_checkpoint(path, keys=())
     path = os.path.basename(os.path.normpath(path))
-    if "config" in state and "class_names" in state:
+    if all(key in state for key in ("config", "class_names", "model")):
         found = own_network(state, path)
     else:
         weights = next((state[k] for k in ("model", "state_dict") if isinstance(state.get(k), dict)), state)
-        weights = {k.removeprefix("module."): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
+        weights = {str(k).removeprefix("module."): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
         found = (paco_network if any(k.startswith("encoder_q.") for k in weights) else
                  vit_network if "patch_embed.proj.weight" in weights else
                  cifar_network if "linear.weight" in weights and "layer3.4.conv1.weight" in weights else
@@ -94,6 +94,8 @@ def load_network(path, norm=None, size=None):
     if norm is not None:
         set_normalisation(found.net, norm)
     if size is not None and found.kind == "teacher":
+        if hasattr(getattr(found.net, "body", None), "image_size"):
+            raise UserError(f"{path}: {found.what} takes images of {found.net.img_size} px only")
         found.net.img_size = size
     found.net.eval().requires_grad_(False)
     used = norm or next((name for name, (mean, _) in NORMALISATIONS.items()
@@ -104,6 +106,8 @@ def load_network(path, norm=None, size=None):
 
 def own_network(state, path):
     config, weights, K = state["config"], state["model"], len(state["class_names"])
+    if not config.keys() >= {"method", "model"} and not config.keys() >= {"arch", "loss"}:
+        raise UserError(f"{path} has no settings of a run of this project")
     if "method" in config:
         kind, net, what = "student", build_student(config, K, "dist_token" in weights), f"{config['method']} {config['model']}"
     else:
@@ -138,6 +142,8 @@ def cosine_resnet50(weights, path):
 def teacher(weights, path, cosine):
     """ResNet-32 or ResNet-50 of the published repositories, with the statistics of the data that they were trained on."""
     arch, last = ("resnet50", "fc") if "fc.weight" in weights else ("resnet32", "linear")
+    if f"{last}.weight" not in weights:
+        raise UserError(f"{path} has no classifier, fc.weight or linear.weight")
     K = weights[f"{last}.weight"].shape[1 if cosine else 0]
     norm = {"resnet32": "cifar", "resnet50": "inat" if K == 8142 else "imagenet"}[arch]
     mean, std = NORMALISATIONS[norm]
@@ -148,7 +154,7 @@ def teacher(weights, path, cosine):
 
 
 def vit_network(weights, path):
-    """ViT of timm's and DeiT's layout; all sizes follow from the weights, with heads 64 wide as all published ones have."""
+    """ViT of timm's and DeiT's layout; all sizes follow from the weights, but for the heads: 64 wide as published."""
     weights = {k.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): v for k, v in weights.items()}
     try:
         D, _, P, _ = weights["patch_embed.proj.weight"].shape
@@ -162,11 +168,14 @@ def vit_network(weights, path):
         weights["pos_embed"] = torch.cat([weights["pos_embed"].new_zeros(1, tokens, D), weights["pos_embed"]], dim=1)
     elif positions != G * G + tokens:
         raise UserError(f"{path}: {positions} positions are not a square grid and {tokens} token{'s' * distilled}")
-    net = vit.VisionTransformer(img_size=G * P, patch_size=P, num_classes=K, embed_dim=D, depth=depth, num_heads=D // 64,
+    if D % 64:
+        raise UserError(f"{path}: a ViT {D} wide does not have heads of 64, and the file does not say how many it has")
+    H = {1280: 16}.get(D, D // 64)                                        # ViT-H has heads 80 wide
+    net = vit.VisionTransformer(img_size=G * P, patch_size=P, num_classes=K, embed_dim=D, depth=depth, num_heads=H,
                                 mlp_ratio=hidden / D, distilled=distilled,
                                 layer_scale=1.0 if "blocks.0.gamma_1" in weights else None)
     load_weights(net, weights, path)
-    what = f"{'distilled ' if distilled else ''}ViT {D} x {depth} x {D // 64}, patch {P}"
+    what = f"{'distilled ' if distilled else ''}ViT {D} x {depth} x {H}, patch {P}"
     return Network(net, "student", what, {})
 
 
@@ -183,7 +192,10 @@ def torchvision_network(weights, path):
     for arch in models.list_models(module=models):
         if models.get_model_weights(arch).DEFAULT.meta["num_params"] == size:
             mean, std = NORMALISATIONS["imagenet"]
-            net = resnet.TorchvisionNetwork(arch, K, mean=mean, std=std)
+            try:
+                net = resnet.TorchvisionNetwork(arch, K, mean=mean, std=std)
+            except ValueError as error:
+                raise UserError(f"{path}: {error}") from None
             load_weights(net, net.from_torchvision(weights), path)
             return Network(net, "teacher", f"torchvision's {arch}", {})
     raise UserError(f"{path} holds no network that is known here ({', '.join(list(weights)[:3])}, ...)")
@@ -204,6 +216,8 @@ def match_classes(found, data, what):
     names, theirs = list(data.class_names), found.class_names
     if found.num_classes != len(names):
         raise UserError(f"{what} knows {found.num_classes} classes, the data have {len(names)}")
+    if sorted(data.class_ids) != list(range(len(names))):
+        raise UserError(f"the data's own class numbers are not 0 to {len(names) - 1}")
     if theirs is None:
         order = data.class_ids if found.numbering == "own" else list(range(len(names)))
     elif sorted(theirs) != sorted(names):
@@ -216,6 +230,7 @@ def match_classes(found, data, what):
         layers = [net.classifier] if found.kind == "teacher" else [net.head, net.head_dist] if net.distilled else [net.head]
         for layer in layers:
             reorder_outputs(layer, torch.tensor(order))
+    found.class_names = names
     return found
 
 

@@ -11,6 +11,8 @@ State-dict keys: ResNet-32 as in LDAM-DRW and Saddle-LongTail, ResNet-50 as in t
 Like every network here they take images in [0, 1] and normalise them themselves; `img_size` is the size they were made for.
 `make(arch, K)` builds one by its name.
 """
+from collections import OrderedDict
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -185,7 +187,9 @@ class TorchvisionNetwork(ResNet):
     def from_torchvision(self, weights):
         """torchvision's keys -> the keys of this network."""
         last = self.last_name + "."
-        return {"classifier." + k[len(last):] if k.startswith(last) else "body." + k: v for k, v in weights.items()}
+        out = OrderedDict(("classifier." + k[len(last):] if k.startswith(last) else "body." + k, v) for k, v in weights.items())
+        out._metadata = {"body": {"version": self.body._version}}         # MNASNet asks for it
+        return out
 
 
 def resnet32(num_classes=10, **kwargs):

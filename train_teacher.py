@@ -38,15 +38,16 @@ RECIPES = {
             "shapes": LDAM_CPU | dict(epochs=12, batch=32, lr=0.03, rho=0.05, drw_epoch=7, warmup_epochs=1, eval_every=2)},
 }
 # The rows of --loss paco. paper: PaCo's CIFAR-100 script, also for CIFAR-10, for which none is published; nor is rho (0.05 is
-# what the same authors published for GLMC+SAM). PaCo needs no re-weighting: the log prior in its loss does that work.
+# what the same authors published for GLMC+SAM). Ten classes have ten times as many positives in the queue as a hundred: a tenth
+# of alpha keeps the balance of pairs and classes. PaCo needs no re-weighting: the log prior in its loss does that work.
 PACO_PAPER = dict(arch="resnet32", img_size=32, loss="paco", epochs=400, batch=128, lr=0.05, weight_decay=5e-4, schedule="step",
                   decay=0.1, warmup_epochs=10, rho=0.05, alpha=0.01, temperature=0.05, queue=1024,
                   projection=32, key_momentum=0.999, eval_every=1)
 PACO_CPU = PACO_PAPER | dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, eval_every=4)
 PACO_RECIPES = {
-    "paper": {"cifar10": PACO_PAPER, "cifar100": PACO_PAPER},
-    "cpu": {"cifar10": PACO_CPU, "cifar100": PACO_CPU,
-            "shapes": PACO_CPU | dict(epochs=12, batch=32, lr=0.03, warmup_epochs=1, eval_every=2)},
+    "paper": {"cifar10": PACO_PAPER | dict(alpha=0.001), "cifar100": PACO_PAPER},
+    "cpu": {"cifar10": PACO_CPU | dict(alpha=0.001), "cifar100": PACO_CPU,
+            "shapes": PACO_CPU | dict(epochs=12, batch=32, lr=0.03, warmup_epochs=1, alpha=0.001, eval_every=2)},
 }
 HELP = {
     "arch": "network: resnet32, resnet50, or the name of any classification network of torchvision",

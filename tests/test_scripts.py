@@ -200,6 +200,17 @@ def test_two_processes_share_one_run(tiny_cifar, tmp_path):
     assert {c: again["avg"][c] for c in engine.COLUMNS} == result["avg"]
 
 
+def test_two_processes_share_pacos_queue(tiny_cifar, tmp_path):
+    """The queue holds the labels of the last global batches, both processes' parts of each, newest batch first."""
+    on_two_processes("train_teacher", tmp_path / "paco", tiny_cifar, *PACO, "--epochs", "1")
+    data = data_lt.load_data("cifar10", 4, "exp", tiny_cifar)
+    order = data_lt.shuffled(len(data.train_labels), 0, 0)
+    steps = zip(data_lt.shard(order, 32, 0, 2), data_lt.shard(order, 32, 1, 2))
+    newest_first = torch.cat([torch.cat(parts) for parts in list(steps)[::-1]])
+    queue = torch.load(tmp_path / "paco" / "last.pt", weights_only=True)["paco"]["queue_labels"]
+    assert torch.equal(queue, data.train_labels[newest_first][:50])
+
+
 def test_the_teacher_is_trained_first_when_it_is_missing(tiny_cifar, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny = train_teacher.LDAM_CPU | dict(epochs=1, batch=64)
