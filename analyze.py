@@ -45,6 +45,8 @@ def load(path, rt, options=None):
     resized and cropped as usual for its size. Raises UserError for a file that is not understood or does not fit the data.
     """
     found = load_network(path, getattr(options, "norm", None), getattr(options, "size", None))
+    if not found.config and not getattr(options, "dataset", None) and found.num_classes not in (10, 100):
+        raise engine.UserError(f"{path} knows {found.num_classes} classes, neither CIFAR's 10 nor 100: name its --dataset")
     dataset = "cifar100" if found.num_classes == 100 else "cifar10"
     assumed = {"dataset": dataset, "imb": 100.0, "imb_type": "exp", "data_dir": "data", "img_size": found.net.img_size,
                "eval_crop": 0.875 if found.net.img_size > 64 else 1.0}
@@ -291,9 +293,9 @@ def main():
     network.add_argument("--norm", choices=NORMALISATIONS, help="pixel statistics to normalise with (default: as recognised)")
     network.add_argument("--size", type=int, help="side of a CNN's images, pixels (default: as recognised)")
     options = parser.parse_args()
+    if bool(options.checkpoint) == bool(options.run):
+        parser.error("name one run folder or checkpoint file")
     options.run = options.checkpoint or options.run
-    if not options.run:
-        parser.error("name a run folder or a checkpoint file")
     commands[options.command](options, engine.setup(options.device))
 
 

@@ -35,11 +35,19 @@ class UserError(Exception):
 
 
 def run_main(main):
-    """Run a script: a UserError or DataError ends it with one line and exit code 2, anything else keeps its traceback."""
+    """Run a script: a UserError, a DataError or a file that cannot be read or written ends it with one line and exit code 2.
+
+    Anything else is a bug and keeps its traceback.
+    """
     try:
         main()
     except (UserError, data_lt.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_available() and dist.is_initialized():
@@ -372,8 +380,7 @@ def load_checkpoint(path, keys=("model", "config")):
         if forbidden:
             raise UserError(f"{path} holds an object of type {forbidden[1]}, and reading that would run code; save its "
                             "state_dict() instead") from None
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        raise UserError(f"{path} is not a readable checkpoint ({why})") from None
+        raise UserError(f"{path} is not a readable checkpoint: not a file that torch.save wrote, or damaged") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     if any(k not in state for k in keys):

@@ -160,7 +160,7 @@ class PaCoLoss(nn.Module):
         """
         with torch.autocast(v.device.type, enabled=False):
             s = full_precision(logits) + self.log_prior                                               # (6) (B,K)
-            t = v @ bank.T / self.temperature                                                         # (6) (B,A)
+            t = full_precision(v) @ full_precision(bank).T / self.temperature                         # (6) (B,A)
         itself = torch.eye(*t.shape, dtype=torch.bool, device=t.device)
         positive = (target[:, None] == bank_labels) & ~itself                                         # P_i as a mask (B,A)
         contrast = t.masked_fill(itself, -torch.inf).logsumexp(dim=1)

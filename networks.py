@@ -2,7 +2,7 @@ r"""Networks from a run's settings, and from files: this project's, the publishe
 
 `load_network(path)` looks at the weights in a file, works out what they belong to, and loads them with strict=True:
 
-    keys in the file (`module.` in front is dropped)          recognised as
+    keys in the file (PREFIXES are dropped)          recognised as
     config, class_names, model                                a run of this project: its last.pt, or its folder
     encoder_q.*, linear.weight (K,d)                          PaCo teacher: the query encoder and its classifier are kept
     layer3.4.*, linear.weight (64,K) without bias             ResNet-32 with a cosine classifier: LDAM (Saddle-LongTail)
@@ -11,8 +11,10 @@ r"""Networks from a run's settings, and from files: this project's, the publishe
     patch_embed.*, blocks.*, head.*[, dist_token, head_dist]  ViT, DeiT, DeiT-III, DeiT-LT, also as timm saves them
     torchvision's keys of any classification network          that network, found by its number of parameters
 
-The weights may lie in the file itself or in it under "model" or "state_dict". Files are read with weights_only=True, which runs
-no code from them; argparse.Namespace and NumPy's numbers, which published files hold, are allowed by name.
+The weights may lie in the file itself or in it under one of WRAPPERS, their keys behind any of PREFIXES. Files are read with
+weights_only=True, which runs no code from them; argparse.Namespace and NumPy's numbers, which published files hold, are allowed
+by name. A ResNet-50 with an ordinary classifier (cross-entropy, vector scaling) is taken for torchvision's, which it is: for
+iNaturalist's pixel statistics give `norm`.
 
 Outputs are put into the order of the data at hand by `match_classes`: by class names where the file has them ("class_names"),
 else by numbers. A published teacher of ImageNet-LT or iNaturalist counts classes as the data set does (PaCo), or by descending
@@ -34,6 +36,8 @@ NORMALISATIONS = {  # mean and standard deviation of the pixels that a network w
     "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 
 
 @dataclass
@@ -58,8 +62,8 @@ def build_teacher(config, num_classes):
     try:
         return resnet.make(config["arch"], num_classes, cosine=config["loss"] == "ldam", img_size=config.get("img_size", 32),
                            mean=resnet.CIFAR_MEAN, std=resnet.CIFAR_STD)
-    except ValueError as error:
-        raise UserError(f"--arch: {error}") from None
+    except (ValueError, AssertionError) as error:          # an assertion: a ViT whose patches do not fit
+        raise UserError(f"--arch {config['arch']}: {error}") from None
 
 
 def build_student(config, num_classes, distilled):
@@ -78,36 +82,58 @@ def load_network(path, norm=None, size=None):
     """
     state = load_checkpoint(path, keys=())
     path = os.path.basename(os.path.normpath(path))
-    if all(key in state for key in ("config", "class_names", "model")):
+    if is_own(state):
         found = own_network(state, path)
     else:
-        weights = next((state[k] for k in ("model", "state_dict") if isinstance(state.get(k), dict)), state)
-        weights = {str(k).removeprefix("module."): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
-        found = (paco_network if any(k.startswith("encoder_q.") for k in weights) else
-                 vit_network if "patch_embed.proj.weight" in weights else
-                 cifar_network if "linear.weight" in weights and "layer3.4.conv1.weight" in weights else
-                 cosine_resnet50 if "layer4.0.conv1.weight" in weights and "fc.bias" not in weights else
-                 torchvision_network)(weights, path)
-        found.class_names = state.get("class_names")
+        weights = bare_weights(state)
+        try:
+            found = (paco_network if any(k.startswith("encoder_q.") for k in weights) else
+                     vit_network if "patch_embed.proj.weight" in weights else
+                     cifar_network if "linear.weight" in weights and "layer3.4.conv1.weight" in weights else
+                     cosine_resnet50 if cosine_fc(weights) else
+                     torchvision_network)(weights, path)
+        except (KeyError, IndexError, TypeError, ValueError) as error:    # the right keys, but of shapes that no network has
+            raise UserError(f"{path} holds no network that is known here ({type(error).__name__}: {error})") from None
+        names = state.get("class_names")
+        found.class_names = names if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names) else None
         if "tail_acc_avg" in state or "best_acc_avg" in state:            # DeiT-LT's own files
             found.numbering = "count"
     if norm is not None:
         set_normalisation(found.net, norm)
-    if size is not None and found.kind == "teacher":
-        if hasattr(getattr(found.net, "body", None), "image_size"):
-            raise UserError(f"{path}: {found.what} takes images of {found.net.img_size} px only")
-        found.net.img_size = size
     found.net.eval().requires_grad_(False)
+    if size is not None and size != found.net.img_size:
+        set_size(found, size, path)
     used = norm or next((name for name, (mean, _) in NORMALISATIONS.items()
                          if torch.allclose(found.net.mean.flatten(), torch.tensor(mean))), "own")
     found.what += f", {found.num_classes} classes, {found.net.img_size} px, {used} normalisation"
     return found
 
 
+def is_own(state):
+    """Is this a checkpoint of this project? It has weights, class names and the settings that say whose they are."""
+    config = state.get("config")
+    student, teacher = {"method", "model", "img_size", "patch_size", "drop_path"}, {"arch", "loss"}
+    settings = config.keys() if isinstance(config, dict) else set()
+    return "model" in state and "class_names" in state and (settings >= student or settings >= teacher)
+
+
+def bare_weights(state):
+    """The tensors of a checkpoint by their names in the network itself, without what training scripts put around them."""
+    weights = next((state[k] for k in WRAPPERS if isinstance(state.get(k), dict)), state)
+    weights = {str(k): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
+    while prefix := next((p for p in PREFIXES if weights and all(k.startswith(p) for k in weights)), None):
+        weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+    return {k.removeprefix("module."): v for k, v in weights.items()}
+
+
+def cosine_fc(weights):
+    """A ResNet-50's classifier (2048,K) without bias, where torchvision's is (K,2048)?"""
+    fc = weights.get("fc.weight", torch.empty(0, 0))
+    return "layer4.0.conv1.weight" in weights and "fc.bias" not in weights and len(fc) == 2048 and fc.shape[1] != 2048
+
+
 def own_network(state, path):
     config, weights, K = state["config"], state["model"], len(state["class_names"])
-    if not config.keys() >= {"method", "model"} and not config.keys() >= {"arch", "loss"}:
-        raise UserError(f"{path} has no settings of a run of this project")
     if "method" in config:
         kind, net, what = "student", build_student(config, K, "dist_token" in weights), f"{config['method']} {config['model']}"
     else:
@@ -156,13 +182,10 @@ def teacher(weights, path, cosine):
 def vit_network(weights, path):
     """ViT of timm's and DeiT's layout; all sizes follow from the weights, but for the heads: 64 wide as published."""
     weights = {k.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): v for k, v in weights.items()}
-    try:
-        D, _, P, _ = weights["patch_embed.proj.weight"].shape
-        distilled, depth = "dist_token" in weights, 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
-        K, hidden = len(weights["head.weight"]), len(weights["blocks.0.mlp.fc1.weight"])
-        tokens, positions = 1 + distilled, weights["pos_embed"].shape[1]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path} has patch_embed but is not a ViT of DeiT's layout: {error}") from None
+    D, _, P, _ = weights["patch_embed.proj.weight"].shape
+    distilled, depth = "dist_token" in weights, 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+    K, hidden = len(weights["head.weight"]), len(weights["blocks.0.mlp.fc1.weight"])
+    tokens, positions = 1 + distilled, weights["pos_embed"].shape[1]
     G = int(positions ** 0.5)                                             # a square grid, and fewer tokens than make it larger
     if positions == G * G:                                                # DeiT-III: only patches have a position
         weights["pos_embed"] = torch.cat([weights["pos_embed"].new_zeros(1, tokens, D), weights["pos_embed"]], dim=1)
@@ -199,6 +222,17 @@ def torchvision_network(weights, path):
             load_weights(net, net.from_torchvision(weights), path)
             return Network(net, "teacher", f"torchvision's {arch}", {})
     raise UserError(f"{path} holds no network that is known here ({', '.join(list(weights)[:3])}, ...)")
+
+
+def set_size(found, size, path):
+    """Let a CNN see images of another size. Raises UserError if it cannot."""
+    if found.kind == "student" or hasattr(getattr(found.net, "body", None), "image_size"):
+        raise UserError(f"{path}: {found.what} takes images of {found.net.img_size} px only")
+    try:
+        found.net(torch.zeros(1, 3, max(size, 0), max(size, 0)))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"{path}: {found.what} cannot take {size} px ({' '.join(str(error).split())[:90]})") from None
+    found.net.img_size = size
 
 
 def set_normalisation(net, name):

@@ -116,9 +116,16 @@ def resolve(args, rt):
     if args.batch % rt.world:
         raise engine.UserError(f"--batch {args.batch} cannot be shared by {rt.world} processes")
     distilled = METHODS[args.method]["distilled"]
+    about_teacher = {k: v for k in ("teacher_norm", "teacher_size") if (v := getattr(args, k)) is not None}
+    if not distilled and (about_teacher or args.teacher != "auto"):
+        raise engine.UserError(f"--method {args.method} has no teacher")
+    if not args.teacher:
+        raise engine.UserError("--teacher is empty")
+    if args.teacher_size is not None:
+        engine.check_ranges(args, teacher_size=(1, inf))
     if distilled and args.teacher != "auto":
         changed += "_by_" + os.path.basename(os.path.normpath(args.teacher))
-    changed += "".join(f"_{k.replace('_', '')}{v}" for k in ("teacher_norm", "teacher_size") if (v := getattr(args, k)))
+    changed += "".join(f"_{k.replace('_', '')}{v}" for k, v in about_teacher.items())
     args.name = f"{args.method}_{args.model}_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
     args.out = args.out or f"runs/{args.name}"
     if not distilled:

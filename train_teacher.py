@@ -90,12 +90,13 @@ def parse(argv=None):
 
 def resolve(args, rt):
     """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be."""
-    paco = args.loss == "paco"
+    paco, given = args.loss == "paco", {key for key in HELP if getattr(args, key) is not None}
     changed = engine.resolve_recipe(args, PACO_RECIPES if paco else RECIPES, rt)
     row = (PACO_RECIPES if paco else RECIPES)[args.recipe][args.dataset]
-    idle = [engine.flag(key) for key in HELP if key not in row and getattr(args, key) is not None]
-    if idle:
-        raise engine.UserError(f"{', '.join(idle)} has no meaning with --loss {args.loss}")
+    unused = {"max_margin"} if args.loss != "ldam" else set()
+    unused |= {"decay"} if args.schedule == "cosine" else set()
+    if idle := [engine.flag(key) for key in sorted(given) if key not in row or key in unused]:
+        raise engine.UserError(f"{', '.join(idle)} has no meaning with --loss {args.loss} --schedule {args.schedule}")
     if args.loss not in LOSSES or args.schedule not in ("step", "cosine"):
         raise engine.UserError(f"--loss is one of {', '.join(LOSSES)}; --schedule step or cosine")
     ranges = dict(epochs=(1, inf), batch=(rt.world, inf), lr=(0, inf), weight_decay=(0, inf), warmup_epochs=(0, inf),
@@ -128,7 +129,7 @@ def load_teacher(path, data, rt, norm=None, size=None):
     """
     found = load_network(path, norm, size)
     if found.kind != "teacher":
-        raise engine.UserError(f"{path} is not a teacher: it is a {found.what}")
+        raise engine.UserError(f"{path} is not a teacher: it is {found.what}")
     match_classes(found, data, f"the teacher {path}")
     return found.net.to(rt.device, memory_format=torch.channels_last), found.what
 
@@ -200,7 +201,8 @@ def train(args, data, rt, run):
                     keys = whole.keys(key_view)                                   # (B,d); both passes of SAM share them
 
             def loss_here():
-                """The batch's loss at the weights as they are now."""
+                """The batch's loss at the weights as they are now, with the same dropout whenever it is called."""
+                engine.seed_step(args.seed, epoch, step, rt.rank)
                 with rt.autocast():
                     if paco:
                         logits, v = model(x)                                      # (B,K), (B,d)
@@ -285,6 +287,9 @@ def say_on_training_images(seen):
 
 def run(args, data, rt, folder):
     """Train the teacher of these (resolved) settings, or go on with it, and fill its run folder (an engine.Run)."""
+    images = len(data.train_labels)
+    if images // data_lt.steps_per_epoch(images, args.batch) < 2 * rt.world:
+        raise engine.UserError(f"--batch {args.batch}: BatchNorm needs two images or more in each of {rt.world} process(es)")
     seconds = seconds_of_run(args, data, rt, folder.start_epoch)
     rt.print(f"Teacher ({args.recipe} recipe): {args.arch}, {args.loss}, SAM rho {args.rho:g}, {args.epochs} epochs "
              f"on {engine.describe(data, args)}: about {engine.duration(seconds)} on {rt.hardware()}. Run folder: {args.out}")

@@ -1,6 +1,7 @@
 """engine.py: schedules, averages, evaluation, checkpoints and the run folder against formulas and loops."""
 import argparse
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -136,3 +137,38 @@ def test_a_user_error_ends_with_code_2_and_one_line_but_a_bug_keeps_its_tracebac
 
 def test_durations_read_naturally():
     assert [engine.duration(s) for s in (12, 204, 20160, 1100000)] == ["12 s", "3.4 min", "5.6 h", "12.7 days"]
+
+
+def share_of(rank):
+    """What process `rank` brings to gather: rows that differ in number, type and shape, and none of them zero."""
+    generator = torch.Generator().manual_seed(rank)
+    floats = 1 + torch.rand(2 + 3 * rank, 4, generator=generator)
+    return {"floats": floats, "doubles": floats.double()[:5 - 4 * rank, None], "labels": torch.arange(4 - rank) + 10 * rank + 1,
+            "as many": floats[:2], "none of rank 0": floats[:3 * rank], "a column": floats[:, 1], "transposed": floats[:2].T}
+
+
+def gather_a_share(rank, folder):
+    """Process `rank` of two: what gather gives it goes to a file."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+                                         timeout=timedelta(minutes=2))
+    rt = engine.Runtime(torch.device("cpu"), rank, 2)
+    torch.save({name: engine.gather(rows, rt) for name, rows in share_of(rank).items()}, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_one_process_gathers_its_own_rows():
+    """A copy, or a call to a process group that is not there."""
+    rows = torch.rand(3, 2)
+    assert engine.gather(rows, CPU) is rows
+
+
+def test_two_processes_gather_rank_0s_rows_then_rank_1s(tmp_path):
+    """Padding left in, rows cut to the smaller share, a rank's own rows first, or int64 labels turned into floats."""
+    torch.multiprocessing.spawn(gather_a_share, args=(str(tmp_path),), nprocs=2)
+    zero, one = share_of(0), share_of(1)
+    for rank in (0, 1):
+        gathered = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert gathered.keys() == zero.keys()
+        for name, rows in gathered.items():
+            assert rows.dtype == zero[name].dtype and torch.equal(rows, torch.cat([zero[name], one[name]])), name

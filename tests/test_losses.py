@@ -1,12 +1,18 @@
 """losses.py against published numbers, against each formula written as a loop in float64, and by finite differences."""
+import io
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.autograd import gradcheck
 
-from losses import (LDAMLoss, VSLoss, class_balanced_weights, distillation_loss, drw_weights, focal_loss, soft_cross_entropy,
-                    soft_distillation, weighted_cross_entropy)
+import engine
+import train_teacher
+from losses import (LDAMLoss, PaCo, PaCoLoss, VSLoss, class_balanced_weights, distillation_loss, drw_weights, focal_loss,
+                    soft_cross_entropy, soft_distillation, weighted_cross_entropy)
 
 C10_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 C10_50 = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
@@ -267,3 +273,391 @@ def test_focal_loss_equals_its_formula_with_the_weight_inside_the_exponent():
     assert loss.item() == pytest.approx(expected, rel=1e-9)
     assert focal_loss(z, torch.tensor(labels), gamma=0.0).item() == pytest.approx(
         sum(softmax_loss(row, y) for row, y in zip(z.tolist(), labels)) / 4)              # gamma = 0: cross-entropy
+
+
+# ---- PaCo: the loss ----
+
+PACO_COUNTS = [60, 25, 10, 5]                                             # K = 4
+
+
+def looped_paco(logits, v, target, bank, bank_labels, counts, alpha, beta, gamma, temperature):
+    """The published formula, anchor by anchor and row by row, in Python's float64."""
+    logits, v, bank, total = logits.double().tolist(), v.double().tolist(), bank.double().tolist(), 0.0
+    target, bank_labels = target.tolist(), bank_labels.tolist()
+    for i, (z, anchor, y) in enumerate(zip(logits, v, target)):
+        s = [u + math.log(n / sum(counts)) for u, n in zip(z, counts)]
+        t = [sum(p * q for p, q in zip(anchor, row)) / temperature for row in bank]
+        log_d = math.log(sum(map(math.exp, s)) + gamma * sum(math.exp(t[a]) for a in range(len(bank)) if a != i))
+        positives = [a for a in range(len(bank)) if a != i and bank_labels[a] == y]
+        pairs = sum(t[a] - log_d for a in positives)
+        total -= (beta * (s[y] - log_d) + alpha * pairs) / (beta + alpha * len(positives))
+    return total / len(target)
+
+
+def paco_batch(seed, B=5, d=6, queue=7, dtype=torch.float64):
+    """(logits, v, target, bank, bank_labels): unit rows, but for the last two, shorter, of label -1."""
+    def unit(n, s):
+        return F.normalize(randn(n, d, seed=s), dim=1).to(dtype)
+    g = torch.Generator().manual_seed(seed)
+    target, older = torch.randint(4, (B,), generator=g), torch.randint(4, (queue,), generator=g)
+    older[-2:] = -1
+    v, rows = unit(B, 10 * seed + 1), unit(queue, 10 * seed + 3)
+    rows[-2:] *= 0.7
+    return (randn(B, 4, seed=10 * seed).to(dtype), v, target, torch.cat([v, unit(B, 10 * seed + 2), rows]),
+            torch.cat([target, target, older]))
+
+
+PACO_SETTINGS = [(0.01, 1.0, 1.0, 0.05), (0.05, 1.0, 1.0, 0.2), (1.0, 1.0, 0.5, 0.5), (0.3, 0.5, 2.0, 0.1),
+                 (0.3, 1.0, 0.0, 0.2), (0.0, 1.0, 1.0, 0.2), (0.5, 0.0, 1.0, 0.3)]        # alpha, beta, gamma, temperature
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("settings", PACO_SETTINGS)
+def test_paco_loss_is_its_formula(settings, seed):
+    """Self-pairs kept, own keys dropped, logits divided by T, another prior or normaliser, rows of -1 that leave D_i."""
+    batch = paco_batch(seed)
+    expected = looped_paco(*batch, PACO_COUNTS, *settings)
+    assert PaCoLoss(PACO_COUNTS, *settings)(*batch).item() == pytest.approx(expected, rel=1e-6)   # ln pi is kept in float32
+
+
+def test_paco_defaults_are_those_published_for_cifar100():
+    """Another default, which the teacher's recipes would silently take: they set alpha and T, not beta and gamma."""
+    batch = paco_batch(3)
+    expected = looped_paco(*batch, PACO_COUNTS, alpha=0.01, beta=1, gamma=1, temperature=0.05)
+    assert PaCoLoss(PACO_COUNTS)(*batch).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_paco_without_pairs_is_logit_adjustment():
+    """alpha = gamma = 0: what remains is the class term with the log prior, whatever the anchors and their scale are."""
+    logits, v, target, bank, labels = paco_batch(4)
+    for gamma in (0.0, 0):                                                # also as an integer, whose logarithm is -inf
+        loss = PaCoLoss(PACO_COUNTS, alpha=0.0, gamma=gamma)(logits, v, target, bank, labels)
+        assert loss.item() == pytest.approx(VSLoss(PACO_COUNTS, gamma=0)(logits, target).item(), rel=1e-6)
+
+
+def test_paco_rows_of_minus_1_are_nobodys_positives_but_others():
+    """-1 taken for a class (the last one, by negative indices), or rows of -1 left out of D_i: D_i grows by e^t of each."""
+    logits, v, target, bank, labels = paco_batch(5)
+    loss = PaCoLoss(PACO_COUNTS, alpha=0.3, temperature=0.5)
+    unlabelled, everyone = loss(logits, v, target, bank, labels), loss(logits, v, target, bank, labels.where(labels >= 0, 3))
+    without = loss(logits, v, target, bank[:-2], labels[:-2])
+    expected = looped_paco(logits, v, target, bank, labels, PACO_COUNTS, 0.3, 1, 1, 0.5)
+    assert unlabelled.item() == pytest.approx(expected, rel=1e-6) and without.item() < unlabelled.item() - 1e-3
+    assert not torch.isclose(unlabelled, everyone) and (target == 3).any()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.7])
+def test_gradients_of_paco_are_those_of_finite_differences(gamma):
+    """A detached bank, or NaN from the masked diagonal or from gamma = 0: v is anchor and row of the bank at once."""
+    logits, v, target, bank, labels = paco_batch(6, B=3, d=3, queue=5)
+    loss = PaCoLoss(PACO_COUNTS, alpha=0.3, gamma=gamma, temperature=0.5)
+    inputs = logits.requires_grad_(), v.clone().requires_grad_()
+    assert gradcheck(lambda z, u: loss(z, u, target, torch.cat([u, bank[3:]]), labels), inputs)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_paco_computes_in_float32(dtype, autocast):
+    """Cosines or logits in 8 bits: the loss of half logits is that of the same numbers in float32, to the last bit."""
+    logits, v, target, bank, labels = paco_batch(7, dtype=torch.float32)
+    logits, loss = (20 * logits).to(dtype), PaCoLoss(PACO_COUNTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        value = loss(logits, v, target, bank, labels)
+    assert value.dtype == torch.float32 and torch.equal(value, loss(logits.float(), v, target, bank, labels))
+    expected = looped_paco(logits, v, target, bank, labels, PACO_COUNTS, 0.01, 1, 1, 0.05)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_paco_does_not_overflow():
+    """exp() before log(): e^200 has no float32."""
+    logits, v, target, bank, labels = paco_batch(8, dtype=torch.float32)
+    for batch, T in ((logits * 50, 0.05), (logits, 0.005)):
+        loss = PaCoLoss(PACO_COUNTS, temperature=T)(batch, v, target, bank, labels).item()
+        expected = looped_paco(batch, v, target, bank, labels, PACO_COUNTS, 0.01, 1, 1, T)
+        assert loss > 50 and loss == pytest.approx(expected, rel=1e-5)
+
+
+# ---- PaCo: key encoder and queue ----
+
+class PooledNet(nn.Module):
+    """As small as a teacher can be: images (B,3,S,S) -> 12 means -> 8 features (with BatchNorm) -> 4 logits."""
+
+    def __init__(self, img_size=2):
+        super().__init__()
+        self.img_size = img_size
+        self.features = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Tanh())
+        self.classifier = nn.Linear(8, 4)
+
+    def forward(self, x, return_features=False):
+        features = self.features(x)
+        return (self.classifier(features), features) if return_features else self.classifier(features)
+
+
+def small_paco(seed=0, queue=5, momentum=0.9, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return PaCo(PooledNet(), 8, dim=3, queue=queue, momentum=momentum).to(dtype)
+
+
+def disturb(paco, seed):
+    """Move every parameter and running statistic of the query side, as an optimizer and its passes would."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in (paco.net, paco.projection):
+            for t in module.state_dict().values():
+                t.add_(torch.rand(t.shape, generator=g, dtype=torch.float64)) if t.is_floating_point() else t.add_(seed)
+
+
+def parameters(*modules):
+    """Copies of all parameters."""
+    return [p.detach().clone() for module in modules for p in module.parameters()]
+
+
+def images(seed, B=6, dtype=torch.float64):
+    return torch.rand(B, 3, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def test_the_key_encoder_starts_as_the_query_encoder_and_is_never_trained():
+    """Another initialisation, shared instead of copied tensors, or key parameters in reach of the optimizer."""
+    paco = small_paco()
+    query, key = (paco.net, paco.projection), (paco.key_net, paco.key_projection)
+    for a, b in zip(query, key):
+        assert equal(list(a.state_dict().values()), list(b.state_dict().values()))
+        assert not {t.data_ptr() for t in a.state_dict().values()} & {t.data_ptr() for t in b.state_dict().values()}
+        assert all(p.requires_grad for p in a.parameters()) and not any(p.requires_grad for p in b.parameters())
+    logits, v = paco(images(0))
+    (logits.sum() + v.sum()).backward()
+    assert all(p.grad is not None for m in query for p in m.parameters())
+    assert all(p.grad is None for m in key for p in m.parameters())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9, 0.999, 1.0])
+def test_keys_move_every_key_parameter_once_by_the_lerp_and_nothing_else(momentum):
+    """Momentum on the wrong side, a second step, a forgotten projection, a moved query encoder or copied statistics."""
+    paco = small_paco(momentum=momentum).eval()                           # in eval mode no pass moves a statistic
+    for step in range(3):
+        disturb(paco, step + 1)
+        q, k = parameters(paco.net, paco.projection), parameters(paco.key_net, paco.key_projection)
+        statistics, queue = [b.clone() for m in (paco.key_net, paco.key_projection) for b in m.buffers()], paco.queue.clone()
+        paco.keys(images(step))
+        for before, leader, after in zip(k, q, parameters(paco.key_net, paco.key_projection)):
+            torch.testing.assert_close(after, momentum * before + (1 - momentum) * leader, rtol=0, atol=1e-14)
+        assert equal(q, parameters(paco.net, paco.projection)) and torch.equal(queue, paco.queue)
+        assert equal(statistics, [b for m in (paco.key_net, paco.key_projection) for b in m.buffers()])
+        assert not any(torch.equal(a, b) for a, b in zip(paco.key_net.buffers(), paco.net.buffers()))
+
+
+def test_keys_are_unit_vectors_of_the_key_encoder_after_its_step_and_without_gradient():
+    """Keys of the old key encoder, of the query encoder or not normalised; a graph that the key view's pass leaves behind."""
+    paco, x = small_paco(momentum=0.7), images(1)
+    disturb(paco, 1)
+    old = paco.unit(paco.key_projection, paco.key_net.features(x))
+    query = paco.unit(paco.projection, paco.net.features(x)).detach()
+    keys = paco.keys(x)
+    assert keys.shape == (6, 3) and not keys.requires_grad
+    torch.testing.assert_close(keys.norm(dim=1), torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-12)
+    hidden = paco.key_projection(paco.key_net.features(x)).detach()
+    torch.testing.assert_close(keys, hidden / hidden.norm(dim=1, keepdim=True), rtol=0, atol=1e-12)
+    assert (keys - old).abs().max() > 1e-3 and (keys - query).abs().max() > 1e-3
+
+
+def test_with_momentum_0_keys_are_the_anchors_of_the_same_images():
+    """A key encoder that encodes before it follows, or whose BatchNorm normalises with running statistics."""
+    paco, x = small_paco(momentum=0.0), images(2)
+    disturb(paco, 2)
+    logits, v = paco(x)
+    assert v.requires_grad and torch.equal(logits, paco.net(x))
+    torch.testing.assert_close(paco.keys(x), v.detach(), rtol=0, atol=1e-12)
+    assert [int(paco.key_net.features[3].num_batches_tracked), int(paco.key_projection[1].num_batches_tracked)] == [1, 1]
+
+
+def test_anchors_and_keys_are_projected_in_float32_under_autocast():
+    """A projection or a normalisation in bfloat16: lengths would be 1 to two digits, and the loss divides cosines by T."""
+    paco, x = small_paco(dtype=torch.float32), images(3, dtype=torch.float32)
+    features = randn(6, 8, seed=3).to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, v = paco(x)
+        keys, projected = paco.keys(x), paco.unit(paco.projection, features)
+    assert logits.dtype == torch.bfloat16                                 # autocast was really on
+    for rows in (v, keys, projected):
+        assert rows.dtype == torch.float32
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(6), rtol=0, atol=1e-6)
+    assert torch.equal(projected, paco.unit(paco.projection, features.float()))
+
+
+def test_bank_is_anchors_then_keys_then_the_queue():
+    """Another order (the loss masks the diagonal of the first B rows), anchors detached, or labels of other rows."""
+    paco, keys, y = small_paco(), randn(2, 3, seed=1), torch.tensor([3, 1])
+    paco.enqueue(randn(2, 3, seed=2), torch.tensor([0, 2]))
+    v = randn(2, 3, seed=3).requires_grad_()
+    bank, labels = paco.bank(v, keys, y)
+    assert torch.equal(bank, torch.cat([v, keys, paco.queue])) and labels.tolist() == [3, 1, 3, 1, 0, 2, -1, -1, -1]
+    weight = randn(9, 3, seed=4)
+    (bank * weight).sum().backward()
+    assert torch.equal(v.grad, weight[:2])
+
+
+@pytest.mark.parametrize("sizes", [[1] * 8, [2] * 5, [5, 5], [3, 5, 1, 4], [7], [2, 12, 3], [0, 2, 0]])
+def test_the_queue_is_a_list_with_the_newest_first(sizes):
+    """A pointer that wraps wrongly when the batch does not divide the queue or is larger, or labels that go out of step."""
+    paco, rows, labels, count = small_paco(queue=5), [[0.0] * 3] * 5, [-1] * 5, 0
+    assert paco.queue.tolist() == rows and paco.queue_labels.tolist() == labels and paco.queue_labels.dtype == torch.int64
+    for n in sizes:
+        numbers = range(count + 1, count + n + 1)                         # each key is told apart by its number
+        keys = torch.tensor([[k, -k, k / 2] for k in numbers], dtype=torch.float64).view(n, 3)
+        y = torch.tensor([k % 4 for k in numbers], dtype=torch.long)
+        paco.enqueue(keys, y)
+        rows, labels, count = (keys.tolist() + rows)[:5], (y.tolist() + labels)[:5], count + n
+        assert paco.queue.tolist() == rows and paco.queue_labels.tolist() == labels
+
+
+def test_the_queue_keeps_copies():
+    """A view of the step's keys, which would hold its graph or change with it."""
+    paco, keys = small_paco(), randn(3, 3, seed=1).requires_grad_()
+    paco.enqueue(keys, torch.zeros(3, dtype=torch.long))
+    before = paco.queue.clone()
+    keys.data.zero_()
+    assert torch.equal(paco.queue, before) and not paco.queue.requires_grad and before[:3].abs().min() > 0
+
+
+def test_an_empty_queue_adds_one_to_every_denominator_for_each_place():
+    """Empty places that attract or repel: rows of zeros are e^0 = 1 in D_i and nobody's positives, so no gradient either."""
+    paco, loss = small_paco(queue=9), PaCoLoss(PACO_COUNTS, alpha=0.3, gamma=0.5, temperature=0.2)
+    logits, v, target, bank, labels = paco_batch(9)
+    paco.queue = paco.queue.new_zeros(9, 6)                               # keys of 6 numbers here
+    value = loss(logits, v, target, *paco.bank(v, bank[5:10], target))
+    expected, T = 0.0, 0.2
+    for i, y in enumerate(target.tolist()):
+        s = [z + math.log(n / 100) for z, n in zip(logits[i].tolist(), PACO_COUNTS)]
+        t = {a: float(v[i] @ bank[a]) / T for a in range(10) if a != i}   # anchors and keys alone
+        log_d = math.log(sum(map(math.exp, s)) + 0.5 * (sum(map(math.exp, t.values())) + 9))
+        pairs = [t[a] - log_d for a in t if target[a % 5] == y]
+        expected -= (s[y] - log_d + 0.3 * sum(pairs)) / (1 + 0.3 * len(pairs)) / 5
+    assert value.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_saved_paco_goes_on_as_the_one_that_was_not_interrupted():
+    """A queue, its labels or the key encoder missing from the state: a resumed run would start with other contrasts."""
+    paco, other, file = small_paco(seed=0), small_paco(seed=1), io.BytesIO()
+    disturb(paco, 1)
+    paco.enqueue(paco.keys(images(1, B=3)), torch.tensor([1, 2, 3]))
+    torch.save(paco.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for p in (paco, other):
+        disturb(p, 2)
+        p.enqueue(p.keys(images(2, B=2)), torch.tensor([0, 3]))
+    assert paco.queue_labels.tolist() == [0, 3, 1, 2, 3] and paco.queue.norm(dim=1).min() > 0.99
+    a, b = paco.state_dict(), other.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert {name.split(".")[0] for name in a} == {"net", "projection", "key_net", "key_projection", "queue", "queue_labels"}
+
+
+# ---- PaCo: the training loop, with SAM ----
+
+@pytest.fixture
+def recorded_training(monkeypatch):
+    """train_teacher.train on random images with a recorder in it: f(*flags) -> (PaCo, its events in order)."""
+    found = SimpleNamespace(whole=None, events=[])
+
+    def record(name, before=None, **what):
+        now = {k: t.clone() for k, t in found.whole.state_dict().items()}
+        found.events.append(SimpleNamespace(name=name, before=before or now, after=now, **what))
+        return now
+
+    class Recorder(PaCo):
+        def __init__(self, *args):
+            super().__init__(*args)
+            found.whole = self
+
+        def keys(self, x):
+            before = {k: t.clone() for k, t in self.state_dict().items()}
+            keys = super().keys(x)
+            record("keys", before, keys=keys.clone())
+            return keys
+
+        def enqueue(self, keys, labels):
+            before = {k: t.clone() for k, t in self.state_dict().items()}
+            super().enqueue(keys, labels)
+            record("enqueue", before, keys=keys.clone(), labels=labels.clone())
+
+    class RecordedLoss(PaCoLoss):
+        def forward(self, logits, v, target, bank, labels):
+            record("loss", v=v.detach().clone(), target=target.clone(), bank=bank.detach().clone(), labels=labels.clone())
+            return super().forward(logits, v, target, bank, labels)
+
+    def train(*flags):
+        monkeypatch.setattr(train_teacher, "PaCo", Recorder)
+        monkeypatch.setattr(train_teacher, "PaCoLoss", RecordedLoss)
+        monkeypatch.setattr(train_teacher, "new_network", lambda args, data, rt: PooledNet(args.img_size))
+        g = torch.Generator().manual_seed(0)
+        pixels, y = torch.randint(256, (24, 3, 32, 32), generator=g, dtype=torch.uint8), torch.randint(4, (24,), generator=g)
+        data = SimpleNamespace(train_images=pixels, train_labels=y, test_images=pixels, test_labels=y, num_classes=4,
+                               counts=y.bincount().tolist(), class_names=list("abcd"),
+                               groups={"head": [0], "mid": [1], "tail": [2, 3]})
+        args, rt = train_teacher.parse(["--dataset", "cifar10", "--loss", "paco", *flags]), engine.Runtime(torch.device("cpu"))
+        train_teacher.resolve(args, rt)
+        run = SimpleNamespace(resumed=None, start_epoch=0, log=lambda record: None, save=lambda **state: None)
+        train_teacher.train(args, data, rt, run)
+        return found.whole, found.events
+    return train
+
+
+def of(state, *starts):
+    """The parameters in a state whose names start so; BatchNorm's statistics apart."""
+    return {k: t for k, t in state.items() if k.startswith(starts) and "running" not in k and "tracked" not in k}
+
+
+def statistics(state, *starts):
+    return {k: t for k, t in state.items() if k.startswith(starts) and ("running" in k or "tracked" in k)}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+QUERY, KEY = ("net.", "projection."), ("key_net.", "key_projection.")
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.0])
+def test_a_training_step_takes_keys_once_and_shows_both_passes_of_sam_the_same(recorded_training, rho):
+    """Keys, queue or BatchNorm statistics that move twice a step, between the passes, or from w + e instead of from w."""
+    whole, events = recorded_training("--rho", str(rho), "--epochs", "2", "--batch", "8", "--queue", "13", "--projection", "3",
+                                      "--key-momentum", "0.9", "--lr", "0.1")
+    one = ["keys", *["loss"] * (2 if rho else 1), "enqueue"]
+    assert [e.name for e in events] == one * 6                            # 2 epochs of 24 / 8 steps
+    steps = [events[i:i + len(one)] for i in range(0, len(events), len(one))]
+    rows, labels, earlier = torch.zeros(13, 3), torch.full((13,), -1), None
+    for number, (keys, *passes, enqueue) in enumerate(steps, start=1):
+        w = of(keys.before, *QUERY)
+        if earlier:                                                       # nothing of PaCo's moves between steps but by SGD
+            assert same(of(earlier, *KEY), of(keys.before, *KEY)) and same(w, of(earlier, *QUERY))
+        for name, moved in of(keys.after, *KEY).items():                  # the key encoder follows w, once
+            by_hand = 0.9 * keys.before[name].double() + 0.1 * w[name[len("key_"):]].double()
+            torch.testing.assert_close(moved.double(), by_hand, rtol=1e-6, atol=1e-7)
+        for e in (*passes, enqueue):
+            assert same(of(e.after, *KEY), of(keys.after, *KEY))
+            assert same(statistics(e.after, *KEY), statistics(keys.after, *KEY))
+        assert all(int(t) == number for k, t in keys.after.items() if k.startswith(KEY) and "tracked" in k)
+
+        for e in passes:                                                  # both see the same keys and queue
+            assert torch.equal(e.bank, torch.cat([e.v, keys.keys, rows])) and torch.equal(e.target, passes[0].target)
+            assert torch.equal(e.labels, torch.cat([e.target, e.target, labels]))
+            assert same(statistics(e.after, *QUERY), statistics(passes[0].after, *QUERY))
+        assert same(of(passes[0].after, *QUERY), w)
+        moved, before = (statistics(e, *QUERY) for e in (passes[0].after, keys.before))
+        assert not any(torch.equal(moved[k], before[k]) for k in moved)   # the first pass counts for evaluation, it alone
+        assert all(int(t) == number for k, t in moved.items() if "tracked" in k)
+        if rho:
+            e = torch.cat([(passes[1].after[k] - w[k]).flatten() for k in w])
+            assert e.norm().item() == pytest.approx(rho, rel=1e-4) and not torch.equal(passes[0].v, passes[1].v)
+
+        assert torch.equal(enqueue.before["queue"], rows) and torch.equal(enqueue.keys, keys.keys)
+        rows, labels = torch.cat([keys.keys, rows])[:13], torch.cat([passes[0].target, labels])[:13]
+        assert torch.equal(enqueue.after["queue"], rows) and torch.equal(enqueue.after["queue_labels"], labels)
+        earlier = enqueue.after
+    assert same(statistics(whole.state_dict(), *QUERY), statistics(earlier, *QUERY))
+    assert all(p.grad is None for m in (whole.key_net, whole.key_projection) for p in m.parameters())

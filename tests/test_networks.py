@@ -483,3 +483,22 @@ def test_missing_files_and_unknown_normalisations_are_refused(tmp_path):
     refused(str(tmp_path), "last.pt")
     with pytest.raises(engine.UserError, match="cifar, imagenet"):
         networks.load_network(save(tmp_path, resnet32_state(3)), norm="caltech")
+
+
+@pytest.mark.parametrize("wrapper", ["", "model", "state_dict", "model_state_dict", "net"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model."])
+def test_what_training_scripts_put_around_weights_is_seen_through(tmp_path, wrapper, prefix):
+    """A compiled, parallel or wrapped network; settings and class names of another project's kind are not mistaken for ours."""
+    weights = {prefix + k: v for k, v in torchvision.models.get_model("resnet18", num_classes=7).state_dict().items()}
+    state = {wrapper: weights, "config": {"arch": "resnet18"}, "class_names": {0: "a"}} if wrapper else weights
+    torch.save(state, tmp_path / "x.pth")
+    found = networks.load_network(str(tmp_path / "x.pth"))
+    assert found.what.startswith("torchvision's resnet18, 7 classes") and found.class_names is None
+    assert torch.equal(found.net.classifier.weight, weights[prefix + "fc.weight"])
+
+
+@pytest.mark.parametrize("size", [-1, 0, 20])
+def test_a_size_that_the_network_cannot_take_is_refused(tmp_path, size):
+    torch.save(torchvision.models.alexnet(num_classes=2).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(engine.UserError, match=f"cannot take {size} px"):
+        networks.load_network(str(tmp_path / "x.pth"), size=size)

@@ -342,6 +342,12 @@ def test_paco_trains_a_teacher_that_a_student_can_use(paco_teacher, tiny_cifar, 
     assert "teacher resnet32, paco, 10 classes, 32 px, cifar normalisation" in capsys.readouterr().out
     assert "--max-margin" in refused(train_teacher, monkeypatch, capsys, *PACO, "--max-margin", 0.5)
     assert "--queue" in refused(train_teacher, monkeypatch, capsys, *TEACHER, "--queue", 5)
+    assert "--max-margin" in refused(train_teacher, monkeypatch, capsys, *TEACHER, "--loss", "ce", "--max-margin", 0.5)
+    assert "--decay" in refused(train_teacher, monkeypatch, capsys, *TEACHER, "--schedule", "cosine", "--decay", 0.5)
+    assert "empty" in refused(train_student, monkeypatch, capsys, *STUDENT, "--teacher", "")
+    assert "no teacher" in refused(train_student, monkeypatch, capsys, *STUDENT, "--method", "vit", "--teacher", "paco")
+    alone = ("--data-dir", tiny_cifar, *PACO, "--batch", 1, "--out", tmp_path / "alone")
+    assert "two images" in refused(train_teacher, monkeypatch, capsys, *alone)
 
 
 @pytest.mark.parametrize("loss", ["ldam", "paco"])
@@ -375,6 +381,15 @@ def test_a_file_from_elsewhere_is_a_teacher_and_can_be_evaluated(tiny_cifar, tmp
     script(train_student, monkeypatch, "--data-dir", tiny_cifar, *flags)
     assert "10 classes, 32 px, none normalisation" in capsys.readouterr().out
     assert "_by_mine.pth_teachernormnone_teachersize32_" in next((tmp_path / "runs").iterdir()).name
+
+
+def test_both_passes_of_sam_drop_the_same_units(tiny_cifar, tmp_path, monkeypatch):
+    """At a radius of almost nothing SAM is SGD, unless its second gradient is that of another draw of the dropout."""
+    for name, rho in (("sgd", 0), ("sam", 1e-12)):
+        flags = ["--arch", "mobilenet_v3_small", *TEACHER, "--epochs", 1, "--rho", rho, "--amp", "none"]
+        script(train_teacher, monkeypatch, "--data-dir", tiny_cifar, "--out", tmp_path / name, *flags)
+    sgd, sam = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("sgd", "sam"))
+    assert all(torch.allclose(sgd[k].float(), sam[k].float(), rtol=1e-2, atol=1e-3) for k in sgd)
 
 
 @pytest.mark.parametrize("module", [train_teacher, train_student, analyze])
