@@ -239,8 +239,8 @@ def command_augment(options, rt):
     torch.manual_seed(options.seed)
     n = 10
     index = torch.randperm(len(data.train_labels))[:n]
-    clean, labels = augment.to_float(data.train_images[index]), data.train_labels[index]
-    strong = train_student.strong_augment(clean, args)
+    images, labels = data.train_images[index], data.train_labels[index]
+    clean, strong = augment.to_float(images), train_student.strong_augment(images, args)
     mixed, target = augment.mixup_cutmix(strong, labels, data.num_classes, args.mixup, args.cutmix, args.smoothing)
     figure, axes = plt.subplots(3, n, figsize=(1.5 * n, 5.6))
     for row, (name, images) in enumerate([("clean", clean), ("strong", strong), ("mixed", mixed)]):

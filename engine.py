@@ -10,6 +10,7 @@ Nothing here knows the method; if you must read this file to follow DeiT-LT, som
 """
 import argparse
 import copy
+import ctypes
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import augment
@@ -100,6 +102,14 @@ def has_bf16(device):
     return device.type == "cpu" and cpu_info(r"\b(avx512_bf16|amx_bf16|bf16)\b") is not None
 
 
+def keep_freed_memory():
+    """Let glibc keep freed memory for the next tensor; otherwise it goes back to the system and comes again, page by page."""
+    with suppress(OSError, AttributeError):                               # another system has another allocator
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)                                               # M_MMAP_MAX: nothing is mapped on its own
+        libc.mallopt(-1, 2 ** 31 - 1)                                     # M_TRIM_THRESHOLD: nothing is given back
+
+
 def setup(device="auto", amp="auto"):
     """Runtime for this process; joins torchrun's process group if there is one. Raises UserError for a missing device."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -113,10 +123,18 @@ def setup(device="auto", amp="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+    else:
+        keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     use_amp = amp == "bf16" or (amp == "auto" and has_bf16(device))
     return Runtime(device, rank, world, torch.bfloat16 if use_amp else None)
+
+
+def trainable(net, rt, compiled=False):
+    """The network as the training loop calls it: gradients averaged over processes, and compiled if wanted."""
+    model = DistributedDataParallel(net) if rt.world > 1 else net
+    return torch.compile(model) if compiled else model
 
 
 def wait_for_all(rt):
@@ -260,6 +278,8 @@ def add_run_flags(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "none"],
                         help="bfloat16 autocast; auto: where the hardware has it (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile: a minute or two at the start, then a faster "
+                        "step (of the student on a CPU: 3 to 7 %%)")
     parser.add_argument("--out", help="run folder (default: runs/<name from the settings>)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run folder's last.pt")
@@ -412,7 +432,7 @@ class Run:
 
     def check_settings(self, args):
         """Going on with other settings would be neither run: raise UserError with the differences."""
-        free = ("out", "resume", "overwrite", "device", "data_dir", "name")
+        free = ("out", "resume", "overwrite", "device", "data_dir", "name", "compile", "checkpointing")
         old, new = ({k: v for k, v in c.items() if k not in free} for c in (self.resumed["config"], vars(args)))
         keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         if keys:

@@ -36,7 +36,7 @@ class SAM:
         if rho < 0:
             raise ValueError(f"rho must be at least 0, not {rho}")
         self.base_optimizer, self.rho = base_optimizer, rho
-        self.saved = None                                                 # [(parameter, its value at w)] during a step
+        self.saved = None                                                 # (parameters, their values at w) during a step
 
     @property
     def param_groups(self):
@@ -53,7 +53,7 @@ class SAM:
         grads = [p.grad for p in params]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         # Keep w itself rather than e: (w + e) - e is not w in floating point.
-        self.saved = list(zip(params, [p.clone() for p in params]))
+        self.saved = params, torch._foreach_mul(params, 1.0)              # one call for all copies
         torch._foreach_add_(params, torch._foreach_mul(grads, self.rho / (norm + 1e-12)))             # (1)
         self.zero_grad()
         return norm
@@ -70,8 +70,7 @@ class SAM:
         """Return to w without a step (also the way out when the second pass failed)."""
         if self.saved is None:
             raise RuntimeError("there is no first_step to return from")
-        for p, w in self.saved:
-            p.copy_(w)
+        torch._foreach_copy_(*self.saved)
         self.saved = None
 
     def zero_grad(self):

@@ -21,7 +21,6 @@ from math import inf
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import augment
 import data_lt
@@ -88,6 +87,8 @@ def parse(argv=None):
                         "normalised with (default: those it was trained on; the published student loop: imagenet)")
     parser.add_argument("--teacher-size", type=int, help="side of the teacher's images, pixels (default: what it is known for: "
                         "32 or 224)")
+    parser.add_argument("--checkpointing", action="store_true", help="compute each block again in the backward pass rather "
+                        "than keep what it computed: less memory, a third more work, the same numbers")
     engine.add_recipe_flags(parser, RECIPES, HELP)
     return parser.parse_args(argv)
 
@@ -96,6 +97,7 @@ def teacher_args(args):
     """Settings of the recipe's own teacher (`--teacher auto`, ldam, paco): same data, recipe and seed, its folder resumed."""
     given = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in
              ("dataset", "imb", "imb-type", "data-dir", "recipe", "seed", "device", "amp")]
+    given += ["--compile"] if args.compile else []
     return train_teacher.parse(given + ["--loss", OWN_TEACHERS[args.teacher], "--resume"])
 
 
@@ -152,7 +154,7 @@ def parameter_groups(net, weight_decay):
 
 
 def strong_augment(x, args):
-    """(B,3,H,W) in [0,1] -> (B,3,S,S) in [0,1], another draw for every image."""
+    """Levels (B,3,H,W) -> (B,3,S,S) in [0,1], another draw for every image."""
     return augment.strong_augment(x, args.img_size, args.crop, args.magnitude, args.erasing)
 
 
@@ -186,7 +188,7 @@ def train(args, data, teacher, rt, run):
         optimizer.load_state_dict(run.resumed["optimizer"])
         if ema:
             engine.load_weights(ema.model, run.resumed["ema"], run.checkpoint)
-    model = DistributedDataParallel(net) if rt.world > 1 else net
+    model = engine.trainable(net, rt, args.compile)
     steps = data_lt.steps_per_epoch(len(epoch_order(args, data, 0)), args.batch)
     bar, results = engine.progress_bar(rt, args.epochs, run.start_epoch, len(epoch_order(args, data, 0))), None
 
@@ -203,8 +205,8 @@ def train(args, data, teacher, rt, run):
             micro_batches = batch.tensor_split(-(-len(batch) // args.micro_batch))  # their gradients add up to the batch's
             for i, index in enumerate(micro_batches):
                 share, index = len(index) / len(batch), index.to(rt.device, non_blocking=True)
-                x, target = augment.to_float(data.train_images[index]), data.train_labels[index]  # (B,3,H,W) in [0,1], (B,)
-                x = strong_augment(x, args)                                       # (B,3,S,S)
+                x, target = data.train_images[index], data.train_labels[index]    # levels (B,3,H,W), (B,)
+                x = strong_augment(x, args)                                       # (B,3,S,S) in [0,1]
                 if mixing:
                     x, target = augment.mixup_cutmix(x, target, data.num_classes, args.mixup, args.cutmix, args.smoothing)
                 last = i == len(micro_batches) - 1                                # only then do processes average gradients
@@ -338,7 +340,7 @@ def seconds_of_run(args, data, rt, teacher, start_epoch):
     images = data.train_images[:min(args.micro_batch, args.batch // rt.world)]
 
     def forward(n):
-        x = strong_augment(augment.to_float(images[:n]), args)
+        x = strong_augment(images[:n], args)
         with rt.autocast():
             if teacher:
                 teacher_labels(teacher, x)

@@ -19,7 +19,6 @@ import time
 from math import inf
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import augment
 import data_lt
@@ -158,12 +157,12 @@ def seconds_of_run(args, data, rt, start_epoch=0):
 
 
 def views(images, args):
-    """What the network sees of a batch, (B,3,H,W) in [0,1]: one view (B,3,S,S), and for PaCo a second for the key encoder."""
+    """What the network sees of a batch, levels (B,3,H,W): one view (B,3,S,S) in [0,1], and for PaCo one for the key encoder."""
     if args.loss == "paco":
         two = augment.resize(augment.paco_query_view(images), args.img_size), augment.simclr_view(images, args.img_size)
     else:
         two = augment.resize(augment.random_crop_flip(images), args.img_size), None
-    return [x if x is None else x.contiguous(memory_format=torch.channels_last) for x in two]
+    return [x if x is None else augment.to_float(x).contiguous(memory_format=torch.channels_last) for x in two]
 
 
 def train(args, data, rt, run):
@@ -180,7 +179,7 @@ def train(args, data, rt, run):
     if run.resumed:
         engine.load_weights(whole, run.resumed["paco"] if paco else run.resumed["model"], run.checkpoint)
         optimizer.load_state_dict(run.resumed["optimizer"])
-    model = DistributedDataParallel(whole) if rt.world > 1 else whole
+    model = engine.trainable(whole, rt, args.compile)
     steps = data_lt.steps_per_epoch(len(data.train_labels), args.batch)
     bar, results = engine.progress_bar(rt, args.epochs, run.start_epoch, len(data.train_labels)), None
 
@@ -194,8 +193,8 @@ def train(args, data, rt, run):
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, learning_rate(args, epoch + step / steps))
             index = index.to(rt.device, non_blocking=True)
-            images, y = augment.to_float(data.train_images[index]), data.train_labels[index]  # (B,3,H,W) in [0,1], (B,)
-            x, key_view = views(images, args)                                     # (B,3,S,S) each
+            images, y = data.train_images[index], data.train_labels[index]        # levels (B,3,H,W), (B,)
+            x, key_view = views(images, args)                                     # (B,3,S,S) in [0,1] each
             if paco:
                 with rt.autocast():
                     keys = whole.keys(key_view)                                   # (B,d); both passes of SAM share them
@@ -269,9 +268,9 @@ def on_training_images(net, data, rt, limit=20000, batch=64):
     sums = {"clean": 0, "strong": 0}
     for index in data_lt.shard(order, batch):
         index = index.to(rt.device)
-        clean, labels = augment.to_float(data.train_images[index]), data.train_labels[index]
-        mixed, target = augment.mixup_cutmix(augment.strong_augment(clean, clean.shape[-1]), labels, data.num_classes)
-        for name, x, truth in (("clean", clean, labels), ("strong", mixed, target.argmax(dim=1))):
+        images, labels = data.train_images[index], data.train_labels[index]
+        mixed, target = augment.mixup_cutmix(augment.strong_augment(images, images.shape[-1]), labels, data.num_classes)
+        for name, x, truth in (("clean", augment.to_float(images), labels), ("strong", mixed, target.argmax(dim=1))):
             with rt.autocast():
                 log_p = net(teacher_images(x, net)).float().log_softmax(dim=1)
             right = (log_p.argmax(dim=1) == truth).sum()

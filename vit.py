@@ -20,6 +20,7 @@ One difference from them: images come in as [0, 1] and the network normalises th
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -54,8 +55,10 @@ class Attention(nn.Module):
         q, k, _ = self.split_heads(x)                                     # (B,H,T,d) each
         return (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)
 
-    def forward(self, x):
+    def forward(self, x, keep=None):
+        """Tokens (B,T,D) -> (B,T,D), or only the first `keep` of them, which have looked at all."""
         q, k, v = self.split_heads(x)                                     # (B,H,T,d) each
+        q = q[:, :, :keep]
         if self.training and x.device.type == "cpu":
             # The same formula written out: the fused kernel's bf16 backward is 1.4-1.75x slower on a CPU.
             x = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1) @ v
@@ -107,8 +110,8 @@ class Block(nn.Module):
         self.gamma_1 = nn.Parameter(torch.full((embed_dim,), layer_scale)) if scaled else 1.0
         self.gamma_2 = nn.Parameter(torch.full((embed_dim,), layer_scale)) if scaled else 1.0
 
-    def forward(self, x):
-        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x)))   # (2)
+    def forward(self, x, keep=None):
+        x = x[:, :keep] + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), keep))               # (2)
         x = x + self.drop_path(self.gamma_2 * self.mlp(self.norm2(x)))    # (3)
         return x
 
@@ -122,18 +125,21 @@ class VisionTransformer(nn.Module):
         distilled: with the DIST token and its own head (DeiT) or without (ViT).
         drop_path: stochastic-depth rate of the last block; block i of `depth` has drop_path * i / (depth - 1).
         layer_scale: initial value of the per-channel branch scales (DeiT-III uses 1e-4); None for no scales.
+        checkpointing: keep only what enters each block and compute the rest again in the backward pass: much less memory for a
+            third more arithmetic, the same numbers.
         mean, std: of the RGB channels in [0, 1]; applied first in forward, not saved in the state dict.
     Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(self, img_size=224, patch_size=16, num_classes=1000, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4,
-                 distilled=True, drop_path=0.0, layer_scale=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                 distilled=True, drop_path=0.0, layer_scale=None, checkpointing=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
         if img_size % patch_size or embed_dim % num_heads:
             raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}, "
                              f"and embed_dim {embed_dim} of num_heads {num_heads}")
         self.img_size, self.patch_size, self.num_classes, self.distilled = img_size, patch_size, num_classes, distilled
         self.num_tokens = 2 if distilled else 1                           # tokens before the patches
+        self.checkpointing = checkpointing
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
@@ -162,8 +168,8 @@ class VisionTransformer(nn.Module):
         if self.distilled:
             nn.init.trunc_normal_(self.dist_token, std=0.02)
 
-    def forward_features(self, x, return_attention=False):
-        """Images (B,3,S,S) in [0, 1] -> final normalised tokens (B,T,D), list of attention maps.
+    def forward_features(self, x, return_attention=False, keep=None):
+        """Images (B,3,S,S) in [0, 1] -> final normalised tokens (B,T,D), or the first `keep` of them, list of attention maps.
 
         The list holds one (B,H,T,T) tensor per block if return_attention, else nothing. Token 0 is CLS, token 1 is
         DIST (when distilled), the rest are the patches, row by row.
@@ -175,10 +181,11 @@ class VisionTransformer(nn.Module):
         tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
         x = torch.cat([t.expand(len(x), -1, -1) for t in tokens] + [x], dim=1) + self.pos_embed      # (1) (B,T,D)
         attention = []
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks, start=1):
             if return_attention:
                 attention.append(block.attn.weights(block.norm1(x)))
-            x = block(x)
+            kept = keep if i == len(self.blocks) else None                # who is not asked for is left out of the last block
+            x = checkpoint(block, x, kept, use_reentrant=False) if self.checkpointing and self.training else block(x, kept)
         return self.norm(x), attention
 
     def forward_heads(self, tokens):
@@ -186,7 +193,7 @@ class VisionTransformer(nn.Module):
         return self.head(tokens[:, 0]), self.head_dist(tokens[:, 1]) if self.distilled else None
 
     def forward(self, x):
-        tokens, _ = self.forward_features(x)
+        tokens, _ = self.forward_features(x, keep=self.num_tokens)
         return self.forward_heads(tokens)
 
 

@@ -129,6 +129,17 @@ def test_a_killed_and_resumed_run_is_bit_for_bit_the_same(kind, survived, teache
     assert [without_times(r) for r in records(whole)] == [without_times(r) for r in records(tmp_path / "run")]
 
 
+def test_compiling_and_checkpointing_are_the_same_run(student, teacher, tiny_cifar, tmp_path, monkeypatch):
+    """A compiled network whose weights the optimizer, the EMA or the checkpoint do not share. (The compiler itself rests here.)"""
+    with torch.compiler.set_stance("force_eager"):
+        script(train_student, monkeypatch, "--data-dir", tiny_cifar, "--teacher", teacher, "--out", tmp_path / "run", *STUDENT,
+               "--compile", "--checkpointing")
+    ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (tmp_path / "run", student))
+    for part in ("model", "ema"):
+        assert ours[part].keys() == theirs[part].keys()
+        assert all(torch.equal(ours[part][k], theirs[part][k]) for k in theirs[part])
+
+
 def test_a_student_run_leaves_its_teacher_alone_and_labels_by_argmax(teacher, tiny_cifar):
     """In training mode, or with gradients, the teacher's BatchNorm statistics would drift with the student's images."""
     rt = engine.setup("cpu")

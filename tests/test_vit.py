@@ -223,6 +223,39 @@ def test_attention_maps_are_the_ones_the_blocks_used():
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("distilled", [True, False])
+def test_leaving_patches_out_of_the_last_block_changes_no_logit_and_no_gradient(training, distilled):
+    """Keys or values taken of the kept tokens only, patches left out of an earlier block, or a residual cut elsewhere."""
+    model = small_vit(layer_scale=1.0, distilled=distilled).double().train(training)
+    images, results, ran = torch.rand(2, 3, 8, 8, dtype=torch.float64), [], []
+    model.blocks[-1].mlp.register_forward_hook(lambda module, inputs, output: ran.append(output.shape[1]))
+    for keep in (None, model.num_tokens):
+        model.zero_grad()
+        tokens, _ = model.forward_features(images, keep=keep)
+        logits = [x for x in model.forward_heads(tokens) if x is not None]
+        sum((x * torch.arange(x.shape[1])).sum() for x in logits).backward()
+        results.append([x.detach() for x in logits] + [p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-12)
+    model(images)
+    assert ran[1:] == [model.num_tokens] * 2                              # forward itself leaves them out
+
+
+def test_checkpointing_gives_the_same_numbers_with_less_kept():
+    """Other random branches dropped in the second computation of a block; nothing saved, or checkpoints in evaluation."""
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model, kept = small_vit(drop_path=0.5, checkpointing=checkpointing).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            logits = torch.cat(model(torch.rand(8, 3, 8, 8)))
+        logits.logsumexp(1).sum().backward()
+        results.append((logits.detach(), [p.grad for p in model.parameters()], sum(kept)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
+    assert results[1][2] < results[0][2] / 2
+
+
+@pytest.mark.parametrize("training", [True, False])
 def test_forward_returns_two_logits_or_none(training):
     """A return type that depends on the mode (as DeiT's does), an average taken inside, one head used twice."""
     x = torch.rand(4, 3, 8, 8)
