@@ -3,7 +3,7 @@ r"""What every run needs, once: device and processes, seeds, schedules, EMA, che
 A run is a folder runs/<name>/ with
     config.json   every resolved setting, versions, class counts
     log.jsonl     one JSON object per epoch
-    last.pt       everything needed to resume, or to use the network
+    last.pt       everything needed to resume, or to use the network; previous.pt is the one before it
     result.json   the final accuracies, and what they were measured on
 
 Nothing here knows the method; if you must read this file to follow DeiT-LT, something is in the wrong place.
@@ -17,10 +17,13 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 import time
+import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -41,6 +44,7 @@ def run_main(main):
 
     Anything else is a bug and keeps its traceback.
     """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         main()
     except (UserError, data_lt.DataError) as error:
@@ -52,6 +56,8 @@ def run_main(main):
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -126,7 +132,7 @@ def setup(device="auto", amp="auto"):
     else:
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     use_amp = amp == "bf16" or (amp == "auto" and has_bf16(device))
     return Runtime(device, rank, world, torch.bfloat16 if use_amp else None)
 
@@ -148,6 +154,15 @@ def all_sum(tensor, rt):
     if rt.world > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def all_max(number, rt):
+    """The largest of all processes' whole numbers, the same in each."""
+    if rt.world == 1:
+        return number
+    largest = torch.tensor(number)                                        # on the CPU, by gloo: waits for no GPU
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def gather(tensor, rt):
@@ -282,8 +297,11 @@ def add_run_flags(parser):
                         "step (of the student on a CPU: 3 to 7 %%)")
     parser.add_argument("--out", help="run folder (default: runs/<name from the settings>)")
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="continue the run folder's last.pt")
+    again.add_argument("--resume", action="store_true", help="continue the run folder's last.pt, wherever it stopped")
     again.add_argument("--overwrite", action="store_true", help="start again in a run folder that already has a run")
+    parser.add_argument("--force", action="store_true", help="resume although settings have changed")
+    parser.add_argument("--save-every", type=interval, default="10m", metavar="STEPS|MINUTESm", help="how often last.pt is "
+                        "written inside an epoch: 500 = steps, 10m = minutes; it always is after one (default: %(default)s)")
 
 
 def add_recipe_flags(parser, recipes, help_texts):
@@ -299,6 +317,13 @@ def add_recipe_flags(parser, recipes, help_texts):
             group.add_argument(flag(key), action=argparse.BooleanOptionalAction, default=None, help=f"{text} [{shown}]")
         else:
             group.add_argument(flag(key), type=kind, metavar=kind.__name__.upper(), help=f"{text} [{shown}]")
+
+
+def interval(text):
+    """For argparse: "500" (steps) or "10m" (minutes), either above 0; returned as it is."""
+    if not 0 < float(text.removesuffix("m")) < math.inf or not (text.endswith("m") or text.isdecimal()):
+        raise ValueError
+    return text
 
 
 def flag(key):
@@ -355,17 +380,25 @@ def resolve_recipe(args, recipes, rt):
 
 # ---- The run's folder ----------------------------------------------------------------------------------------------------
 
-def write_atomically(path, write):
-    """Call write(file) on a temporary file in the same folder, force it to disk, then put it in path's place at once."""
+def write_atomically(path, write, previous=None):
+    """Call write(file) on a temporary file in the same folder, force it to disk, then put it in path's place at once.
+
+    previous: where to keep what was in that place. Raises UserError if anything cannot be written: then path is as before.
+    """
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
+        if previous and os.path.exists(path):
+            os.replace(path, previous)                                    # killed between these two: `previous` is there
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                              # torch.save turns a full disk into a RuntimeError
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot write {path}: {why}; what was written before is intact") from None
     finally:
-        if os.path.exists(temporary):
+        with suppress(OSError):
             os.remove(temporary)
 
 
@@ -373,9 +406,9 @@ def save_json(path, data):
     write_atomically(path, lambda f: f.write(json.dumps(data, indent=1).encode() + b"\n"))
 
 
-def save_checkpoint(path, **state):
-    """Write a dict of tensors and plain values, atomically."""
-    write_atomically(path, lambda f: torch.save(state, f))
+def save_checkpoint(path, previous=None, **state):
+    """Write a dict of tensors and plain values, atomically; the file that was there becomes `previous`."""
+    write_atomically(path, lambda f: torch.save(state, f), previous)
 
 
 # What published files hold beside tensors: settings, and accuracies as NumPy numbers. Anything else is refused.
@@ -393,6 +426,10 @@ def load_checkpoint(path, keys=("model", "config")):
     if not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as parts:
+                if parts.testzip():                                       # torch.load would take a flipped bit for a weight
+                    raise zipfile.BadZipFile
         with torch.serialization.safe_globals(HARMLESS):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                            # damaged files raise nearly anything
@@ -416,28 +453,63 @@ def load_weights(model, weights, what):
         raise UserError(f"{what} does not fit the network: {' '.join(str(error).split())[:200]}") from None
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+stop_signal, stop_asked_at = 0, 0.0                                       # which has asked this process to stop, and when
+
+
+def note_signal(number, _):
+    """The first signal is noted, for the end of the step (see Run.after_step); the second ends the process at once.
+
+    Those of one second count as one: torchrun hands on a signal that its workers may have got themselves.
+    """
+    global stop_signal, stop_asked_at
+    if stop_signal and time.time() - stop_asked_at > 1:
+        os._exit(128 + number)
+    if stop_signal:
+        return
+    stop_signal, stop_asked_at = number, time.time()
+    print(f"{signal.Signals(number).name}: saving after this step; once more stops at once", file=sys.stderr, flush=True)
+
+
 class Run:
     """A run's folder: refuses to overwrite another run, writes config, log, checkpoint and result (main process only)."""
 
     def __init__(self, folder, args, rt):
-        self.folder, self.rt, self.checkpoint = folder, rt, os.path.join(folder, "last.pt")
-        self.log_path = os.path.join(folder, "log.jsonl")
-        exists = os.path.exists(self.checkpoint)
-        if exists and not (args.resume or args.overwrite):
+        self.folder, self.rt, self.log_path = folder, rt, os.path.join(folder, "log.jsonl")
+        self.checkpoint, self.previous = (os.path.join(folder, name) for name in ("last.pt", "previous.pt"))
+        self.save_every, self.saved_at, self.resumed = args.save_every, time.time(), None
+        resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0             # torchrun's restart
+        if not any(map(os.path.exists, (self.checkpoint, self.previous))):
+            return
+        if not (resume or args.overwrite):
             raise UserError(f"{folder} already holds a run: --resume continues it, --overwrite starts it again, --out names "
                             "another folder")
-        self.resumed = load_checkpoint(self.checkpoint, ("model", "config", "epoch")) if exists and args.resume else None
-        if self.resumed:
+        if resume:
+            self.resumed = self.newest_checkpoint()
             self.check_settings(args)
 
+    def newest_checkpoint(self):
+        """What last.pt holds or, if that is damaged or missing, previous.pt. Raises UserError if neither can be read."""
+        keys = ("model", "config", "epoch")
+        try:
+            return load_checkpoint(self.checkpoint, keys)
+        except UserError as error:
+            if not os.path.exists(self.previous):
+                raise
+            self.rt.print(f"{error}; going on from {self.previous}")
+            return load_checkpoint(self.previous, keys)
+
     def check_settings(self, args):
-        """Going on with other settings would be neither run: raise UserError with the differences."""
-        free = ("out", "resume", "overwrite", "device", "data_dir", "name", "compile", "checkpointing")
+        """Going on with other settings would be neither run: raise UserError with the differences, or with --force say them."""
+        free = ("out", "resume", "overwrite", "device", "data_dir", "name", "compile", "checkpointing", "save_every", "force")
         old, new = ({k: v for k, v in c.items() if k not in free} for c in (self.resumed["config"], vars(args)))
         keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         if keys:
             changed = ", ".join(f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in keys)
-            raise UserError(f"{self.folder} was begun with other settings: {changed}; repeat them, or start another run")
+            if not args.force:
+                raise UserError(f"{self.folder} was begun with other settings: {changed}; repeat them, start another run, or "
+                                "go on all the same with --force")
+            self.rt.print(f"--force: going on with changed settings: {changed}")
 
     @property
     def finished(self):
@@ -446,10 +518,53 @@ class Run:
 
     @property
     def start_epoch(self):
+        """Whole epochs that a resumed run has behind it."""
         return self.resumed["epoch"] if self.resumed else 0
+
+    @property
+    def start_step(self):
+        """Steps of epoch start_epoch that a resumed run has behind it."""
+        return self.resumed.get("step", 0) if self.resumed else 0
+
+    def say_if_finished(self, args, title):
+        """True, after a line that says so and its table, if there is nothing left to resume."""
+        if not (self.finished and self.resumed and self.start_epoch >= args.epochs):
+            return False
+        with open(os.path.join(self.folder, "result.json")) as f:
+            result = json.load(f)
+        rows = {name: r for name, r in result.items() if isinstance(r, dict) and set(COLUMNS) <= r.keys()}
+        self.rt.print(f"{self.folder} is finished ({args.epochs} epochs); its result:\n{table(rows, title)}")
+        return True
+
+    # A training loop calls these three: where an epoch starts, its steps, and the end of each step.
+
+    def begun(self, epoch, sums):
+        """(Time at which the epoch began, its sums so far): those of the checkpoint for a half-done epoch, else now, `sums`."""
+        if epoch == self.start_epoch and self.start_step:
+            return time.time() - self.resumed["seconds"], self.resumed["sums"].to(sums.device, copy=True)
+        return time.time(), sums
+
+    def steps(self, epoch, batches):
+        """(step, batch) of an epoch, without the steps that a resumed run has behind it."""
+        return islice(enumerate(batches), self.start_step if epoch == self.start_epoch else 0, None)
+
+    def after_step(self, epoch, step, state, sums, started):
+        """Write a checkpoint if it is time, or if a signal has asked to stop; then end the process with code 128 + signal.
+
+        state: a function that returns what a checkpoint holds beside the place in the epoch.
+        """
+        stop = all_max(stop_signal, self.rt)
+        due = ((step + 1) % int(self.save_every) == 0 if self.save_every.isdecimal() else
+               time.time() - self.saved_at > 60 * float(self.save_every[:-1]))
+        if due or stop:
+            self.save(**state(), epoch=epoch, step=step + 1, sums=sums, seconds=time.time() - started)
+        if stop:
+            self.rt.print(f"Stopped in epoch {epoch + 1} after step {step + 1}; --resume goes on from there")
+            sys.exit(128 + stop)
 
     def begin(self, args, data):
         """Write config.json and cut the log back to the epochs that the checkpoint has; a new run clears the old one away."""
+        self.watch_signals()
         if not self.rt.main:
             return
         try:
@@ -458,8 +573,15 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write the run folder {self.folder}: {error.strerror}") from None
 
+    def watch_signals(self):
+        """From now on SIGTERM and SIGINT stop the run at the end of a step."""
+        global stop_signal
+        stop_signal = 0
+        for number in STOP_SIGNALS:
+            signal.signal(number, note_signal)
+
     def write_beginning(self, args, data):
-        for old in ("last.pt", "result.json") if not self.resumed else ():
+        for old in ("result.json",) if self.resumed else ("last.pt", "previous.pt", "result.json"):
             with suppress(FileNotFoundError):
                 os.remove(os.path.join(self.folder, old))
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -478,8 +600,9 @@ class Run:
                 f.write(json.dumps(record) + "\n")
 
     def save(self, **state):
+        self.saved_at = time.time()
         if self.rt.main:
-            save_checkpoint(self.checkpoint, **state)
+            save_checkpoint(self.checkpoint, self.previous, **state)
 
     def finish(self, args, data, results, **more):
         """Write result.json: what was run, on what, and each head's accuracies; no process goes on before it is there."""

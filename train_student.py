@@ -192,14 +192,19 @@ def train(args, data, teacher, rt, run):
     steps = data_lt.steps_per_epoch(len(epoch_order(args, data, 0)), args.batch)
     bar, results = engine.progress_bar(rt, args.epochs, run.start_epoch, len(epoch_order(args, data, 0))), None
 
+    def state():
+        """What a checkpoint holds beside the place in the training."""
+        return dict(model=net.state_dict(), ema=ema.model.state_dict() if ema else None, optimizer=optimizer.state_dict(),
+                    config=vars(args), class_names=data.class_names, counts=data.counts, groups=data.groups)
+
     for epoch in range(run.start_epoch, args.epochs):
         net.train()
-        started, sums = time.time(), torch.zeros(4, device=rt.device)             # loss, CLS, DIST, teacher's accuracy
+        started, sums = run.begun(epoch, torch.zeros(4, device=rt.device))        # loss, CLS, DIST, teacher's accuracy
         weight = drw_weights(data.counts, epoch, args.drw_epoch, args.beta)       # None, or (K,) from the DRW epoch on
         weight = None if weight is None else weight.to(rt.device)
         mixing = weight is None or args.mix_drw
         order = epoch_order(args, data, epoch)
-        for step, batch in enumerate(data_lt.shard(order, args.batch, rt.rank, rt.world)):
+        for step, batch in run.steps(epoch, data_lt.shard(order, args.batch, rt.rank, rt.world)):
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, engine.cosine_lr(epoch + step / steps, args.epochs, args.lr, args.warmup_epochs))
             micro_batches = batch.tensor_split(-(-len(batch) // args.micro_batch))  # their gradients add up to the batch's
@@ -229,6 +234,7 @@ def train(args, data, teacher, rt, run):
             bar.update(len(batch) * rt.world)
             if step % 20 == 0 and not bar.disable:                                # the only wait for the device in the loop
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
+            run.after_step(epoch, step, state, sums, started)                     # saves now and then, and when asked to stop
 
         sums = (engine.all_sum(sums, rt) / steps / rt.world).tolist()
         speed = len(order) / (time.time() - started)
@@ -239,8 +245,7 @@ def train(args, data, teacher, rt, run):
             results = evaluate(net, ema, data, args, rt)
             record |= results | {"cosine": token_cosine(net, data, args, rt)}
         run.log(record | {"images_per_second": round(speed, 1), "seconds": round(time.time() - started, 2)})
-        run.save(model=net.state_dict(), ema=ema.model.state_dict() if ema else None, optimizer=optimizer.state_dict(),
-                 epoch=epoch + 1, config=vars(args), class_names=data.class_names, counts=data.counts, groups=data.groups)
+        run.save(**state(), epoch=epoch + 1, step=0)
         engine.report(bar, rt, epoch, record["loss"], speed, results)
     bar.close()
     return results or evaluate(net, ema, data, args, rt)
@@ -298,6 +303,8 @@ def main():
     rt = engine.setup(args.device, args.amp)
     own_teacher = resolve(args, rt)
     run = engine.Run(args.out, args, rt)
+    if run.say_if_finished(args, args.method):
+        return
     own_run = engine.Run(own_teacher.out, own_teacher, rt) if own_teacher else None         # refuses another recipe's teacher
     data = engine.load_data(args, rt)
     teacher, to_train = None, own_run is not None and not own_run.finished

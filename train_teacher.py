@@ -183,13 +183,18 @@ def train(args, data, rt, run):
     steps = data_lt.steps_per_epoch(len(data.train_labels), args.batch)
     bar, results = engine.progress_bar(rt, args.epochs, run.start_epoch, len(data.train_labels)), None
 
+    def state():
+        """What a checkpoint holds beside the place in the training."""
+        return dict(model=net.state_dict(), paco=whole.state_dict() if paco else None, optimizer=optimizer.state_dict(),
+                    config=vars(args), class_names=data.class_names, counts=data.counts)
+
     for epoch in range(run.start_epoch, args.epochs):
         whole.train()
-        started, loss_sum = time.time(), torch.zeros((), device=rt.device)
+        started, loss_sum = run.begun(epoch, torch.zeros((), device=rt.device))
         weight = None if paco else drw_weights(data.counts, epoch, args.drw_epoch, args.beta)
         weight = None if weight is None else weight.to(rt.device)                 # (K,) from the DRW epoch on
         order = data_lt.shuffled(len(data.train_labels), args.seed, epoch)
-        for step, index in enumerate(data_lt.shard(order, args.batch, rt.rank, rt.world)):
+        for step, index in run.steps(epoch, data_lt.shard(order, args.batch, rt.rank, rt.world)):
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, learning_rate(args, epoch + step / steps))
             index = index.to(rt.device, non_blocking=True)
@@ -225,6 +230,7 @@ def train(args, data, rt, run):
             bar.update(len(index) * rt.world)
             if step % 20 == 0 and not bar.disable:                                # the only wait for the device in the loop
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
+            run.after_step(epoch, step, state, loss_sum, started)                 # saves now and then, and when asked to stop
 
         mean_loss = (engine.all_sum(loss_sum, rt) / steps / rt.world).item()
         speed = len(order) / (time.time() - started)
@@ -234,8 +240,7 @@ def train(args, data, rt, run):
             results = evaluate(net, data, rt)
             record |= results
         run.log(record | {"images_per_second": round(speed, 1), "seconds": round(time.time() - started, 2)})
-        run.save(model=net.state_dict(), paco=whole.state_dict() if paco else None, optimizer=optimizer.state_dict(),
-                 epoch=epoch + 1, config=vars(args), class_names=data.class_names, counts=data.counts)
+        run.save(**state(), epoch=epoch + 1, step=0)
         engine.report(bar, rt, epoch, mean_loss, speed, results)
     bar.close()
     return results or evaluate(net, data, rt), net
@@ -304,6 +309,8 @@ def main():
     rt = engine.setup(args.device, args.amp)
     resolve(args, rt)
     folder = engine.Run(args.out, args, rt)
+    if folder.say_if_finished(args, "teacher"):
+        return
     data = engine.load_data(args, rt)
     run(args, data, rt, folder)
 

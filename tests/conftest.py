@@ -11,6 +11,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(2)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: long fault tests, left out unless asked for by `pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 @pytest.fixture(scope="session")
 def tiny_cifar(tmp_path_factory):
     """10 classes of 32 px images, 24 for training and 6 for testing each: class k is a noisy plane of its own colour."""

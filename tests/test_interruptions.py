@@ -1,0 +1,242 @@
+"""A run that dies, is stopped, meets a full disk or a damaged file: what must survive, and what must be said."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+import train_student
+import train_teacher
+
+ROOT = Path(__file__).parent.parent
+TEACHER = "--epochs 3 --drw-epoch 2 --batch 16 --eval-every 2 --imb 4".split()
+PACO = "--loss paco --epochs 3 --batch 16 --eval-every 2 --imb 4 --queue 50".split()
+STUDENT = ("--model micro --epochs 3 --drw-epoch 2 --batch 16 --micro-batch 8 --patch-size 8 --eval-every 2 --ema 0.9 "
+           "--drop-path 0.1 --imb 4").split()
+
+
+def script(module, monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+    engine.run_main(module.main)
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tiny_cifar, tmp_path_factory):
+    """{kind: (module, flags, folder)} of runs that nothing disturbed."""
+    folder, runs = tmp_path_factory.mktemp("whole"), {}
+    for kind, module, flags in (("teacher", train_teacher, TEACHER), ("paco", train_teacher, PACO),
+                                ("student", train_student, ["--teacher", folder / "teacher", *STUDENT])):
+        flags = ["--data-dir", tiny_cifar, *map(str, flags)]
+        with pytest.MonkeyPatch.context() as patch:
+            script(module, patch, *flags, "--out", folder / kind)
+        runs[kind] = module, flags, folder / kind
+    return runs
+
+
+def assert_same_run(one, other):
+    """Weights, averages, PaCo's queue, optimizer and log, to the bit; times aside."""
+    a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (one, other))
+    for part in ("model", "ema", "paco", "optimizer"):
+        torch.testing.assert_close(a.get(part), b.get(part), rtol=0, atol=0, msg=lambda m, part=part: f"{part}: {m}")
+    logs = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")}
+             for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (one, other)]
+    assert logs[0] == logs[1]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind, at", [("teacher", (0, 1)), ("teacher", (2, 2)), ("paco", (1, 2)), ("student", (0, 2)),
+                                      ("student", (1, 1)), ("student", (2, 2))])
+def test_a_run_killed_inside_an_epoch_goes_on_from_its_last_step(kind, at, whole_runs, tmp_path, monkeypatch):
+    """Sums of a half-done epoch, a step done twice or left out, before and after the DRW switch; steps must not be repeated."""
+    module, flags, whole = whole_runs[kind]
+    flags, steps, seed_step = [*flags, "--out", tmp_path / "run", "--save-every", "1"], [], engine.seed_step
+
+    def dying(seed, epoch, step, rank):
+        if (epoch, step) == at:
+            raise Killed
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "seed_step", lambda *key: dying(*key) or seed_step(*key))
+        with pytest.raises(Killed):
+            script(module, patch, *flags)
+    monkeypatch.setattr(engine, "seed_step", lambda *key: steps.append(key[1:3]) or seed_step(*key))
+    script(module, monkeypatch, *flags, "--resume")
+    assert steps[0] == at
+    assert_same_run(whole, tmp_path / "run")
+
+
+def start(module, flags, folder, *more):
+    """A script in a process of its own."""
+    command = [sys.executable, ROOT / f"{module.__name__}.py", *flags, "--out", folder, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def wait_until(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition() and process.poll() is None:
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_ends_with_its_code(number, whole_runs, tmp_path, monkeypatch):
+    """The default handlers (nothing saved, or a traceback), or a checkpoint from which the run ends elsewhere."""
+    module, flags, _ = whole_runs["student"]
+    flags = [*flags, "--epochs", "300", "--drw-epoch", "200", "--eval-every", "1000"]
+    process = start(module, flags, tmp_path / "run")
+    wait_until(lambda: (tmp_path / "run" / "last.pt").exists(), process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "--resume goes on from there" in out and err.count("\n") == 1 and "saving after this step" in err
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert 0 < state["epoch"] < 299 and not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_second_signal_ends_a_run_at_once(monkeypatch):
+    """A step that never ends; and two signals of one second, as torchrun sends them, must count as one."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(engine, "stop_signal", 0)
+    engine.note_signal(signal.SIGTERM, None)
+    engine.note_signal(signal.SIGTERM, None)
+    assert ended == [] and engine.stop_signal == signal.SIGTERM
+    monkeypatch.setattr(engine, "stop_asked_at", time.time() - 2)
+    engine.note_signal(signal.SIGINT, None)
+    assert ended == [128 + signal.SIGINT]
+
+
+def test_handlers_are_put_back_after_a_run(whole_runs):
+    """A program that imports a script would lose its own Ctrl-C."""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_torchruns_restart_resumes_by_itself(whole_runs, tmp_path, monkeypatch, capsys):
+    """A restarted worker has the same command line, without --resume, perhaps with --overwrite: it must not begin again."""
+    module, flags, whole = whole_runs["teacher"]
+    flags, seed_step = [*flags, "--out", tmp_path / "run", "--save-every", "1", "--overwrite"], engine.seed_step
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "seed_step", lambda *key: 1 / (key[1:3] != (1, 1)) and seed_step(*key))
+        with pytest.raises(ZeroDivisionError):
+            script(module, patch, *flags)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    script(module, monkeypatch, *flags)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def damaged(data, how):
+    half = len(data) // 2
+    return {"truncated": data[:half], "empty": b"", "one bit": data[:half] + bytes([data[half] ^ 1]) + data[half + 1:]}[how]
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "one bit", "missing"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, whole_runs, tmp_path, monkeypatch, capsys):
+    """A run that cannot go on although an older checkpoint is there, or that goes on from it to another end."""
+    module, flags, whole = whole_runs["teacher"]
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    last = tmp_path / "run" / "last.pt"
+    last.unlink() if how == "missing" else last.write_bytes(damaged(last.read_bytes(), how))
+    script(module, monkeypatch, *flags, "--out", tmp_path / "run", "--resume")
+    assert "going on from" in capsys.readouterr().out
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_two_damaged_checkpoints_are_refused_in_one_line(whole_runs, tmp_path, monkeypatch, capsys):
+    """And nothing is begun anew over them."""
+    module, flags, whole = whole_runs["teacher"]
+    shutil.copytree(whole, tmp_path / "run")
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "run" / name).write_bytes(b"no checkpoint")
+    with pytest.raises(SystemExit) as stopped:
+        script(module, monkeypatch, *flags, "--out", tmp_path / "run", "--resume")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert (tmp_path / "run" / "last.pt").read_bytes() == b"no checkpoint"
+
+
+def test_a_finished_run_says_so_and_is_left_alone(whole_runs, tmp_path, monkeypatch, capsys):
+    module, flags, whole = whole_runs["student"]
+    before = {f.name: f.read_bytes() for f in whole.iterdir()}
+    script(module, monkeypatch, *flags, "--out", whole, "--resume")
+    out = capsys.readouterr().out
+    assert "is finished (3 epochs)" in out and "dist" in out
+    assert {f.name: f.read_bytes() for f in whole.iterdir()} == before
+
+
+def test_changed_settings_are_refused_with_their_list_unless_forced(whole_runs, tmp_path, monkeypatch, capsys):
+    """A longer run is the usual reason: --force goes on from where it was, and says what has changed."""
+    module, flags, whole = whole_runs["teacher"]
+    shutil.copytree(whole, tmp_path / "run")
+    flags = [*flags, "--out", tmp_path / "run", "--resume", "--epochs", "4", "--lr", "0.05"]
+    with pytest.raises(SystemExit):
+        script(module, monkeypatch, *flags)
+    err = capsys.readouterr().err
+    assert "--epochs 3 -> 4" in err and "--lr 0.1 -> 0.05" in err and "--force" in err
+    script(module, monkeypatch, *flags, "--force")
+    assert "--epochs 3 -> 4" in capsys.readouterr().out
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("limit", [1_000, 100_000, 1_000_000])
+def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_intact(limit, tmp_path):
+    """torch.save turns what the system says into a RuntimeError of many lines; half a file must not replace a whole one."""
+    path = tmp_path / "last.pt"
+    engine.save_checkpoint(path, model={"w": torch.zeros(1000)}, config={})
+    before = path.read_bytes()
+    code = (f"import resource, torch, engine; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"  # a full disk
+            f"engine.run_main(lambda: engine.save_checkpoint('{path}', '{path}.old', model=dict(w=torch.zeros(10 ** 6))))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"error: cannot write {path}") and "intact" in done.stderr
+    assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_vanished_run_folder_ends_in_one_line(whole_runs, tmp_path, monkeypatch, capsys):
+    module, flags, _ = whole_runs["teacher"]
+    seed_step = engine.seed_step
+
+    def vanish(*key):
+        if key[1:3] == (1, 0):
+            shutil.rmtree(tmp_path / "run")
+        seed_step(*key)
+    monkeypatch.setattr(engine, "seed_step", vanish)
+    with pytest.raises(SystemExit) as stopped:
+        script(module, monkeypatch, *flags, "--out", tmp_path / "run")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and str(tmp_path / "run") in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["teacher", "paco", "student"])
+def test_killed_at_20_random_moments(kind, whole_runs, tmp_path):
+    """kill -9 while training, evaluating or writing a checkpoint: every restart goes on, to the undisturbed run's end."""
+    module, flags, whole = whole_runs[kind]
+    draw, kills = random.Random(0), 0
+    for attempt in range(60):
+        more = ["--resume"] if (tmp_path / "run").exists() else []
+        process = start(module, flags, tmp_path / "run", "--save-every", "1", *more)
+        time_left = draw.uniform(0, 6) if kills < 20 else 600
+        try:
+            process.wait(time_left)
+            assert process.returncode == 0, process.stderr.read()
+            if kills >= 20 or (tmp_path / "run" / "result.json").exists() and kills:
+                break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    assert_same_run(whole, tmp_path / "run")
