@@ -1,4 +1,5 @@
 """A run that dies, is stopped, meets a full disk or a damaged file: what must survive, and what must be said."""
+import argparse
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -220,23 +222,33 @@ def test_a_vanished_run_folder_ends_in_one_line(whole_runs, tmp_path, monkeypatc
     assert stopped.value.code == 2 and err.count("\n") == 1 and str(tmp_path / "run") in err
 
 
+def newest_checkpoint(folder):
+    args = argparse.Namespace(save_every="1", resume=False, overwrite=True)
+    return engine.Run(str(folder), args, engine.Runtime(torch.device("cpu"))).newest_checkpoint()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["teacher", "paco", "student"])
 def test_killed_at_20_random_moments(kind, whole_runs, tmp_path):
-    """kill -9 while training, evaluating or writing a checkpoint: every restart goes on, to the undisturbed run's end."""
-    module, flags, whole = whole_runs[kind]
-    draw, kills = random.Random(0), 0
-    for attempt in range(60):
-        more = ["--resume"] if (tmp_path / "run").exists() else []
-        process = start(module, flags, tmp_path / "run", "--save-every", "1", *more)
-        time_left = draw.uniform(0, 6) if kills < 20 else 600
-        try:
-            process.wait(time_left)
-            assert process.returncode == 0, process.stderr.read()
-            if kills >= 20 or (tmp_path / "run" / "result.json").exists() and kills:
-                break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-    assert_same_run(whole, tmp_path / "run")
+    """kill -9 while starting, training, evaluating or writing: every restart goes on, to the undisturbed run's end."""
+    module, flags, _ = whole_runs[kind]
+    epochs = {"teacher": 80, "paco": 40, "student": 200}[kind]              # enough for 20 kills
+    flags = [*flags, "--epochs", str(epochs), *([] if kind == "paco" else ["--drw-epoch", "20"])]
+    undisturbed = start(module, flags, tmp_path / "whole")
+    assert undisturbed.wait(600) == 0
+    draw, kills, killed_at = random.Random(0), 0, []
+    while kills < 20:
+        process = start(module, flags, tmp_path / "run", "--save-every", "1", "--resume")
+        time.sleep(draw.uniform(2, 8))
+        assert process.poll() is None, f"it ended after {kills} kills: {process.communicate()}"
+        process.kill()
+        process.communicate()
+        kills += 1
+        with suppress(engine.UserError):
+            state = newest_checkpoint(tmp_path / "run")
+            killed_at.append((state["epoch"], state["step"]))
+    assert killed_at == sorted(killed_at) and len(set(killed_at)) > 5     # it got on between the kills
+    print(kind, "killed at", killed_at)
+    process = start(module, flags, tmp_path / "run", "--save-every", "1", "--resume")
+    assert process.wait(600) == 0, process.communicate()
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
