@@ -195,7 +195,6 @@ def compare_all_cores(x, size, crop, one_by_one, name, threads, n):
                    engine.Runtime(torch.device("cpu")))
     print_rates(f"The same on all cores, {size} px, {len(x)} images at a time", times, one_by_one.length,
                 baseline=f"{name}, in {threads} worker processes")
-    del loader
 
 
 # ---- The student's step --------------------------------------------------------------------------------------------------
@@ -307,7 +306,7 @@ def compare_networks(img_size, patch_size, batch, rt, n):
     title = f"ViT 192 x 12 x 3, two tokens, {img_size} px, patch {patch_size}, batch {batch}: forward, backward, AdamW"
     print_rates(title, times, batch, baseline="timm, float32" if timm else None)
     for name, t in times.items():
-        print(f"  {name:58s} {flops * batch / statistics.median(t) / peak:9.0%} of the peak")
+        print(f"  {name:58s} {flops * batch / statistics.median(t) / peak:9.0%} of the peak, counting what vit.py computes")
 
 
 def bench_student(rt, n):
@@ -315,8 +314,8 @@ def bench_student(rt, n):
     for img_size, patch_size, batch in ((32, 4, 128), (224, 16, 32)):
         compare_networks(img_size, patch_size, batch, rt, n)
     print("\nThe whole training step of DeiT-LT with a ResNet-32 teacher, and what share of it each part takes (augment: with "
-          "mixing; optimizer: with EMA)\n  model    px patch  batch   images/s  GFLOP/s of peak  mem. GiB   augment   "
-          "teacher   forward  backward  optimizer")
+          "mixing; optimizer: with EMA at 224 px)\n  model    px patch  batch   images/s  GFLOP/s of peak  mem. GiB   "
+          "augment   teacher   forward  backward  optimizer")
     gpu = rt.device.type == "cuda"
     for model, img_size, patch_size, batch, recipe in (
             ("mini", 32, 8, 64, "cpu"), ("mini", 32, 4, 128, "cpu"), ("tiny", 32, 4, 128, "cpu"),

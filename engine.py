@@ -11,6 +11,7 @@ Nothing here knows the method; if you must read this file to follow DeiT-LT, som
 import argparse
 import copy
 import ctypes
+import io
 import json
 import math
 import os
@@ -44,7 +45,8 @@ def run_main(main):
 
     Anything else is a bug and keeps its traceback.
     """
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    global stop_signal
+    before, stop_signal = {number: signal.getsignal(number) for number in STOP_SIGNALS}, 0
     try:
         main()
     except (UserError, data_lt.DataError) as error:
@@ -156,13 +158,13 @@ def all_sum(tensor, rt):
     return tensor
 
 
-def all_max(number, rt):
-    """The largest of all processes' whole numbers, the same in each."""
+def all_max(numbers, rt):
+    """The largest of all processes' whole numbers, one by one, the same in each."""
     if rt.world == 1:
-        return number
-    largest = torch.tensor(number)                                        # on the CPU, by gloo: waits for no GPU
+        return numbers
+    largest = torch.tensor(numbers, dtype=torch.long)                     # on the CPU, by gloo: waits for no GPU
     dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+    return largest.tolist()
 
 
 def gather(tensor, rt):
@@ -383,7 +385,7 @@ def resolve_recipe(args, recipes, rt):
 def write_atomically(path, write, previous=None):
     """Call write(file) on a temporary file in the same folder, force it to disk, then put it in path's place at once.
 
-    previous: where to keep what was in that place. Raises UserError if anything cannot be written: then path is as before.
+    previous: where to keep what was in that place. Raises UserError if it cannot be written; what was there is still there.
     """
     temporary = f"{path}.tmp"
     try:
@@ -394,9 +396,8 @@ def write_atomically(path, write, previous=None):
         if previous and os.path.exists(path):
             os.replace(path, previous)                                    # killed between these two: `previous` is there
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                              # torch.save turns a full disk into a RuntimeError
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"cannot write {path}: {why}; what was written before is intact") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; what was written before is intact") from None
     finally:
         with suppress(OSError):
             os.remove(temporary)
@@ -408,7 +409,9 @@ def save_json(path, data):
 
 def save_checkpoint(path, previous=None, **state):
     """Write a dict of tensors and plain values, atomically; the file that was there becomes `previous`."""
-    write_atomically(path, lambda f: torch.save(state, f), previous)
+    contents = io.BytesIO()
+    torch.save(state, contents)                                           # straight to a full disk it would fail unclearly
+    write_atomically(path, lambda f: f.write(contents.getbuffer()), previous)
 
 
 # What published files hold beside tensors: settings, and accuracies as NumPy numbers. Anything else is refused.
@@ -420,9 +423,20 @@ HARMLESS = [argparse.Namespace, np.dtype, *(type(np.dtype(t)) for t in ("float32
 def load_checkpoint(path, keys=("model", "config")):
     """Read a checkpoint (`path`: the file or its run folder) safely, onto the CPU: a dict.
 
-    Raises UserError if there is none, if it is damaged or no checkpoint, or if it lacks one of `keys`.
+    Of a folder: last.pt or, if that is damaged or missing, previous.pt, with a line that says so. Raises UserError if there is
+    none, if it is damaged or no checkpoint, or if it lacks one of `keys`.
     """
-    path = os.path.join(path, "last.pt") if os.path.isdir(path) else path
+    if os.path.isdir(path):
+        last, previous = (os.path.join(path, name) for name in ("last.pt", "previous.pt"))
+        try:
+            return load_checkpoint(last, keys)
+        except UserError as error:
+            try:
+                state = load_checkpoint(previous, keys)
+            except UserError:
+                raise error from None
+            print(f"{error}; taking {previous}", file=sys.stderr, flush=True)
+            return state
     if not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}")
     try:
@@ -449,7 +463,7 @@ def load_weights(model, weights, what):
     """load_state_dict with strict=True; a mismatch becomes a UserError that says what differs."""
     try:
         model.load_state_dict(weights, strict=True)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:                # TypeError: there are none
         raise UserError(f"{what} does not fit the network: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -465,10 +479,10 @@ def note_signal(number, _):
     global stop_signal, stop_asked_at
     if stop_signal and time.time() - stop_asked_at > 1:
         os._exit(128 + number)
-    if stop_signal:
-        return
-    stop_signal, stop_asked_at = number, time.time()
-    print(f"{signal.Signals(number).name}: saving after this step; once more stops at once", file=sys.stderr, flush=True)
+    if not stop_signal:
+        stop_signal, stop_asked_at = number, time.time()
+        name = signal.Signals(number).name
+        print(f"{name}: saving after this step (or evaluation); once more stops at once", file=sys.stderr, flush=True)
 
 
 class Run:
@@ -485,31 +499,22 @@ class Run:
             raise UserError(f"{folder} already holds a run: --resume continues it, --overwrite starts it again, --out names "
                             "another folder")
         if resume:
-            self.resumed = self.newest_checkpoint()
+            self.resumed = load_checkpoint(folder, ("model", "config", "epoch"))
             self.check_settings(args)
-
-    def newest_checkpoint(self):
-        """What last.pt holds or, if that is damaged or missing, previous.pt. Raises UserError if neither can be read."""
-        keys = ("model", "config", "epoch")
-        try:
-            return load_checkpoint(self.checkpoint, keys)
-        except UserError as error:
-            if not os.path.exists(self.previous):
-                raise
-            self.rt.print(f"{error}; going on from {self.previous}")
-            return load_checkpoint(self.previous, keys)
 
     def check_settings(self, args):
         """Going on with other settings would be neither run: raise UserError with the differences, or with --force say them."""
         free = ("out", "resume", "overwrite", "device", "data_dir", "name", "compile", "checkpointing", "save_every", "force")
         old, new = ({k: v for k, v in c.items() if k not in free} for c in (self.resumed["config"], vars(args)))
+        old["processes"], new["processes"] = self.resumed.get("world", self.rt.world), self.rt.world
         keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         if keys:
             changed = ", ".join(f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in keys)
             if not args.force:
                 raise UserError(f"{self.folder} was begun with other settings: {changed}; repeat them, start another run, or "
                                 "go on all the same with --force")
-            self.rt.print(f"--force: going on with changed settings: {changed}")
+            self.rt.print(f"--force: going on after epoch {self.start_epoch} with changed settings: {changed}")
+            self.resumed["step"] = 0                                      # a half-done epoch's steps may now be others
 
     @property
     def finished(self):
@@ -541,7 +546,7 @@ class Run:
     def begun(self, epoch, sums):
         """(Time at which the epoch began, its sums so far): those of the checkpoint for a half-done epoch, else now, `sums`."""
         if epoch == self.start_epoch and self.start_step:
-            return time.time() - self.resumed["seconds"], self.resumed["sums"].to(sums.device, copy=True)
+            return time.time() - self.resumed["seconds"], self.resumed["sums"][self.rt.rank].to(sums.device, copy=True)
         return time.time(), sums
 
     def steps(self, epoch, batches):
@@ -553,12 +558,14 @@ class Run:
 
         state: a function that returns what a checkpoint holds beside the place in the epoch.
         """
-        stop = all_max(stop_signal, self.rt)
         due = ((step + 1) % int(self.save_every) == 0 if self.save_every.isdecimal() else
                time.time() - self.saved_at > 60 * float(self.save_every[:-1]))
+        stop, due = all_max((stop_signal, due), self.rt)
         if due or stop:
+            sums = gather(sums[None], self.rt)                            # a row per process
             self.save(**state(), epoch=epoch, step=step + 1, sums=sums, seconds=time.time() - started)
         if stop:
+            wait_for_all(self.rt)                                         # torchrun ends all as soon as one has ended
             self.rt.print(f"Stopped in epoch {epoch + 1} after step {step + 1}; --resume goes on from there")
             sys.exit(128 + stop)
 
@@ -574,14 +581,17 @@ class Run:
             raise UserError(f"cannot write the run folder {self.folder}: {error.strerror}") from None
 
     def watch_signals(self):
-        """From now on SIGTERM and SIGINT stop the run at the end of a step."""
-        global stop_signal
-        stop_signal = 0
+        """From now on SIGTERM and SIGINT stop the run at the end of a step; one that came before, in a teacher's run, too."""
+        self.saved_at = time.time()
         for number in STOP_SIGNALS:
             signal.signal(number, note_signal)
+        stop, = all_max((stop_signal,), self.rt)
+        if stop:
+            self.rt.print("Stopped before the first step")
+            sys.exit(128 + stop)
 
     def write_beginning(self, args, data):
-        for old in ("result.json",) if self.resumed else ("last.pt", "previous.pt", "result.json"):
+        for old in () if self.resumed else ("last.pt", "previous.pt", "result.json"):
             with suppress(FileNotFoundError):
                 os.remove(os.path.join(self.folder, old))
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -598,11 +608,15 @@ class Run:
         if self.rt.main:
             with open(self.log_path, "a") as f:
                 f.write(json.dumps(record) + "\n")
+                f.flush()
+                os.fsync(f.fileno())                                      # the checkpoint to come counts on it
 
     def save(self, **state):
         self.saved_at = time.time()
         if self.rt.main:
-            save_checkpoint(self.checkpoint, self.previous, **state)
+            with suppress(FileNotFoundError):
+                os.remove(os.path.join(self.folder, "result.json"))       # of a shorter run, which --force has gone on with
+            save_checkpoint(self.checkpoint, self.previous, world=self.rt.world, **state)
 
     def finish(self, args, data, results, **more):
         """Write result.json: what was run, on what, and each head's accuracies; no process goes on before it is there."""
@@ -610,7 +624,8 @@ class Run:
             with open(self.log_path) as f:
                 seconds = round(sum(json.loads(line)["seconds"] for line in f), 1)
             launcher = f"torchrun --nproc_per_node={self.rt.world}" if self.rt.world > 1 else "python"
-            argv = [a for a in sys.argv if a not in ("--resume", "--overwrite")]     # how the run came about, not what it is
+            how = ("--resume", "--overwrite", "--force")                  # how the run came about, not what it is
+            argv = [a for a in sys.argv if a not in how]
             result = {"dataset": data.label, "imb": args.imb, "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
                       "command": f"{launcher} {shlex.join(argv)}", "hardware": self.rt.hardware(), "seconds": seconds}
             result |= more | {name: {c: r[c] for c in COLUMNS} for name, r in results.items()}

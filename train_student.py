@@ -96,7 +96,7 @@ def parse(argv=None):
 def teacher_args(args):
     """Settings of the recipe's own teacher (`--teacher auto`, ldam, paco): same data, recipe and seed, its folder resumed."""
     given = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in
-             ("dataset", "imb", "imb-type", "data-dir", "recipe", "seed", "device", "amp")]
+             ("dataset", "imb", "imb-type", "data-dir", "recipe", "seed", "device", "amp", "save-every")]
     given += ["--compile"] if args.compile else []
     return train_teacher.parse(given + ["--loss", OWN_TEACHERS[args.teacher], "--resume"])
 
@@ -232,7 +232,7 @@ def train(args, data, teacher, rt, run):
             if ema:
                 ema.update(net)
             bar.update(len(batch) * rt.world)
-            if step % 20 == 0 and not bar.disable:                                # the only wait for the device in the loop
+            if step % 20 == 0 and not bar.disable:                                # but for saving, the only wait for the device
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
             run.after_step(epoch, step, state, sums, started)                     # saves now and then, and when asked to stop
 
@@ -305,6 +305,8 @@ def main():
     run = engine.Run(args.out, args, rt)
     if run.say_if_finished(args, args.method):
         return
+    if args.resume and not run.resumed:
+        rt.print(f"There is nothing to resume in {args.out}: beginning")
     own_run = engine.Run(own_teacher.out, own_teacher, rt) if own_teacher else None         # refuses another recipe's teacher
     data = engine.load_data(args, rt)
     teacher, to_train = None, own_run is not None and not own_run.finished

@@ -228,7 +228,7 @@ def train(args, data, rt, run):
 
             loss_sum += loss.detach()
             bar.update(len(index) * rt.world)
-            if step % 20 == 0 and not bar.disable:                                # the only wait for the device in the loop
+            if step % 20 == 0 and not bar.disable:                                # but for saving, the only wait for the device
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
             run.after_step(epoch, step, state, loss_sum, started)                 # saves now and then, and when asked to stop
 
@@ -311,6 +311,8 @@ def main():
     folder = engine.Run(args.out, args, rt)
     if folder.say_if_finished(args, "teacher"):
         return
+    if args.resume and not folder.resumed:
+        rt.print(f"There is nothing to resume in {args.out}: beginning")
     data = engine.load_data(args, rt)
     run(args, data, rt, folder)
 

@@ -1,5 +1,4 @@
 """A run that dies, is stopped, meets a full disk or a damaged file: what must survive, and what must be said."""
-import argparse
 import json
 import os
 import random
@@ -153,7 +152,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, whole_runs, tmp_
     last = tmp_path / "run" / "last.pt"
     last.unlink() if how == "missing" else last.write_bytes(damaged(last.read_bytes(), how))
     script(module, monkeypatch, *flags, "--out", tmp_path / "run", "--resume")
-    assert "going on from" in capsys.readouterr().out
+    assert "previous.pt" in capsys.readouterr().err
     assert_same_run(whole, tmp_path / "run")
 
 
@@ -222,11 +221,6 @@ def test_a_vanished_run_folder_ends_in_one_line(whole_runs, tmp_path, monkeypatc
     assert stopped.value.code == 2 and err.count("\n") == 1 and str(tmp_path / "run") in err
 
 
-def newest_checkpoint(folder):
-    args = argparse.Namespace(save_every="1", resume=False, overwrite=True)
-    return engine.Run(str(folder), args, engine.Runtime(torch.device("cpu"))).newest_checkpoint()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["teacher", "paco", "student"])
 def test_killed_at_20_random_moments(kind, whole_runs, tmp_path):
@@ -245,10 +239,34 @@ def test_killed_at_20_random_moments(kind, whole_runs, tmp_path):
         process.communicate()
         kills += 1
         with suppress(engine.UserError):
-            state = newest_checkpoint(tmp_path / "run")
+            state = engine.load_checkpoint(str(tmp_path / "run"))
             killed_at.append((state["epoch"], state["step"]))
     assert killed_at == sorted(killed_at) and len(set(killed_at)) > 5     # it got on between the kills
     print(kind, "killed at", killed_at)
     process = start(module, flags, tmp_path / "run", "--save-every", "1", "--resume")
     assert process.wait(600) == 0, process.communicate()
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_by_a_signal_to_torchrun_go_on_as_if_nothing_had_been(whole_runs, tmp_path):
+    """A process that ends before the other has saved; sums of one process taken for both's; buffers that differ."""
+    module, flags, _ = whole_runs["teacher"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
+               "--rdzv-endpoint=localhost:0", ROOT / f"{module.__name__}.py", *flags, "--epochs", "30", "--drw-epoch", "20"]
+
+    def begin(folder, *more):
+        return subprocess.Popen(list(map(str, [*command, "--out", folder, *more])), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    undisturbed = begin(tmp_path / "whole")
+    assert undisturbed.wait(600) == 0
+    stopped = begin(tmp_path / "run")
+    wait_until(lambda: (tmp_path / "run" / "last.pt").exists(), stopped)
+    stopped.send_signal(signal.SIGTERM)
+    out, err = stopped.communicate(timeout=120)
+    assert "--resume goes on from there" in out, err
+    state = engine.load_checkpoint(str(tmp_path / "run"))
+    assert 0 < state["epoch"] < 29 and len(state["sums"]) == 2
+    resumed = begin(tmp_path / "run", "--resume")
+    assert resumed.wait(600) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "run")

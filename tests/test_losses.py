@@ -600,7 +600,9 @@ def recorded_training(monkeypatch):
                                groups={"head": [0], "mid": [1], "tail": [2, 3]})
         args, rt = train_teacher.parse(["--dataset", "cifar10", "--loss", "paco", *flags]), engine.Runtime(torch.device("cpu"))
         train_teacher.resolve(args, rt)
-        run = SimpleNamespace(resumed=None, start_epoch=0, log=lambda record: None, save=lambda **state: None)
+        run = SimpleNamespace(resumed=None, start_epoch=0, begun=lambda epoch, sums: (0.0, sums), log=lambda record: None,
+                              steps=lambda epoch, batches: enumerate(batches), after_step=lambda *place: None,
+                              save=lambda **state: None)
         train_teacher.train(args, data, rt, run)
         return found.whole, found.events
     return train
