@@ -119,10 +119,17 @@ def test_a_second_signal_ends_a_run_at_once(monkeypatch):
     assert ended == [128 + signal.SIGINT]
 
 
-def test_handlers_are_put_back_after_a_run(whole_runs):
+def test_handlers_are_put_back_after_a_run(whole_runs, tmp_path, monkeypatch):
     """A program that imports a script would lose its own Ctrl-C."""
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    module, flags, _ = whole_runs["teacher"]
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ours = {number: signal.getsignal(number) for number in before}
+        script(module, monkeypatch, *flags, "--out", tmp_path / "run", "--epochs", "1")
+        assert {number: signal.getsignal(number) for number in before} == ours
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_torchruns_restart_resumes_by_itself(whole_runs, tmp_path, monkeypatch, capsys):
