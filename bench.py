@@ -1,6 +1,6 @@
 r"""How fast is it here? Every figure is measured now, on this machine, side by side with what it is compared to.
 
-    python bench.py                      all of it: ten to fifteen minutes on four CPU threads
+    python bench.py                      all of it: about ten minutes on four CPU threads
     python bench.py --only augment       images/s of the augmentation, against the pipelines that users have
     python bench.py --only student       the training step: parts, share of the machine's peak, memory; against timm's ViT
     python bench.py --only teacher       ResNet-32 with and without SAM and PaCo, against float32 in the usual layout

@@ -18,8 +18,8 @@ saddles and sharp minima, and flat ones give tail labels that a student can use 
 
 Several processes: when DistributedDataParallel averages the gradient of the first pass (its default), every process climbs
 in the same direction, and N processes do what one does with the same global batch (but for BatchNorm's statistics, which
-each takes of its own part, and rounding). The paper perturbs on each
-accelerator alone (m-sharpness): wrap the first pass in `model.no_sync()` for that. This project averages.
+each takes of its own part, and rounding). The paper perturbs on each accelerator alone (m-sharpness): wrap the first pass in
+`model.no_sync()` for that. This project averages.
 AMP: gradients are of the float32 weights, so bfloat16 autocast needs nothing special. With a float16 loss scaler, unscale
 before each of the two steps; the scale cancels in (1) but not in (2).
 """

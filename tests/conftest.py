@@ -7,8 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
+
+
+def script(module, monkeypatch, *flags):
+    """Run a script's main in this process, as `python module.py flags` would."""
+    import engine
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+    engine.run_main(module.main)
 
 
 def pytest_configure(config):

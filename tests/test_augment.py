@@ -752,3 +752,11 @@ def test_lambda_is_beta_distributed_and_cutmixs_box_drawn_as_the_formula_with_eq
         x = range(max(0, cx - cut_w // 2), min(w, cx + cut_w // 2))
         theirs.append((len(y) * len(x), (y[0] + y[-1]) / 2, (x[0] + x[-1]) / 2) if len(y) * len(x) else (0, -1, -1))
     assert all(same_law(a, b) for a, b in zip(np.array(ours).T, np.array(theirs).T))
+
+
+def test_autocast_does_not_coarsen_a_resize():
+    """Test images are resized inside autocast: in bfloat16 they would be up to two levels off."""
+    images = torch.rand(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        resized = augment.resize(images, 48)
+    assert resized.dtype == torch.float32 and torch.equal(resized, augment.resize(images, 48))

@@ -1,4 +1,5 @@
 """A run that dies, is stopped, meets a full disk or a damaged file: what must survive, and what must be said."""
+import argparse
 import json
 import os
 import random
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,17 +16,12 @@ import torch
 import engine
 import train_student
 import train_teacher
+from conftest import ROOT, script
 
-ROOT = Path(__file__).parent.parent
 TEACHER = "--epochs 3 --drw-epoch 2 --batch 16 --eval-every 2 --imb 4".split()
 PACO = "--loss paco --epochs 3 --batch 16 --eval-every 2 --imb 4 --queue 50".split()
 STUDENT = ("--model micro --epochs 3 --drw-epoch 2 --batch 16 --micro-batch 8 --patch-size 8 --eval-every 2 --ema 0.9 "
            "--drop-path 0.1 --imb 4").split()
-
-
-def script(module, monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-    engine.run_main(module.main)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +138,41 @@ def test_torchruns_restart_resumes_by_itself(whole_runs, tmp_path, monkeypatch, 
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     script(module, monkeypatch, *flags)
     assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_signal_of_the_teachers_run_is_not_forgotten_by_the_students(monkeypatch, tmp_path):
+    """A signal in the teacher's last evaluation: the student must not begin its hours of training."""
+    run = engine.Run(str(tmp_path), argparse.Namespace(save_every="1", resume=False, overwrite=False),
+                     engine.Runtime(torch.device("cpu")))
+    before = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}
+    monkeypatch.setattr(engine, "stop_signal", signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run.watch_signals()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+
+def test_another_batch_by_force_begins_the_half_done_epoch_again(whole_runs, tmp_path, monkeypatch, capsys):
+    """Steps counted in batches of another size: images left out, or a loss divided by the wrong number of steps."""
+    module, flags, _ = whole_runs["teacher"]
+    flags, steps, seed_step = [*flags, "--out", tmp_path / "run", "--save-every", "1"], [], engine.seed_step
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "seed_step", lambda *key: 1 / (key[1:3] != (1, 3)) and seed_step(*key))
+        with pytest.raises(ZeroDivisionError):
+            script(module, patch, *flags)
+    monkeypatch.setattr(engine, "seed_step", lambda *key: steps.append(key[1:3]) or seed_step(*key))
+    script(module, monkeypatch, *flags, "--resume", "--force", "--batch", "64")
+    assert steps[0] == (1, 0) and "--batch 16 -> 64" in capsys.readouterr().out
+
+
+def test_nothing_to_resume_is_said(whole_runs, tmp_path, monkeypatch, capsys):
+    """A mistyped folder would begin a new run without a word."""
+    module, flags, _ = whole_runs["teacher"]
+    script(module, monkeypatch, *flags, "--epochs", "1", "--out", tmp_path / "elsewhere", "--resume")
+    assert "nothing to resume in" in capsys.readouterr().out
 
 
 def damaged(data, how):

@@ -17,18 +17,12 @@ import engine
 import networks
 import train_student
 import train_teacher
+from conftest import ROOT, script
 
-ROOT = Path(__file__).parent.parent
 TEACHER = "--epochs 2 --drw-epoch 1 --batch 32 --eval-every 1 --imb 4".split()
 PACO = "--loss paco --epochs 2 --batch 32 --eval-every 1 --imb 4 --queue 50".split()
 STUDENT = ("--model micro --epochs 3 --drw-epoch 2 --batch 32 --micro-batch 16 --patch-size 8 --eval-every 1 --ema 0.9 "
            "--drop-path 0.1 --imb 4").split()
-
-
-def script(module, monkeypatch, *flags):
-    """Run a script's main in this process, as `python module.py flags` would."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-    engine.run_main(module.main)
 
 
 @pytest.fixture(scope="module")
