@@ -28,7 +28,8 @@ from torch import nn
 
 import resnet
 import vit
-from engine import UserError, load_checkpoint, load_weights
+from engine import UserError
+from run_folder import load_checkpoint, load_weights
 
 NORMALISATIONS = {  # mean and standard deviation of the pixels that a network was trained on
     "cifar": (resnet.CIFAR_MEAN, resnet.CIFAR_STD),

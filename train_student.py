@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import augment
 import data_lt
 import engine
+import run_folder
 import train_teacher
 from losses import distillation_loss, drw_weights, soft_cross_entropy
 from networks import NORMALISATIONS, build_student
@@ -184,10 +185,10 @@ def train(args, data, teacher, rt, run):
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
     ema = engine.EMA(net, args.ema) if args.ema > 0 else None
     if run.resumed:
-        engine.load_weights(net, run.resumed["model"], run.checkpoint)
+        run_folder.load_weights(net, run.resumed["model"], run.checkpoint)
         optimizer.load_state_dict(run.resumed["optimizer"])
         if ema:
-            engine.load_weights(ema.model, run.resumed["ema"], run.checkpoint)
+            run_folder.load_weights(ema.model, run.resumed["ema"], run.checkpoint)
     model = engine.trainable(net, rt, args.compile)
     steps = data_lt.steps_per_epoch(len(epoch_order(args, data, 0)), args.batch)
     bar, results = engine.progress_bar(rt, args.epochs, run.start_epoch, len(epoch_order(args, data, 0))), None
@@ -302,12 +303,12 @@ def main():
     args = parse()
     rt = engine.setup(args.device, args.amp)
     own_teacher = resolve(args, rt)
-    run = engine.Run(args.out, args, rt)
+    run = run_folder.Run(args.out, args, rt)
     if run.say_if_finished(args, args.method):
         return
     if args.resume and not run.resumed:
         rt.print(f"There is nothing to resume in {args.out}: beginning")
-    own_run = engine.Run(own_teacher.out, own_teacher, rt) if own_teacher else None         # refuses another recipe's teacher
+    own_run = run_folder.Run(own_teacher.out, own_teacher, rt) if own_teacher else None   # refuses another recipe's teacher
     data = engine.load_data(args, rt)
     teacher, to_train = None, own_run is not None and not own_run.finished
     if args.teacher and not to_train:

@@ -23,6 +23,7 @@ import torch
 import augment
 import data_lt
 import engine
+import run_folder
 from losses import LDAMLoss, PaCo, PaCoLoss, VSLoss, drw_weights, focal_loss, weighted_cross_entropy
 from networks import build_teacher, load_network, match_classes
 from sam import SAM, frozen_batchnorm_statistics
@@ -177,7 +178,7 @@ def train(args, data, rt, run):
     sgd = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
     optimizer = SAM(sgd, args.rho)
     if run.resumed:
-        engine.load_weights(whole, run.resumed["paco"] if paco else run.resumed["model"], run.checkpoint)
+        run_folder.load_weights(whole, run.resumed["paco"] if paco else run.resumed["model"], run.checkpoint)
         optimizer.load_state_dict(run.resumed["optimizer"])
     model = engine.trainable(whole, rt, args.compile)
     steps = data_lt.steps_per_epoch(len(data.train_labels), args.batch)
@@ -290,7 +291,7 @@ def say_on_training_images(seen):
 
 
 def run(args, data, rt, folder):
-    """Train the teacher of these (resolved) settings, or go on with it, and fill its run folder (an engine.Run)."""
+    """Train the teacher of these (resolved) settings, or go on with it, and fill its run folder (an run_folder.Run)."""
     images = len(data.train_labels)
     if images // data_lt.steps_per_epoch(images, args.batch) < 2 * rt.world:
         raise engine.UserError(f"--batch {args.batch}: BatchNorm needs two images or more in each of {rt.world} process(es)")
@@ -308,7 +309,7 @@ def main():
     args = parse()
     rt = engine.setup(args.device, args.amp)
     resolve(args, rt)
-    folder = engine.Run(args.out, args, rt)
+    folder = run_folder.Run(args.out, args, rt)
     if folder.say_if_finished(args, "teacher"):
         return
     if args.resume and not folder.resumed:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import engine
+import run_folder
 
 CPU = engine.Runtime(torch.device("cpu"))
 
@@ -70,14 +71,14 @@ def test_evaluation_equals_a_loop_over_images():
 def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path):
     """Without the temporary file a crash in the middle would destroy the only checkpoint."""
     path = tmp_path / "last.pt"
-    engine.save_checkpoint(path, model={}, config={}, epoch=1)
+    run_folder.save_checkpoint(path, model={}, config={}, epoch=1)
 
     def half(f):
         f.write(b"half")
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        engine.write_atomically(path, half)
-    assert engine.load_checkpoint(path)["epoch"] == 1
+        run_folder.write_atomically(path, half)
+    assert run_folder.load_checkpoint(path)["epoch"] == 1
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
@@ -99,17 +100,17 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(make, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "x.pt")
     with pytest.raises(engine.UserError) as error:
-        engine.load_checkpoint(str(tmp_path / "x.pt"))
+        run_folder.load_checkpoint(str(tmp_path / "x.pt"))
     assert "\n" not in str(error.value) and "x.pt" in str(error.value)
     assert not (tmp_path / "hostile_code_ran").exists()
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):
     path = tmp_path / "last.pt"
-    engine.save_checkpoint(path, model={"w": torch.zeros(1000)}, config={})
+    run_folder.save_checkpoint(path, model={"w": torch.zeros(1000)}, config={})
     path.write_bytes(path.read_bytes()[:-700])
     with pytest.raises(engine.UserError, match="not a readable checkpoint"):
-        engine.load_checkpoint(path)
+        run_folder.load_checkpoint(path)
 
 
 def test_recipe_rows_are_overridden_by_flags_and_name_the_run():

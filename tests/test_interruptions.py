@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import engine
+import run_folder
 import train_student
 import train_teacher
 from conftest import ROOT, script
@@ -142,7 +143,7 @@ def test_torchruns_restart_resumes_by_itself(whole_runs, tmp_path, monkeypatch, 
 
 def test_a_signal_of_the_teachers_run_is_not_forgotten_by_the_students(monkeypatch, tmp_path):
     """A signal in the teacher's last evaluation: the student must not begin its hours of training."""
-    run = engine.Run(str(tmp_path), argparse.Namespace(save_every="1", resume=False, overwrite=False),
+    run = run_folder.Run(str(tmp_path), argparse.Namespace(save_every="1", resume=False, overwrite=False),
                      engine.Runtime(torch.device("cpu")))
     before = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}
     monkeypatch.setattr(engine, "stop_signal", signal.SIGTERM)
@@ -233,10 +234,10 @@ def test_changed_settings_are_refused_with_their_list_unless_forced(whole_runs, 
 def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_intact(limit, tmp_path):
     """torch.save turns what the system says into a RuntimeError of many lines; half a file must not replace a whole one."""
     path = tmp_path / "last.pt"
-    engine.save_checkpoint(path, model={"w": torch.zeros(1000)}, config={})
+    run_folder.save_checkpoint(path, model={"w": torch.zeros(1000)}, config={})
     before = path.read_bytes()
-    code = (f"import resource, torch, engine; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"  # a full disk
-            f"engine.run_main(lambda: engine.save_checkpoint('{path}', '{path}.old', model=dict(w=torch.zeros(10 ** 6))))")
+    code = (f"import resource, torch, engine, run_folder; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"  # a full disk
+            f"engine.run_main(lambda: run_folder.save_checkpoint('{path}', '{path}.old', model=dict(w=torch.zeros(10 ** 6))))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"error: cannot write {path}") and "intact" in done.stderr
@@ -276,7 +277,7 @@ def test_killed_at_20_random_moments(kind, whole_runs, tmp_path):
         process.communicate()
         kills += 1
         with suppress(engine.UserError):
-            state = engine.load_checkpoint(str(tmp_path / "run"))
+            state = run_folder.load_checkpoint(str(tmp_path / "run"))
             killed_at.append((state["epoch"], state["step"]))
     assert killed_at == sorted(killed_at) and len(set(killed_at)) > 5     # it got on between the kills
     print(kind, "killed at", killed_at)
@@ -302,7 +303,7 @@ def test_two_processes_stopped_by_a_signal_to_torchrun_go_on_as_if_nothing_had_b
     stopped.send_signal(signal.SIGTERM)
     out, err = stopped.communicate(timeout=120)
     assert "--resume goes on from there" in out, err
-    state = engine.load_checkpoint(str(tmp_path / "run"))
+    state = run_folder.load_checkpoint(str(tmp_path / "run"))
     assert 0 < state["epoch"] < 29 and len(state["sums"]) == 2
     resumed = begin(tmp_path / "run", "--resume")
     assert resumed.wait(600) == 0

@@ -13,6 +13,7 @@ from torch import nn
 import data_lt
 import engine
 import networks
+import run_folder
 
 CONSTANTS = {"cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
              "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))}
@@ -316,13 +317,13 @@ def test_a_run_of_a_teacher(tmp_path, arch, loss):
     state = {k: v.clone() for k, v in net.state_dict().items()}
     expected = resnet32_by_hand(state, x) if arch == "resnet32" else net.double()(x).detach()
     run = dict(paco=None, epoch=1, config=config, class_names=names)
-    engine.save_checkpoint(tmp_path / "last.pt", model=state, **run)
+    run_folder.save_checkpoint(tmp_path / "last.pt", model=state, **run)
     for path in (tmp_path, tmp_path / "last.pt"):
         found = networks.load_network(str(path))
         check(found, x, [expected], arch, loss, "cifar norm", names=names)
         assert found.config == config
     for changed in (dict(list(state.items())[1:]), state | {"x": torch.ones(1)}, state | {"classifier.bias": torch.ones(4)}):
-        engine.save_checkpoint(tmp_path / "last.pt", model=changed, **run)
+        run_folder.save_checkpoint(tmp_path / "last.pt", model=changed, **run)
         refused(str(tmp_path))
 
 
@@ -333,7 +334,7 @@ def test_a_run_of_a_student(tmp_path, distilled):
     shapes, x, names = networks.build_student(config, 3, distilled).state_dict(), images(16), list("abc")
     state = vit_state(96, 4, K=3, depth=6, distilled=distilled)
     assert {k: v.shape for k, v in shapes.items()} == {k: v.shape for k, v in state.items()}
-    engine.save_checkpoint(tmp_path / "last.pt", model=state, ema=None, epoch=1, config=config, class_names=names)
+    run_folder.save_checkpoint(tmp_path / "last.pt", model=state, ema=None, epoch=1, config=config, class_names=names)
     found = networks.load_network(str(tmp_path))
     check(found, x, vit_by_hand(state, x, 3), "micro", "deit-lt", kind="student", names=names)
     assert found.config == config
