@@ -142,8 +142,9 @@ def setup(device="auto", amp="auto"):
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    use_amp = amp == "bf16" or (amp == "auto" and has_bf16(device))
-    return Runtime(device, rank, world, torch.bfloat16 if use_amp else None)
+    if amp == "auto":
+        amp = "bf16" if has_bf16(device) else "none"
+    return Runtime(device, rank, world, {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp])
 
 
 def trainable(net, rt, compiled=False):
@@ -156,6 +157,19 @@ def wait_for_all(rt):
     """Barrier: what the main process has written by now, the others may read."""
     if rt.world > 1:
         dist.barrier()
+
+
+def end_together(error, rt):
+    """End all processes because of a UserError that all have come to: one line from the main process, not one from each.
+
+    Only the main process need have the error itself. torchrun ends all as soon as one has ended, so they wait for the line.
+    """
+    if rt.world == 1:
+        raise error
+    if rt.main:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    dist.barrier()
+    sys.exit(2)
 
 
 def all_sum(tensor, rt):
@@ -231,6 +245,84 @@ class EMA:
             mine.copy_(theirs)
 
 
+class Guard:
+    """Takes a step back where its loss or a gradient is not finite, and ends a run in which that does not stop.
+
+        guard.begin();  guard.backward(loss);  guard.check();  optimizer.step();  guard.end()
+
+    With SAM, backward and check come twice. Nothing here waits for the device: whether the step is `bad` (0 or 1) stays
+    there. PyTorch's fused optimizers read it there, as `found_inf`, and leave weights and moments alone; what else a step
+    moves, BatchNorm's statistics and PaCo's queue, is put back from a copy.
+
+    float16 has no small numbers: under its autocast the loss is multiplied by `scale`, and `check` divides the gradients by
+    it. A bad step halves the scale, 2,000 good ones double it. That is the rule of torch.amp.GradScaler, which cannot be
+    used here: it refuses to divide twice in a step.
+    """
+    LIMIT, GROWTH = 10, 2000                                              # bad steps in a row; good steps until a larger scale
+
+    def __init__(self, net, optimizer, rt):
+        if not optimizer.defaults.get("fused"):
+            raise ValueError("only fused optimizers can leave a step out without a wait for the device")
+        number = lambda value: torch.full((), value, device=rt.device)
+        self.rt, self.bad, self.scaled = rt, number(0.0), rt.amp is torch.float16
+        self.counts = {"scale": number(2.0 ** 16 if self.scaled else 1.0), "good": number(0), "in_a_row": number(0),
+                       "skipped": number(0)}
+        self.optimizer, self.params = optimizer, [p for group in optimizer.param_groups for p in group["params"]]
+        kept = net.state_dict(keep_vars=True).values()
+        self.buffers = [b for b in kept if not isinstance(b, torch.nn.Parameter)]
+        optimizer.found_inf = self.bad
+
+    def begin(self):
+        self.before = [b.clone() for b in self.buffers]
+        self.bad.zero_()
+
+    def backward(self, loss):
+        self.bad += ~loss.detach().isfinite()
+        (loss * self.counts["scale"] if self.scaled else loss).backward()
+
+    @torch.no_grad()
+    def check(self):
+        """Bring the gradients to their true scale and note, for all processes, whether the step is bad so far."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if self.scaled:
+            torch._foreach_mul_(grads, 1 / self.counts["scale"])
+        self.bad += ~torch.stack(torch._foreach_norm(grads)).isfinite().all()
+        all_sum(self.bad, self.rt).clamp_(max=1)
+
+    def end(self):
+        """Put back what a bad step has moved, and count."""
+        for now, before in zip(self.buffers, self.before):
+            torch.where(self.bad > 0, before, now, out=now)
+        c, bad = self.counts, self.bad > 0
+        c["skipped"] += bad
+        c["in_a_row"].add_(bad).mul_(bad)
+        if self.scaled:
+            c["good"].add_(1).mul_(~bad)
+            c["scale"].mul_(torch.where(bad, 0.5, torch.where(c["good"] == self.GROWTH, 2.0, 1.0)))
+            c["good"].remainder_(self.GROWTH)
+
+    def unless_bad(self, numbers):
+        """The numbers of a step, for the epoch's sums; zeros for a bad one."""
+        return torch.where(self.bad > 0, 0, numbers)
+
+    def record(self):
+        """For the log: the learning rate, and how many steps of the run have been left out."""
+        return {"lr": self.optimizer.param_groups[0]["lr"], "skipped": int(self.counts["skipped"])}
+
+    def stop_if_lost(self, epoch, step, args):
+        """Raise UserError after LIMIT bad steps in a row. Waits for the device, so not every step."""
+        if (n := int(self.counts["in_a_row"])) >= self.LIMIT:
+            lr = self.optimizer.param_groups[0]["lr"]
+            end_together(UserError(
+                f"epoch {epoch + 1}, step {step + 1}: loss or gradients were not finite in {n} steps in a row, at learning "
+                f"rate {lr:.3g}; the last checkpoint is from before them. Try a lower --lr than {args.lr:g}, more "
+                "--warmup-epochs or --amp none, from the start or with --resume --force"), self.rt)
+
+    def load_state_dict(self, counts):
+        for name, value in counts.items():
+            self.counts[name].copy_(value)
+
+
 # ---- Evaluation ----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -242,7 +334,7 @@ def evaluate(predict, images, labels, groups, rt, batch=500):
     the mean of its classes' recalls (NaN for an empty group).
     """
     K = sum(map(len, groups.values()))
-    mine = torch.arange(rt.rank, len(labels), rt.world, device=labels.device)
+    mine = torch.arange(len(labels), device=labels.device)[rt.rank::rt.world]
     confusion = {}                                                        # head -> (K,K), rows truth, columns prediction
     for index in mine.split(batch):
         with rt.autocast():
@@ -262,18 +354,18 @@ def accuracies(confusion, groups):
     return {k: round(v, 3) for k, v in out.items()} | {"per_class": [round(float(r), 2) for r in recall]}
 
 
-def report(bar, rt, epoch, loss, speed, results):
+def report(bar, rt, record, speed, results):
     """Print an epoch's line above the progress bar: overall (head mid tail) of every head, where they were measured."""
     if rt.main:
         line = "{} {overall:.1f} ({head:.1f} {mid:.1f} {tail:.1f})"
         shown = "  ".join(line.format(name, **r) for name, r in (results or {}).items())
-        bar.write(f"epoch {epoch + 1:4d}  loss {loss:.3f}  {speed:5.0f} images/s  {shown}")
+        shown += f"  {record['skipped']} steps were not finite" if record["skipped"] else ""
+        bar.write(f"epoch {record['epoch'] + 1:4d}  loss {record['loss']:.3f}  {speed:5.0f} images/s  {shown}")
 
 
-def progress_bar(rt, epochs, start_epoch, images):
+def progress_bar(rt, images, done):
     """tqdm over all images of the whole run, so that the time left is the run's; silent where the output is not a terminal."""
-    return tqdm(total=epochs * images, initial=start_epoch * images, unit=" images", unit_scale=True,
-                disable=None if rt.main else True)
+    return tqdm(total=images, initial=done, unit=" images", unit_scale=True, disable=None if rt.main else True)
 
 
 COLUMNS = ("overall", "head", "mid", "tail")
@@ -300,8 +392,9 @@ def add_run_flags(parser):
                         help="which row of the recipe table; auto: paper on a GPU, cpu without one (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "none"],
-                        help="bfloat16 autocast; auto: where the hardware has it (default: %(default)s)")
+    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "none"],
+                        help="autocast to bfloat16 or float16 (with a loss scaler); auto: bf16 where the hardware has it, else "
+                        "none (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute or two at the start, then a faster "
                         "step (of the student on a CPU: 3 to 7 %%)")
     parser.add_argument("--out", help="run folder (default: runs/<name from the settings>)")

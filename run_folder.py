@@ -12,6 +12,7 @@ epoch, step, process), a run that goes on from there ends bit for bit where the 
 import argparse
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -46,11 +47,22 @@ def write_atomically(path, write, previous=None):
         if previous and os.path.exists(path):
             os.replace(path, previous)                                    # killed between these two: `previous` is there
         os.replace(temporary, path)
+        sync_folder(os.path.dirname(path))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; what was written before is intact") from None
     finally:
         with suppress(OSError):
             os.remove(temporary)
+
+
+def sync_folder(path):
+    """Force a folder's entries to disk: a file that took its place must be there after a power failure too."""
+    with suppress(OSError):                                               # not every system lets a folder be opened
+        folder = os.open(path or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def save_json(path, data):
@@ -125,7 +137,10 @@ class Run:
     def __init__(self, folder, args, rt):
         self.folder, self.rt, self.log_path = folder, rt, os.path.join(folder, "log.jsonl")
         self.checkpoint, self.previous = (os.path.join(folder, name) for name in ("last.pt", "previous.pt"))
-        self.save_every, self.saved_at, self.resumed = args.save_every, time.time(), None
+        minutes = args.save_every.endswith("m")                           # "10m", else "500": steps
+        self.every_steps = math.inf if minutes else int(args.save_every)
+        self.every_seconds = 60 * float(args.save_every[:-1]) if minutes else math.inf
+        self.resumed, self.start_epoch, self.start_step, self.forced = None, 0, 0, []
         resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0             # torchrun's restart
         if not any(map(os.path.exists, (self.checkpoint, self.previous))):
             return
@@ -133,7 +148,9 @@ class Run:
             raise UserError(f"{folder} already holds a run: --resume continues it, --overwrite starts it again, --out names "
                             "another folder")
         if resume:
-            self.resumed = load_checkpoint(folder, ("model", "config", "epoch"))
+            self.resumed = state = load_checkpoint(folder, ("model", "config", "epoch"))
+            self.start_epoch, self.start_step = state["epoch"], state.get("step", 0)                 # done already
+            self.sums, self.seconds, self.forced = state.get("sums"), state.get("seconds"), state.get("forced", [])
             self.check_settings(args)
 
     def check_settings(self, args):
@@ -147,23 +164,14 @@ class Run:
             if not args.force:
                 raise UserError(f"{self.folder} was begun with other settings: {changed}; repeat them, start another run, or "
                                 "go on all the same with --force")
-            self.rt.print(f"--force: going on after epoch {self.start_epoch} with changed settings: {changed}")
-            self.resumed["step"] = 0                                      # a half-done epoch's steps may now be others
+            self.forced = [*self.forced, f"after epoch {self.start_epoch}: {changed}"]
+            self.rt.print(f"--force: going on {self.forced[-1]}")
+            self.start_step = 0                                           # a half-done epoch's steps may now be others
 
     @property
     def finished(self):
         """Has the run in this folder written its result?"""
         return os.path.exists(os.path.join(self.folder, "result.json"))
-
-    @property
-    def start_epoch(self):
-        """Whole epochs that a resumed run has behind it."""
-        return self.resumed["epoch"] if self.resumed else 0
-
-    @property
-    def start_step(self):
-        """Steps of epoch start_epoch that a resumed run has behind it."""
-        return self.resumed.get("step", 0) if self.resumed else 0
 
     def say_if_finished(self, args, title):
         """True, after a line that says so and its table, if there is nothing left to resume."""
@@ -175,12 +183,19 @@ class Run:
         self.rt.print(f"{self.folder} is finished ({args.epochs} epochs); its result:\n{engine.table(rows, title)}")
         return True
 
-    # A training loop calls these three: where an epoch starts, its steps, and the end of each step.
+    # A training loop calls these five: with the checkpoint to go on from; where an epoch starts, its steps, the end of each
+    # step, and the end of the epoch.
+
+    def restore(self, load):
+        """Call load(state) with the checkpoint that is resumed, if any, and let its memory go."""
+        if self.resumed:
+            load(self.resumed)
+            self.resumed = None
 
     def begun(self, epoch, sums):
         """(Time at which the epoch began, its sums so far): those of the checkpoint for a half-done epoch, else now, `sums`."""
         if epoch == self.start_epoch and self.start_step:
-            return time.time() - self.resumed["seconds"], self.resumed["sums"][self.rt.rank].to(sums.device, copy=True)
+            return time.time() - self.seconds, self.sums[self.rt.rank].to(sums.device, copy=True)
         return time.time(), sums
 
     def steps(self, epoch, batches):
@@ -192,27 +207,41 @@ class Run:
 
         state: a function that returns what a checkpoint holds beside the place in the epoch.
         """
-        due = ((step + 1) % int(self.save_every) == 0 if self.save_every.isdecimal() else
-               time.time() - self.saved_at > 60 * float(self.save_every[:-1]))
+        due = (step + 1) % self.every_steps == 0 or time.time() - self.saved_at > self.every_seconds
         stop, due = engine.all_max((engine.stop_signal, due), self.rt)
         if due or stop:
-            sums = engine.gather(sums[None], self.rt)                            # a row per process
-            self.save(**state(), epoch=epoch, step=step + 1, sums=sums, seconds=time.time() - started)
+            sums = engine.gather(sums[None], self.rt)                     # a row per process
+            self.save(state() | dict(epoch=epoch, step=step + 1, sums=sums, seconds=time.time() - started))
         if stop:
-            engine.wait_for_all(self.rt)                                         # torchrun ends all as soon as one has ended
             self.rt.print(f"Stopped in epoch {epoch + 1} after step {step + 1}; --resume goes on from there")
+            engine.wait_for_all(self.rt)                                  # torchrun ends all as soon as one has ended
             sys.exit(128 + stop)
+
+    def after_epoch(self, epoch, state, record, results, started, speed, bar):
+        """Log the epoch's record and results (None: not evaluated), write a checkpoint, and print the epoch's line."""
+        record = {"epoch": epoch} | record | (results or {})
+        record |= {"images_per_second": round(speed, 1), "seconds": round(time.time() - started, 2)}
+        self.save(state() | dict(epoch=epoch + 1, step=0), record)
+        engine.report(bar, self.rt, record, speed, results)
+
+    def write(self, action):
+        """Call action() in the main process; if it cannot write, all processes end, with one line. Until then all wait."""
+        error = None
+        if self.rt.main:
+            try:
+                action()
+            except UserError as met:
+                error = met
+            except OSError as met:
+                error = UserError(f"cannot write in {self.folder}: {met.strerror}; the last checkpoint is intact")
+        failed, = engine.all_max((error is not None,), self.rt)
+        if failed:
+            engine.end_together(error, self.rt)
 
     def begin(self, args, data):
         """Write config.json and cut the log back to the epochs that the checkpoint has; a new run clears the old one away."""
         self.watch_signals()
-        if not self.rt.main:
-            return
-        try:
-            os.makedirs(self.folder, exist_ok=True)
-            self.write_beginning(args, data)
-        except OSError as error:
-            raise UserError(f"cannot write the run folder {self.folder}: {error.strerror}") from None
+        self.write(lambda: self.write_beginning(args, data))
 
     def watch_signals(self):
         """From now on SIGTERM and SIGINT stop the run at the end of a step; one that came before, in a teacher's run, too."""
@@ -225,36 +254,37 @@ class Run:
             sys.exit(128 + stop)
 
     def write_beginning(self, args, data):
+        os.makedirs(self.folder, exist_ok=True)
         for old in () if self.resumed else ("last.pt", "previous.pt", "result.json"):
             with suppress(FileNotFoundError):
                 os.remove(os.path.join(self.folder, old))
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         save_json(os.path.join(self.folder, "config.json"), vars(args) | {
             "classes": data.class_names, "counts": data.counts, "groups": data.groups, "versions": versions,
-            "hardware": self.rt.hardware(), "amp_dtype": str(self.rt.amp)})
+            "hardware": self.rt.hardware(), "amp_dtype": str(self.rt.amp), "forced": self.forced})
         lines = []
         if self.resumed and os.path.exists(self.log_path):
             with open(self.log_path) as f:
                 lines = f.readlines()[:self.start_epoch]                  # one line per epoch
         write_atomically(self.log_path, lambda f: f.write("".join(lines).encode()))
 
-    def log(self, record):
-        if self.rt.main:
-            with open(self.log_path, "a") as f:
-                f.write(json.dumps(record) + "\n")
-                f.flush()
-                os.fsync(f.fileno())                                      # the checkpoint to come counts on it
-
-    def save(self, **state):
-        self.saved_at = time.time()
-        if self.rt.main:
+    def save(self, state, record=None):
+        """Write the state as the run's checkpoint, after adding the record of a finished epoch to its log."""
+        def write():
+            if record:
+                with open(self.log_path, "a") as f:
+                    f.write(json.dumps(record) + "\n")
+                    f.flush()
+                    os.fsync(f.fileno())                                  # the checkpoint counts on it
             with suppress(FileNotFoundError):
                 os.remove(os.path.join(self.folder, "result.json"))       # of a shorter run, which --force has gone on with
-            save_checkpoint(self.checkpoint, self.previous, world=self.rt.world, **state)
+            save_checkpoint(self.checkpoint, self.previous, world=self.rt.world, forced=self.forced, **state)
+        self.write(write)
+        self.saved_at = time.time()
 
     def finish(self, args, data, results, **more):
         """Write result.json: what was run, on what, and each head's accuracies; no process goes on before it is there."""
-        if self.rt.main:
+        def write():
             with open(self.log_path) as f:
                 seconds = round(sum(json.loads(line)["seconds"] for line in f), 1)
             launcher = f"torchrun --nproc_per_node={self.rt.world}" if self.rt.world > 1 else "python"
@@ -262,7 +292,8 @@ class Run:
             argv = [a for a in sys.argv if a not in how]
             result = {"dataset": data.label, "imb": args.imb, "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
                       "command": f"{launcher} {shlex.join(argv)}", "hardware": self.rt.hardware(), "seconds": seconds}
+            result |= {"forced": self.forced} if self.forced else {}
             result |= more | {name: {c: r[c] for c in engine.COLUMNS} for name, r in results.items()}
             result["per_class"] = {name: r["per_class"] for name, r in results.items()}
             save_json(os.path.join(self.folder, "result.json"), result)
-        engine.wait_for_all(self.rt)
+        self.write(write)

@@ -183,24 +183,31 @@ def train(args, data, teacher, rt, run):
     torch.manual_seed(args.seed)
     net = new_network(args, data, rt)
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
+    guard = engine.Guard(net, optimizer, rt)
     ema = engine.EMA(net, args.ema) if args.ema > 0 else None
-    if run.resumed:
-        run_folder.load_weights(net, run.resumed["model"], run.checkpoint)
-        optimizer.load_state_dict(run.resumed["optimizer"])
+
+    def load(state):
+        run_folder.load_weights(net, state["model"], run.checkpoint)
+        optimizer.load_state_dict(state["optimizer"])
+        guard.load_state_dict(state["guard"])
         if ema:
-            run_folder.load_weights(ema.model, run.resumed["ema"], run.checkpoint)
-    model = engine.trainable(net, rt, args.compile)
-    steps = data_lt.steps_per_epoch(len(epoch_order(args, data, 0)), args.batch)
-    bar, results = engine.progress_bar(rt, args.epochs, run.start_epoch, len(epoch_order(args, data, 0))), None
+            run_folder.load_weights(ema.model, state["ema"], run.checkpoint)
 
     def state():
         """What a checkpoint holds beside the place in the training."""
         return dict(model=net.state_dict(), ema=ema.model.state_dict() if ema else None, optimizer=optimizer.state_dict(),
-                    config=vars(args), class_names=data.class_names, counts=data.counts, groups=data.groups)
+                    guard=guard.counts, config=vars(args), class_names=data.class_names, counts=data.counts,
+                    groups=data.groups)
+
+    run.restore(load)
+    model = engine.trainable(net, rt, args.compile)
+    images = len(epoch_order(args, data, 0))
+    steps, results = data_lt.steps_per_epoch(images, args.batch), None
+    bar = engine.progress_bar(rt, args.epochs * images, run.start_epoch * images + run.start_step * args.batch)
 
     for epoch in range(run.start_epoch, args.epochs):
         net.train()
-        started, sums = run.begun(epoch, torch.zeros(4, device=rt.device))        # loss, CLS, DIST, teacher's accuracy
+        started, sums = run.begun(epoch, torch.zeros(5, device=rt.device))        # loss, CLS, DIST, teacher's accuracy; steps
         weight = drw_weights(data.counts, epoch, args.drw_epoch, args.beta)       # None, or (K,) from the DRW epoch on
         weight = None if weight is None else weight.to(rt.device)
         mixing = weight is None or args.mix_drw
@@ -208,6 +215,8 @@ def train(args, data, teacher, rt, run):
         for step, batch in run.steps(epoch, data_lt.shard(order, args.batch, rt.rank, rt.world)):
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, engine.cosine_lr(epoch + step / steps, args.epochs, args.lr, args.warmup_epochs))
+            guard.begin()
+            seen = F.one_hot(torch.tensor(4, device=rt.device), 5).float()            # this step's sums
             micro_batches = batch.tensor_split(-(-len(batch) // args.micro_batch))  # their gradients add up to the batch's
             for i, index in enumerate(micro_batches):
                 share, index = len(index) / len(batch), index.to(rt.device, non_blocking=True)
@@ -225,31 +234,35 @@ def train(args, data, teacher, rt, run):
                                                                           weight)
                         else:
                             loss = soft_cross_entropy(cls_logits, target)
-                    (share * loss).backward()
+                    guard.backward(share * loss)
                 parts = torch.stack([loss, loss_cls, loss_dist, accuracy(y_t, target)] if teacher else [loss]).detach()
-                sums[:len(parts)] += share * parts
-            optimizer.step()
+                seen[:len(parts)] += share * parts
+            guard.check()
+            optimizer.step()                                                      # nothing, where a number is not finite
             optimizer.zero_grad()
+            guard.end()
+            sums += guard.unless_bad(seen)
             if ema:
                 ema.update(net)
             bar.update(len(batch) * rt.world)
-            if step % 20 == 0 and not bar.disable:                                # but for saving, the only wait for the device
+            if step % 20 == 0:                                                    # but for saving, the only wait for the device
+                guard.stop_if_lost(epoch, step, args)
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
             run.after_step(epoch, step, state, sums, started)                     # saves now and then, and when asked to stop
 
-        sums = (engine.all_sum(sums, rt) / steps / rt.world).tolist()
+        guard.stop_if_lost(epoch, step, args)
+        engine.all_sum(sums, rt)
+        mean = (sums / sums[-1]).tolist()
         speed = len(order) / (time.time() - started)
-        record = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "drw": weight is not None, "loss": sums[0]}
-        record |= {"loss_cls": sums[1], "loss_dist": sums[2], "teacher_accuracy": 100 * sums[3]} if teacher else {}
+        record = guard.record() | {"drw": weight is not None, "loss": mean[0]}
+        record |= {"loss_cls": mean[1], "loss_dist": mean[2], "teacher_accuracy": 100 * mean[3]} if teacher else {}
         results = None
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             results = evaluate(net, ema, data, args, rt)
-            record |= results | {"cosine": token_cosine(net, data, args, rt)}
-        run.log(record | {"images_per_second": round(speed, 1), "seconds": round(time.time() - started, 2)})
-        run.save(**state(), epoch=epoch + 1, step=0)
-        engine.report(bar, rt, epoch, record["loss"], speed, results)
+            record |= {"cosine": token_cosine(net, data, args, rt)}
+        run.after_epoch(epoch, state, record, results, started, speed, bar)
     bar.close()
-    return results or evaluate(net, ema, data, args, rt)
+    return results or evaluate(net, ema, data, args, rt)                          # None: there was no epoch left to run
 
 
 def accuracy(y_t, target):

@@ -175,32 +175,40 @@ def train(args, data, rt, run):
     paco = args.loss == "paco"
     whole = PaCo(net, net.classifier.in_features, args.projection, args.queue, args.key_momentum).to(rt.device) if paco else net
     trained = [p for p in whole.parameters() if p.requires_grad]
-    sgd = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    optimizer = SAM(sgd, args.rho)
-    if run.resumed:
-        run_folder.load_weights(whole, run.resumed["paco"] if paco else run.resumed["model"], run.checkpoint)
-        optimizer.load_state_dict(run.resumed["optimizer"])
-    model = engine.trainable(whole, rt, args.compile)
-    steps = data_lt.steps_per_epoch(len(data.train_labels), args.batch)
-    bar, results = engine.progress_bar(rt, args.epochs, run.start_epoch, len(data.train_labels)), None
+    sgd = torch.optim.SGD(trained, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
+    for p in trained:                                                             # else a first step that is left out would
+        sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)                     # leave them unset, torch 2.15
+    optimizer, guard = SAM(sgd, args.rho), engine.Guard(whole, sgd, rt)
+
+    def load(state):
+        run_folder.load_weights(whole, state["paco"] if paco else state["model"], run.checkpoint)
+        optimizer.load_state_dict(state["optimizer"])
+        guard.load_state_dict(state["guard"])
 
     def state():
         """What a checkpoint holds beside the place in the training."""
         return dict(model=net.state_dict(), paco=whole.state_dict() if paco else None, optimizer=optimizer.state_dict(),
-                    config=vars(args), class_names=data.class_names, counts=data.counts)
+                    guard=guard.counts, config=vars(args), class_names=data.class_names, counts=data.counts)
+
+    run.restore(load)
+    model = engine.trainable(whole, rt, args.compile)
+    images = len(data.train_labels)
+    steps, results = data_lt.steps_per_epoch(images, args.batch), None
+    bar = engine.progress_bar(rt, args.epochs * images, run.start_epoch * images + run.start_step * args.batch)
 
     for epoch in range(run.start_epoch, args.epochs):
         whole.train()
-        started, loss_sum = run.begun(epoch, torch.zeros((), device=rt.device))
+        started, sums = run.begun(epoch, torch.zeros(2, device=rt.device))        # loss, steps
         weight = None if paco else drw_weights(data.counts, epoch, args.drw_epoch, args.beta)
         weight = None if weight is None else weight.to(rt.device)                 # (K,) from the DRW epoch on
-        order = data_lt.shuffled(len(data.train_labels), args.seed, epoch)
+        order = data_lt.shuffled(images, args.seed, epoch)
         for step, index in run.steps(epoch, data_lt.shard(order, args.batch, rt.rank, rt.world)):
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, learning_rate(args, epoch + step / steps))
             index = index.to(rt.device, non_blocking=True)
-            images, y = data.train_images[index], data.train_labels[index]        # levels (B,3,H,W), (B,)
-            x, key_view = views(images, args)                                     # (B,3,S,S) in [0,1] each
+            y = data.train_labels[index]                                          # (B,)
+            x, key_view = views(data.train_images[index], args)                   # levels (B,3,H,W) -> (B,3,S,S) in [0,1] each
+            guard.begin()
             if paco:
                 with rt.autocast():
                     keys = whole.keys(key_view)                                   # (B,d); both passes of SAM share them
@@ -215,34 +223,34 @@ def train(args, data, rt, run):
                     return criterion(model(x), y, weight=weight)
 
             loss = loss_here()
-            loss.backward()                                                       # gradient at w
+            guard.backward(loss)                                                  # gradient at w
+            guard.check()
             if args.rho > 0:
                 optimizer.first_step()                                            # climb to w + e
                 with frozen_batchnorm_statistics(whole):
-                    loss_here().backward()                                        # gradient at w + e
+                    guard.backward(loss_here())                                   # gradient at w + e
+                guard.check()
                 optimizer.second_step()                                           # back to w, then SGD
             else:
                 sgd.step()
                 sgd.zero_grad()
             if paco:
                 whole.enqueue(engine.gather(keys, rt), engine.gather(y, rt))      # once a step
+            guard.end()                                                           # a step that was not finite changes nothing
 
-            loss_sum += loss.detach()
+            sums += guard.unless_bad(torch.stack([loss.detach(), torch.ones_like(loss)]))
             bar.update(len(index) * rt.world)
-            if step % 20 == 0 and not bar.disable:                                # but for saving, the only wait for the device
+            if step % 20 == 0:                                                    # but for saving, the only wait for the device
+                guard.stop_if_lost(epoch, step, args)
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
-            run.after_step(epoch, step, state, loss_sum, started)                 # saves now and then, and when asked to stop
+            run.after_step(epoch, step, state, sums, started)                     # saves now and then, and when asked to stop
 
-        mean_loss = (engine.all_sum(loss_sum, rt) / steps / rt.world).item()
-        speed = len(order) / (time.time() - started)
-        record = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "drw": weight is not None, "loss": mean_loss}
-        results = None
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            results = evaluate(net, data, rt)
-            record |= results
-        run.log(record | {"images_per_second": round(speed, 1), "seconds": round(time.time() - started, 2)})
-        run.save(**state(), epoch=epoch + 1, step=0)
-        engine.report(bar, rt, epoch, mean_loss, speed, results)
+        guard.stop_if_lost(epoch, step, args)
+        engine.all_sum(sums, rt)
+        speed = images / (time.time() - started)
+        record = guard.record() | {"drw": weight is not None, "loss": (sums[0] / sums[1]).item()}
+        results = evaluate(net, data, rt) if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs else None
+        run.after_epoch(epoch, state, record, results, started, speed, bar)
     bar.close()
     return results or evaluate(net, data, rt), net
 

@@ -41,7 +41,7 @@ def whole_runs(tiny_cifar, tmp_path_factory):
 def assert_same_run(one, other):
     """Weights, averages, PaCo's queue, optimizer and log, to the bit; times aside."""
     a, b = (torch.load(folder / "last.pt", weights_only=True) for folder in (one, other))
-    for part in ("model", "ema", "paco", "optimizer"):
+    for part in ("model", "ema", "paco", "optimizer", "guard"):
         torch.testing.assert_close(a.get(part), b.get(part), rtol=0, atol=0, msg=lambda m, part=part: f"{part}: {m}")
     logs = [[{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")}
              for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (one, other)]
@@ -236,7 +236,8 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_intact(limit, tmp
     path = tmp_path / "last.pt"
     run_folder.save_checkpoint(path, model={"w": torch.zeros(1000)}, config={})
     before = path.read_bytes()
-    code = (f"import resource, torch, engine, run_folder; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"  # a full disk
+    code = (f"import resource, torch, engine, run_folder;"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"                            # a full disk
             f"engine.run_main(lambda: run_folder.save_checkpoint('{path}', '{path}.old', model=dict(w=torch.zeros(10 ** 6))))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
