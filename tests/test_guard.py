@@ -143,7 +143,8 @@ def test_an_optimizer_that_cannot_leave_a_step_out_is_refused():
 
 FLAGS = {"teacher": "--batch 16 --imb 4 --amp none --epochs 2 --drw-epoch 1 --eval-every 2".split(),
          "paco": "--loss paco --batch 16 --imb 4 --amp none --epochs 2 --queue 50 --eval-every 2".split(),
-         "student": "--method vit --model micro --batch 16 --micro-batch 8 --imb 4 --amp none --epochs 2 --eval-every 2".split()}
+         "student": ("--method vit --model micro --batch 16 --micro-batch 8 --imb 4 --amp none --epochs 2 "
+                      "--eval-every 2").split()}
 
 
 def nan_loss_at(steps, monkeypatch):

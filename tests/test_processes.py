@@ -53,7 +53,7 @@ def log(folder):
 
 
 @pytest.mark.parametrize("module, flags", [
-    ("train_teacher", "--epochs 2 --drw-epoch 2 --eval-every 2 --rho 0.05 --lr 0.01"),
+    ("train_teacher", "--loss ce --epochs 2 --drw-epoch 2 --eval-every 2 --rho 0.05 --lr 0.02"),
     ("train_student", "--method vit --model micro --patch-size 8 --epochs 3 --drw-epoch 3 --eval-every 3 --micro-batch 8 "
                       "--mixup 0 --cutmix 0 --ema 0.9")])
 def test_two_processes_give_the_losses_of_one(module, flags, tiny_cifar, tmp_path):
@@ -66,9 +66,9 @@ def test_two_processes_give_the_losses_of_one(module, flags, tiny_cifar, tmp_pat
         assert process.returncode == 0, err
         weights = torch.load(tmp_path / str(processes) / "run" / "last.pt", weights_only=True)
         runs[processes] = [r["loss"] for r in log(tmp_path / str(processes))], weights
-    assert runs[1][0] == pytest.approx(runs[2][0], rel=1e-3) and runs[1][0][0] != pytest.approx(runs[1][0][1], rel=1e-2)
+    assert runs[1][0] == pytest.approx(runs[2][0], rel=2e-3) and runs[1][0][0] != pytest.approx(runs[1][0][1], rel=1e-2)
     for part in ("model", "ema"):
-        torch.testing.assert_close(runs[1][1].get(part), runs[2][1].get(part), rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(runs[1][1].get(part), runs[2][1].get(part), rtol=5e-2, atol=5e-3)
 
 
 def children(pid):

@@ -84,7 +84,7 @@ def test_the_first_loss_is_near_chance(student):
 
 
 def test_the_papers_steps_run_at_another_size_than_the_data(teacher, tiny_cifar, tmp_path, monkeypatch):
-    """The paper's recipe, its network, batch and length made small: resized crops, repeats, EMA, accumulation, evaluation crop."""
+    """The paper's recipe with a small network, batch and length: resized crops, repeats, EMA, accumulation, evaluation crop."""
     flags = "--recipe paper --model micro --img-size 64 --batch 48 --micro-batch 16 --epochs 2 --drw-epoch 1 --imb 4".split()
     script(train_student, monkeypatch, "--data-dir", tiny_cifar, "--teacher", teacher, "--out", tmp_path / "paper", *flags)
     log, result = records(tmp_path / "paper"), json.loads((tmp_path / "paper" / "result.json").read_text())
@@ -124,7 +124,7 @@ def test_a_killed_and_resumed_run_is_bit_for_bit_the_same(kind, survived, teache
 
 
 def test_compiling_and_checkpointing_are_the_same_run(student, teacher, tiny_cifar, tmp_path, monkeypatch):
-    """A compiled network whose weights the optimizer, the EMA or the checkpoint do not share. (The compiler itself rests here.)"""
+    """A compiled network whose weights the optimizer, the EMA or the checkpoint do not share. (The compiler rests here.)"""
     with torch.compiler.set_stance("force_eager"):
         script(train_student, monkeypatch, "--data-dir", tiny_cifar, "--teacher", teacher, "--out", tmp_path / "run", *STUDENT,
                "--compile", "--checkpointing")
@@ -166,7 +166,8 @@ def test_weight_decay_spares_biases_norms_tokens_and_positions():
     decay, plain = train_student.parameter_groups(net, 0.05)
     names = {id(p): n for n, p in net.named_parameters()}
     spared = {names[id(p)] for p in plain["params"]}
-    assert spared == {n for n in names.values() if n.endswith("bias") or "norm" in n or n in ("cls_token", "dist_token", "pos_embed")}
+    plain = ("cls_token", "dist_token", "pos_embed")
+    assert spared == {n for n in names.values() if n.endswith("bias") or "norm" in n or n in plain}
     assert len(spared) + len(decay["params"]) == len(names) and plain["weight_decay"] == 0
 
 
@@ -182,7 +183,8 @@ def test_a_small_set_can_be_learned_by_heart(tiny_cifar, tmp_path, monkeypatch):
 def on_two_processes(name, folder, tiny_cifar, *flags):
     """torchrun --nproc_per_node=2 with gloo on free ports; returns the result."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
-               "--rdzv-endpoint=localhost:0", ROOT / f"{name}.py", "--data-dir", tiny_cifar, "--device", "cpu", "--out", folder, *flags]
+               "--rdzv-endpoint=localhost:0", ROOT / f"{name}.py", "--data-dir", tiny_cifar, "--device", "cpu", "--out", folder,
+               *flags]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=280,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -300,7 +302,8 @@ def no_hundred(teacher, tmp_path, no):
 
 # ---- analyze, help, README -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("command, file", [("eval", "per_class.csv"), ("attention", "attention.png"), ("augment", "augment.png")])
+@pytest.mark.parametrize("command, file", [("eval", "per_class.csv"), ("attention", "attention.png"),
+                                           ("augment", "augment.png")])
 def test_analyses_run_on_a_student(command, file, student, monkeypatch, capsys):
     script(analyze, monkeypatch, command, student)
     assert (student / file).stat().st_size > 100
