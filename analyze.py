@@ -49,6 +49,7 @@ def load(path, rt, options=None):
         raise engine.UserError(f"{path} knows {found.num_classes} classes, neither CIFAR's 10 nor 100: name its --dataset")
     dataset = "cifar100" if found.num_classes == 100 else "cifar10"
     assumed = {"dataset": dataset, "imb": 100.0, "imb_type": "exp", "data_dir": "data", "img_size": found.net.img_size,
+               "holdout": None, "train_list": None, "test_list": None, "skip_bad": True,
                "eval_crop": 0.875 if found.net.img_size > 64 else 1.0}
     given = {key: value for key in DATA_FLAGS if (value := getattr(options, key, None)) is not None}
     args = argparse.Namespace(**assumed | found.config | given)
@@ -58,7 +59,7 @@ def load(path, rt, options=None):
     return found, args, data
 
 
-DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir")
+DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir", "holdout", "train_list", "test_list")
 
 
 def load_student(path, rt, options=None):
@@ -289,6 +290,9 @@ def main():
     data.add_argument("--imb", type=float)
     data.add_argument("--imb-type", choices=["exp", "step"])
     data.add_argument("--data-dir")
+    data.add_argument("--holdout", type=float)
+    data.add_argument("--train-list")
+    data.add_argument("--test-list")
     network = parser.add_argument_group("network", "for files from elsewhere")
     network.add_argument("--norm", choices=NORMALISATIONS, help="pixel statistics to normalise with (default: as recognised)")
     network.add_argument("--size", type=int, help="side of a CNN's images, pixels (default: as recognised)")

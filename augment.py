@@ -537,11 +537,12 @@ def random_erasing(images, prob=0.25, area=(0.02, 1 / 3), aspect=0.3):
 def strong_augment(images, size, crop="padded", magnitude=9.0, erasing=0.25):
     """Crop and flip, RandAugment (left out if magnitude < 0), erasing: levels (B,3,H,W) -> float (B,3,size,size) in [0,1].
 
-    crop: "resized", a random box (ImageNet's way), or "padded", padding by an eighth, cropping back, resizing (CIFAR's).
+    crop: "resized", a random box (ImageNet's way), "padded", padding by an eighth, cropping back, resizing (CIFAR's), or
+    "loader": the images are cropped, resized and mirrored already.
     """
     if crop == "resized":
         images = random_resized_crop(images, size)
-    else:
+    elif crop == "padded":
         images = resize(random_crop_flip(images, images.shape[-1] // 8), size)
     if magnitude >= 0:
         images = rand_augment(images, magnitude=magnitude)

@@ -15,26 +15,29 @@ the same images as the published code, the same for every run seed, and the set 
 Groups: CIFAR-10 head/mid/tail = classes 0-2 / 3-6 / 7-9, CIFAR-100 0-35 / 36-70 / 71-99 (the published splits).
 Inside the project classes are numbered by descending training count; `class_names` keeps what people call them.
 
-Everything here fits in memory: uint8 (N,3,H,W) tensors, moved to the training device once, cut into batches by index tensors.
-An epoch's order depends only on (seed, epoch), so any process can work out any step of any epoch.
+Your own folder of images ("folder") and the two large sets ("imagenet_lt", "inat18") are as imbalanced as they are; their
+classes are put into order of count, ties in the data's own order, and `class_ids` keeps the data's own numbers.
+
+What fits in memory is held there as uint8 (N,3,H,W) tensors, moved to the training device once and cut into batches by index
+tensors; the large sets stay on disk (image_files.Stream). An epoch's order depends only on (seed, epoch), so any process can
+work out any step of any epoch.
 """
+import functools
 import os
-import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image
+
+from image_files import (DataError, Files, Stream, check, hold_out, list_file, list_folder, natural, read_all, refuse, shown,
+                         sides)
 
 PUBLISHED_GROUPS = {  # classes in head, mid, tail
-    "cifar10": (3, 4, 3), "cifar100": (36, 35, 29), "shapes": (3, 4, 3),
+    "cifar10": (3, 4, 3), "cifar100": (36, 35, 29), "shapes": (3, 4, 3), "imagenet_lt": (390, 445, 165),
+    "inat18": (842, 3701, 3599),
 }
-DATASETS = ("cifar10", "cifar100", "shapes")
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff")
-
-
-class DataError(ValueError):
-    """Something about the data that a person can put right; the message says what to do."""
+LISTS = {"imagenet_lt": ("ImageNet-LT", 1000), "inat18": ("iNaturalist 2018", 8142)}
+DATASETS = ("cifar10", "cifar100", "shapes", "folder", *LISTS)
 
 
 # ---- Which images --------------------------------------------------------------------------------------------------------
@@ -227,10 +230,10 @@ def draw_shapes(counts, split, size=32):
 
 @dataclass
 class LongTailData:
-    """A data set in memory. Images uint8 (N,3,H,W), labels int64 (N,), classes in order of descending training count."""
+    """A data set. Images uint8 (N,3,H,W), labels int64 (N,), classes in order of descending training count."""
     name: str                   # what --dataset was
     label: str                  # what to call it in a table
-    train_images: torch.Tensor
+    train_images: torch.Tensor  # or a Stream, which is indexed alike
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
@@ -247,77 +250,57 @@ class LongTailData:
     def num_classes(self):
         return len(self.counts)
 
+    @property
+    def imb(self):
+        """n_max / n_min as it is."""
+        return max(self.counts) / min(self.counts)
+
     def to(self, device):
-        """The same data with its four tensors on `device`."""
+        """The same data with its images and labels on `device`."""
         names = ("train_images", "train_labels", "test_images", "test_labels")
         return replace(self, **{n: getattr(self, n).to(device) for n in names})
 
+    def batches(self, steps, key):
+        """(step, index (b,)) in -> (step, images (b,3,H,W), labels (b,)) out, on the device.
 
-def natural(name):
-    """Sort key that puts class 2 before class 10; the name itself settles ties such as 1 and 01."""
-    parts = [part for part in re.split(r"(\d+)", name) if part]
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], name
-
-
-def list_image_folder(folder):
-    """`folder/<class>/*` -> (class names, one sorted list of file paths per class). Raises DataError for a missing one."""
-    if not os.path.isdir(folder):
-        raise DataError(f"there is no folder {folder}")
-    names = sorted((e.name for e in os.scandir(folder) if e.is_dir()), key=natural)
-    if not names:
-        raise DataError(f"{folder} has no class folders: images are expected as {os.path.join(folder, '<class>', '*.jpg')}")
-    files = []
-    for name in names:
-        inside = os.listdir(os.path.join(folder, name))
-        images = sorted((f for f in inside if f.lower().endswith(IMAGE_FILES)), key=natural)
-        if not images:
-            raise DataError(f"class folder {os.path.join(folder, name)} has no images: remove it or fill it")
-        files.append([os.path.join(folder, name, f) for f in images])
-    return names, files
+        Of images on disk, random boxes that follow from (*key, step); of those in memory, the images as they are.
+        """
+        streamed = isinstance(self.train_images, Stream)
+        for step, index, *images in (self.train_images.batches(steps, key) if streamed else steps):
+            index = index.to(self.train_labels.device, non_blocking=True)
+            yield step, images[0] if streamed else self.train_images[index], self.train_labels[index]
 
 
-def read_images(paths, size):
-    """Image files -> uint8 (N,3,size,size). Raises DataError naming the file that cannot be read or has another size."""
-    out = np.empty((len(paths), size, size, 3), dtype=np.uint8)
-    for i, path in enumerate(paths):
-        try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-        except Exception as error:                                        # PIL raises many kinds for damaged files
-            raise DataError(f"cannot read image {path}: {error}") from None
-        if pixels.shape != (size, size, 3):
-            raise DataError(f"image {path} is {pixels.shape[1]}x{pixels.shape[0]}, not {size}x{size}")
-        out[i] = pixels
-    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
+def by_count(counts):
+    """The data's own class numbers in order of descending count; ties in their own order."""
+    return np.argsort(-np.asarray(counts), kind="stable")
 
 
-def load_cifar_folder(root, num_classes, imb, kind):
+def cifar_folder(root, num_classes, imb, kind, skip_bad, say):
     """CIFAR as `root/train/<class>/*` and `root/test/<class>/*`, files in the original order within each class.
 
     The selection needs only the order within a class, so it is the published one. Only the chosen files are decoded.
     """
-    splits = []
-    for split in ("train", "test"):
-        names, files = list_image_folder(os.path.join(root, split))
-        if len(names) != num_classes:
-            raise DataError(f"{os.path.join(root, split)} has {len(names)} class folders, {num_classes} are expected")
-        splits.append((names, files))
-    (names, train), (test_names, test) = splits
-    if names != test_names:
-        odd = sorted(set(names) ^ set(test_names), key=natural)
+    train, test = (list_folder(os.path.join(root, split)) for split in ("train", "test"))
+    for files, split in ((train, "train"), (test, "test")):
+        if len(files.class_names) != num_classes:
+            raise DataError(f"{os.path.join(root, split)} has {len(files.class_names)} class folders, {num_classes} are "
+                            "expected")
+    if train.class_names != test.class_names:
+        odd = sorted(set(train.class_names) ^ set(test.class_names), key=natural)
         raise DataError(f"train and test under {root} have different classes: {', '.join(odd[:5])}")
-    counts = long_tailed_counts(sum(map(len, train)) / num_classes, num_classes, imb, kind)
-    train_files = [f for files in train for f in files]
-    train_labels = np.repeat(np.arange(num_classes), [len(f) for f in train])
-    kept = long_tailed_indices(train_labels, counts)
-    test_labels = np.repeat(np.arange(num_classes), [len(f) for f in test])
-    return (read_images([train_files[i] for i in kept], 32), train_labels[kept],
-            read_images([f for files in test for f in files], 32), test_labels, names, counts,
-            train_files[0].lower().endswith((".jpg", ".jpeg")))
+    if not skip_bad:
+        refuse(train.problems + test.problems, False, say)
+    kept = long_tailed_indices(train.labels, long_tailed_counts(len(train) / num_classes, num_classes, imb, kind))
+    jpeg = train.paths[0].lower().endswith((b".jpg", b".jpeg"))
+    return train.keep(kept), test, f"CIFAR-{num_classes}" + (" (JPEG copy)" if jpeg else "")
 
 
-def load_cifar_torchvision(root, num_classes, imb, kind):
-    """CIFAR from torchvision's folder under `root`, downloaded there if it is missing. Raises DataError if that fails."""
+def cifar_torchvision(root, num_classes, imb, kind):
+    """CIFAR from torchvision's folder under `root`, downloaded there if it is missing. Raises DataError if that fails.
+
+    Returns (images, labels) of training and of test, class names.
+    """
     from torchvision import datasets
     was_there = os.path.isdir(root)
     cls = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[num_classes]
@@ -328,31 +311,132 @@ def load_cifar_torchvision(root, num_classes, imb, kind):
             os.rmdir(root)                                                # torchvision makes it before it tries
         raise DataError(f"CIFAR-{num_classes} is not under {root} and could not be downloaded ({error}); put torchvision's "
                         f"folder or train/<class>/*, test/<class>/* there, or name its place with --data-dir") from None
-    counts = long_tailed_counts(len(train.targets) / num_classes, num_classes, imb, kind)
-    kept = long_tailed_indices(train.targets, counts)
+    kept = long_tailed_indices(train.targets, long_tailed_counts(len(train.targets) / num_classes, num_classes, imb, kind))
     to_tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a)).permute(0, 3, 1, 2).contiguous()
-    return (to_tensor(train.data[kept]), np.asarray(train.targets)[kept], to_tensor(test.data), np.asarray(test.targets),
-            train.classes, counts, False)
+    return ((to_tensor(train.data[kept]), np.asarray(train.targets)[kept]), (to_tensor(test.data), np.asarray(test.targets)),
+            train.classes)
 
 
-def load_data(dataset, imb=100, kind="exp", data_dir="data"):
-    """Load one of "shapes", "cifar10", "cifar100" with long-tailed training counts -> LongTailData on the CPU.
+def own_folder(root, imb, kind, holdout):
+    """Files of training and of test: `root/train` and `root/test` (or `val`), or one folder of classes and `holdout`.
 
-    data_dir (CIFAR): torchvision's folder (downloaded into if empty), or a folder with train/<class>/* and test/<class>/*.
-    Raises DataError with a line that says what to do.
+    imb: None, or the imbalance to make by leaving images out. Raises DataError if there is nothing to test on.
     """
+    inside = lambda name: os.path.join(root, name)
+    split = next((name for name in ("test", "val") if os.path.isdir(inside(name))), None)
+    root_train = inside("train") if os.path.isdir(inside("train")) else root
+    train = list_folder(root_train)
+    if holdout and split and root_train != root:
+        raise DataError(f"{shown(root)} has images to test on in {split}/: leave --holdout out")
+    if holdout:
+        train, test = hold_out(train, holdout)
+        test.problems = []                                                # they are the same
+    elif split and root_train != root:
+        test = list_folder(inside(split))
+        known = {name: k for k, name in enumerate(train.class_names)}
+        test.problems += [f"class {name} of {shown(inside(split))} is not in {shown(root_train)}"
+                          for name in test.class_names if name not in known]
+        number = np.array([known.get(name, -1) for name in test.class_names])
+        test = Files(test.paths, number[test.labels], train.class_names, test.problems).keep(number[test.labels] >= 0)
+    else:
+        raise DataError(f"{shown(root)} has no images to test on: put some into train/<class>/ and some into test/<class>/ (or "
+                        "val/), or keep a part of each class for that with --holdout 0.2")
+    if imb:
+        order = by_count(train.counts())
+        most = long_tailed_counts(train.counts().max(), len(order), imb, kind)
+        counts = train.counts()
+        counts[order] = np.minimum(counts[order], most)
+        train = train.keep(np.sort(long_tailed_indices(train.labels, counts)))
+    return train, test
+
+
+@dataclass
+class Survey:
+    """What a folder of one's own holds, before it is read: training images, classes, median of the images' shorter sides."""
+    images: int
+    classes: int
+    side: int
+
+
+@functools.cache
+def survey(root, imb, kind, holdout):
+    """Survey of a folder, see own_folder. Raises DataError if there is no image in it that can be read."""
+    train, _ = own_folder(root, imb, kind, holdout)
+    found = sides(train)
+    if not len(found):
+        raise DataError(f"{shown(root)} has no image that can be read")
+    return Survey(len(train), int((train.counts() > 0).sum()), int(np.median(found)))
+
+
+def listed_set(dataset, root, lists):
+    """Files of training and of test by two list files; `lists`: their paths, None for the published names under root."""
+    paths = [path or os.path.join(root, name) for path, name in zip(lists, LIST_NAMES[dataset])]
+    train, test = (list_file(path, root, LISTS[dataset][1]) for path in paths)
+    if missing := np.where(train.counts() == 0)[0].tolist():
+        train.problems.append(f"{shown(paths[0])} has no image of {len(missing)} classes: {str(missing[:10])[1:-1]}"
+                              + ", ..." * (len(missing) > 10))
+    return train, test
+
+
+LIST_NAMES = {"imagenet_lt": ("ImageNet_LT_train.txt", "ImageNet_LT_test.txt"),
+              "inat18": ("iNaturalist18_train.txt", "iNaturalist18_val.txt")}
+
+
+def load_data(dataset, imb=None, kind="exp", data_dir="data", size=32, test_size=None, holdout=None, lists=(None, None),
+              skip_bad=False, say=print):
+    """Load one of DATASETS -> LongTailData on the CPU.
+
+    imb: n_max / n_min, default 100 for CIFAR and shapes, and for "folder" what it is. data_dir: for CIFAR torchvision's folder
+    (downloaded into if empty) or one with train/<class>/* and test/<class>/*; for "folder" see own_folder, for the large sets
+    listed_set. size, test_size: side of the squares that "folder" and the large sets are cut to, for training and for tests.
+    Bad files are refused together, before anything else is done with them, or with skip_bad left out and said by say(text).
+    Raises DataError with a text that says what to do.
+    """
+    imb = 100 if imb is None and dataset in ("shapes", "cifar10", "cifar100") else imb
+    num_classes, label = int(dataset[5:]) if dataset.startswith("cifar") else None, dataset
     if dataset == "shapes":
         counts = long_tailed_counts(SHAPES_MAX, len(SHAPES), imb, kind)
-        test_counts = [SHAPES_TEST] * len(SHAPES)
-        train, test = draw_shapes(counts, split=0), draw_shapes(test_counts, split=1)
-        arrays, label = (*train, *test, list(SHAPES), counts), "shapes"
-    elif dataset in ("cifar10", "cifar100"):
-        num_classes = int(dataset[5:])
-        load = load_cifar_folder if os.path.isdir(os.path.join(data_dir, "train")) else load_cifar_torchvision
-        *arrays, jpeg = load(data_dir, num_classes, imb, kind)
-        label = f"CIFAR-{num_classes}" + (" (JPEG copy)" if jpeg else "")
+        return in_order(dataset, label, draw_shapes(counts, split=0), draw_shapes([SHAPES_TEST] * len(SHAPES), split=1), SHAPES)
+    if num_classes and not os.path.isdir(os.path.join(data_dir, "train")):
+        return in_order(dataset, f"CIFAR-{num_classes}", *cifar_torchvision(data_dir, num_classes, imb, kind))
+    if num_classes:
+        train, test, label = cifar_folder(data_dir, num_classes, imb, kind, skip_bad, say)
+        size = test_size = 32
+    elif dataset == "folder":
+        label = shown(os.path.basename(os.path.abspath(data_dir)))
+        train, test = own_folder(data_dir, imb, kind, holdout)
+    elif dataset in LISTS:
+        label = LISTS[dataset][0]
+        train, test = listed_set(dataset, data_dir, lists)
     else:
-        raise DataError(f"unknown data set {dataset!r}: choose shapes, cifar10 or cifar100")
-    x, y, test_x, test_y, names, counts = arrays
-    return LongTailData(dataset, label, x, torch.as_tensor(y).long(), test_x, torch.as_tensor(test_y).long(), list(names),
-                        list(counts), head_mid_tail(dataset, counts))
+        raise DataError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+    both, problems = [], train.problems + test.problems
+    for files, side in ((train, size), (test, test_size or size)):
+        if dataset in LISTS:
+            (good, bad), images = check(files), None
+            images = Stream(files.keep(good), side)
+        else:
+            images, good, bad = read_all(files, side, exact=num_classes is not None)
+        both.append((images, files.labels[good]))
+        problems += bad
+    refuse(problems, skip_bad, say)
+    return in_order(dataset, label, *both, train.class_names)
+
+
+def in_order(dataset, label, train, test, class_names):
+    """(images, labels) of training and of test -> LongTailData, classes by descending count, those without images left out."""
+    (x, y), (test_x, test_y) = train, test
+    y, test_y, names = np.asarray(y), np.asarray(test_y), list(class_names)
+    counts = np.bincount(y, minlength=len(names))
+    if not len(y) or not len(test_y):
+        raise DataError(f"{label} has no images to {'test' if len(y) else 'train'} on")
+    ids = by_count(counts)[:int((counts > 0).sum())]
+    number = np.full(len(names), -1)
+    number[ids] = np.arange(len(ids))                                     # the data's class number -> ours
+    known = number[test_y] >= 0
+    if not known.all():
+        kept = np.where(known)[0]
+        test_x = Stream(test_x.files.keep(kept), test_x.size) if isinstance(test_x, Stream) else test_x[torch.as_tensor(kept)]
+    counts = counts[ids].tolist()
+    return LongTailData(dataset, label, x, torch.from_numpy(number[y]), test_x, torch.from_numpy(number[test_y[known]]),
+                        [names[k] for k in ids], counts, head_mid_tail(dataset, counts), ids.tolist())

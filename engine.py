@@ -384,10 +384,19 @@ def add_run_flags(parser):
     """The flags that both training scripts have."""
     parser.add_argument("--dataset", default="cifar10", choices=data_lt.DATASETS,
                         help="shapes is built in and needs no download (default: %(default)s)")
-    parser.add_argument("--imb", type=float, default=100, help="imbalance n_max / n_min, 1 = balanced (default: %(default)s)")
+    parser.add_argument("--imb", type=float, help="imbalance n_max / n_min, 1 = balanced (default: 100; a folder and the large "
+                        "sets: as they are)")
     parser.add_argument("--imb-type", default="exp", choices=["exp", "step"], help="shape of the tail (default: %(default)s)")
     parser.add_argument("--data-dir", default="data", help="torchvision's CIFAR folder (downloaded into if empty), or a folder "
-                        "with train/<class>/* and test/<class>/* (default: %(default)s)")
+                        "with train/<class>/* and test/<class>/* (or val/); imagenet_lt, inat18: what the lists' paths start "
+                        "from (default: %(default)s)")
+    parser.add_argument("--holdout", type=float, metavar="SHARE", help="folder: test on this share of each class, for a folder "
+                        "without test/ or val/; the same images for every seed")
+    parser.add_argument("--train-list", help="imagenet_lt, inat18: file with lines 'path label' (default: the published name, "
+                        "in --data-dir)")
+    parser.add_argument("--test-list", help="the same for the test images")
+    parser.add_argument("--skip-bad", action="store_true", help="go on without images that cannot be used, after a list of "
+                        "them; otherwise the list is all that happens")
     parser.add_argument("--recipe", default="auto", choices=["auto", "paper", "cpu"],
                         help="which row of the recipe table; auto: paper on a GPU, cpu without one (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
@@ -412,7 +421,7 @@ def add_recipe_flags(parser, recipes, help_texts):
                                       "of this file; in brackets: the rows' values")
     for key, text in help_texts.items():
         rows = {f"{recipe} {dataset}": row[key] for recipe, r in recipes.items() for dataset, row in r.items()
-                if key in row}
+                if not callable(row) and key in row}
         shown = ", ".join(f"{name}: {value}" for name, value in rows.items())
         kind = type(next(iter(rows.values())))
         if kind is bool:
@@ -442,7 +451,10 @@ def check_ranges(args, **ranges):
 
 def data_name(args):
     """What the data are, for a run's name: cifar10_imb100."""
-    return f"{args.dataset}_imb{args.imb:g}" + ("step" if args.imb_type == "step" else "")
+    name = args.dataset
+    if name == "folder":
+        name = re.sub(r"[^\w.-]+", "-", data_lt.shown(os.path.basename(os.path.abspath(args.data_dir))))
+    return name + (f"_imb{args.imb:g}" if args.imb else "") + ("step" if args.imb and args.imb_type == "step" else "")
 
 
 def load_data(args, rt):
@@ -450,34 +462,73 @@ def load_data(args, rt):
     if not rt.main:
         wait_for_all(rt)
     try:
-        data = data_lt.load_data(args.dataset, args.imb, args.imb_type, args.data_dir)
+        data = data_lt.load_data(args.dataset, args.imb, args.imb_type, args.data_dir, args.img_size,
+                                 round(args.img_size / getattr(args, "eval_crop", 1.0)), args.holdout,
+                                 (args.train_list, args.test_list), args.skip_bad, rt.print)
     finally:
         if rt.main:
             wait_for_all(rt)
     return data.to(rt.device)
 
 
+def explain(args, data, rt):
+    """Print, for a folder of one's own, what is in it and what was made of it: one paragraph."""
+    if args.dataset != "folder":
+        return
+    seen = data_lt.survey(args.data_dir, args.imb, args.imb_type, args.holdout)
+    tests = torch.bincount(data.test_labels.cpu(), minlength=data.num_classes).tolist()
+    sizes = {name: len(classes) for name, classes in data.groups.items()}
+    untested = [name for name, n in zip(data.class_names, tests) if n == 0]
+    coarse = sum(0 < n < 10 for n in tests)
+    rt.print(f"{describe(data, args)}, the largest '{data.class_names[0]}', the smallest '{data.class_names[-1]}'; "
+             f"{len(data.test_labels):,} images to test on. Groups by training images: head (more than 100) {sizes['head']} "
+             f"classes, mid (20 to 100) {sizes['mid']}, tail (fewer than 20) {sizes['tail']}. "
+             + f"Without a test image, so without an accuracy: {', '.join(untested[:10])}. " * bool(untested)
+             + f"{coarse} classes have fewer than 10 test images: their accuracies are coarse. " * bool(coarse)
+             + f"Half of the images are at least {seen.side} px on their shorter side: {args.img_size} px are used, of the "
+             f"central square. {args.epochs} epochs make {args.epochs * seen.images:,} samples. Each of these has a flag.")
+
+
 def describe(data, args):
     """For people: CIFAR-10-LT (imb 100, 12,406 images, 10 classes of 5000 to 50)."""
-    return (f"{data.label} (imb {args.imb:g}, {len(data.train_labels):,} images, {data.num_classes} classes of "
+    return (f"{data.label} (imb {args.imb or data.imb:.4g}, {len(data.train_labels):,} images, {data.num_classes} classes of "
             f"{max(data.counts)} to {min(data.counts)})")
 
 
+def resolve_data(args):
+    """Fill --imb where it has a default; raises UserError for flags that the data set does not have."""
+    if args.imb is None and args.dataset not in ("folder", *data_lt.LISTS):
+        args.imb = 100.0
+    if args.dataset != "folder" and args.holdout is not None:
+        raise UserError("--holdout is for --dataset folder")
+    if args.dataset not in data_lt.LISTS and (args.train_list or args.test_list):
+        raise UserError(f"--train-list and --test-list are for --dataset {' or '.join(data_lt.LISTS)}")
+    if args.dataset in data_lt.LISTS and args.imb:
+        raise UserError(f"--imb: {args.dataset} is as imbalanced as its lists")
+    if args.holdout is not None:
+        check_ranges(args, holdout=(0.01, 0.9))
+
+
 def resolve_recipe(args, recipes, rt):
-    """Fill every recipe setting that has no flag from its row; returns the text of what was overridden, for the run's name."""
+    """Fill every recipe setting that has no flag from its row.
+
+    Returns (the row, the text of what was overridden, for the run's name). A row may be a function of what is known about a
+    folder of one's own, a data_lt.Survey.
+    """
     if args.recipe == "auto":
         wanted = "paper" if rt.device.type == "cuda" else "cpu"
         args.recipe = wanted if args.dataset in recipes[wanted] else "cpu"
     if args.dataset not in recipes[args.recipe]:
         raise UserError(f"there is no {args.recipe} recipe for {args.dataset}; use --recipe cpu")
-    changed = ""
-    for key, value in recipes[args.recipe][args.dataset].items():
+    row, changed = recipes[args.recipe][args.dataset], ""
+    row = row(data_lt.survey(args.data_dir, args.imb, args.imb_type, args.holdout)) if callable(row) else row
+    for key, value in row.items():
         given = getattr(args, key)
         if given is None:
             setattr(args, key, value)
         elif given != value and key != "eval_every":
             changed += f"_{key.replace('_', '')}{given}"
-    return changed
+    return row, changed
 
 
 # ---- Time ----------------------------------------------------------------------------------------------------------------

@@ -60,9 +60,10 @@ class Network:
 
 def build_teacher(config, num_classes):
     """The untrained teacher of a run's settings (a dict). Raises UserError for an `arch` that cannot be."""
+    mean, std = NORMALISATIONS[config.get("norm", "cifar")]
     try:
         return resnet.make(config["arch"], num_classes, cosine=config["loss"] == "ldam", img_size=config.get("img_size", 32),
-                           mean=resnet.CIFAR_MEAN, std=resnet.CIFAR_STD)
+                           mean=mean, std=std)
     except (ValueError, AssertionError) as error:          # an assertion: a ViT whose patches do not fit
         raise UserError(f"--arch {config['arch']}: {error}") from None
 
@@ -252,7 +253,7 @@ def match_classes(found, data, what):
     names, theirs = list(data.class_names), found.class_names
     if found.num_classes != len(names):
         raise UserError(f"{what} knows {found.num_classes} classes, the data have {len(names)}")
-    if sorted(data.class_ids) != list(range(len(names))):
+    if theirs is None and sorted(data.class_ids) != list(range(len(names))):
         raise UserError(f"the data's own class numbers are not 0 to {len(names) - 1}")
     if theirs is None:
         order = data.class_ids if found.numbering == "own" else list(range(len(names)))

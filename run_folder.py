@@ -155,7 +155,8 @@ class Run:
 
     def check_settings(self, args):
         """Going on with other settings would be neither run: raise UserError with the differences, or with --force say them."""
-        free = ("out", "resume", "overwrite", "device", "data_dir", "name", "compile", "checkpointing", "save_every", "force")
+        free = ("out", "resume", "overwrite", "device", "data_dir", "name", "compile", "checkpointing", "save_every", "force",
+                "skip_bad")
         old, new = ({k: v for k, v in c.items() if k not in free} for c in (self.resumed["config"], vars(args)))
         old["processes"], new["processes"] = self.resumed.get("world", self.rt.world), self.rt.world
         keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
@@ -240,6 +241,8 @@ class Run:
 
     def begin(self, args, data):
         """Write config.json and cut the log back to the epochs that the checkpoint has; a new run clears the old one away."""
+        if self.resumed and (self.resumed["counts"], self.resumed["class_names"]) != (data.counts, data.class_names):
+            raise UserError(f"{self.folder} was trained on other images: the classes or their numbers of images have changed")
         self.watch_signals()
         self.write(lambda: self.write_beginning(args, data))
 
@@ -290,8 +293,9 @@ class Run:
             launcher = f"torchrun --nproc_per_node={self.rt.world}" if self.rt.world > 1 else "python"
             how = ("--resume", "--overwrite", "--force")                  # how the run came about, not what it is
             argv = [a for a in sys.argv if a not in how]
-            result = {"dataset": data.label, "imb": args.imb, "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
-                      "command": f"{launcher} {shlex.join(argv)}", "hardware": self.rt.hardware(), "seconds": seconds}
+            result = {"dataset": data.label, "imb": args.imb or round(data.imb, 1), "recipe": args.recipe,
+                      "epochs": args.epochs, "seed": args.seed, "command": f"{launcher} {shlex.join(argv)}",
+                      "hardware": self.rt.hardware(), "seconds": seconds}
             result |= {"forced": self.forced} if self.forced else {}
             result |= more | {name: {c: r[c] for c in engine.COLUMNS} for name, r in results.items()}
             result["per_class"] = {name: r["per_class"] for name, r in results.items()}

@@ -39,11 +39,24 @@ PAPER = dict(model="base", img_size=224, patch_size=16, epochs=1200, batch=1024,
              erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, mix_drw=False, ema=0.99984, eval_crop=0.875, eval_every=10)
 CPU = PAPER | dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4, drop_path=0.0,
                    drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0, eval_every=5)
+LARGE = PAPER | dict(epochs=1400, batch=2048, lr=5e-4, drw_epoch=1200, mix_drw=True, crop="loader")
 RECIPES = {
-    "paper": {"cifar10": PAPER, "cifar100": PAPER},
+    "paper": {"cifar10": PAPER, "cifar100": PAPER, "imagenet_lt": LARGE, "inat18": LARGE | dict(epochs=1000, drw_epoch=900),
+              "folder": lambda seen: own_folder_row(PAPER | dict(model="small", crop="resized"), seen, 224, 400, 0.9)},
     "cpu": {"cifar10": CPU, "cifar100": CPU,
-            "shapes": CPU | dict(model="micro", epochs=100, lr=1e-3, drw_epoch=40, eval_every=10)},
+            "shapes": CPU | dict(model="micro", epochs=100, lr=1e-3, drw_epoch=40, eval_every=10),
+            "folder": lambda seen: own_folder_row(CPU, seen, 64, 60, 2 / 3)},
 }
+
+
+def own_folder_row(row, seen, largest, epochs, drw):
+    """The row of a folder of one's own, after a data_lt.Survey: image size, patches and length follow from what is in it."""
+    size = train_teacher.own_size(seen, largest)
+    epochs = train_teacher.own_epochs(seen, epochs)
+    return row | dict(img_size=size, patch_size=8 if size < 128 else 16, epochs=epochs, drw_epoch=round(drw * epochs),
+                      eval_crop=1.0)
+
+
 HELP = {
     "model": "micro, mini, tiny, small or base",
     "img_size": "side of the student's images, pixels",
@@ -59,7 +72,8 @@ HELP = {
     "drw_epoch": "first epoch (0-based) with re-weighted teacher labels (and, unless --mix-drw, without mixing)",
     "beta": "of the effective number of images, for the class weights",
     "repeats": "repeated augmentation: times an image comes up in an epoch that has it; 1 = off",
-    "crop": "resized (random area and shape, to img_size) or padded (pad by an eighth, shift)",
+    "crop": "resized (random area and shape, to img_size), padded (pad by an eighth, shift) or loader (as resized, when the "
+            "file is decoded: large sets)",
     "magnitude": "of RandAugment, 0..10; negative = no RandAugment",
     "erasing": "probability of random erasing",
     "mixup": "Beta parameter of mixup; 0 = off",
@@ -97,8 +111,9 @@ def parse(argv=None):
 def teacher_args(args):
     """Settings of the recipe's own teacher (`--teacher auto`, ldam, paco): same data, recipe and seed, its folder resumed."""
     given = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in
-             ("dataset", "imb", "imb-type", "data-dir", "recipe", "seed", "device", "amp", "save-every")]
-    given += ["--compile"] if args.compile else []
+             ("dataset", "imb", "imb-type", "data-dir", "holdout", "train-list", "test-list", "recipe", "seed", "device", "amp",
+              "save-every") if getattr(args, k.replace("-", "_")) is not None]
+    given += [f"--{k}" for k in ("compile", "skip-bad") if getattr(args, k.replace("-", "_"))]
     return train_teacher.parse(given + ["--loss", OWN_TEACHERS[args.teacher], "--resume"])
 
 
@@ -107,9 +122,12 @@ def resolve(args, rt):
 
     Returns the settings of the recipe's own teacher with `--teacher auto`, ldam or paco, else None.
     """
-    changed = engine.resolve_recipe(args, RECIPES, rt)
-    if args.model not in MODELS or args.crop not in ("resized", "padded"):
-        raise engine.UserError(f"--model is one of {', '.join(MODELS)}; --crop resized or padded")
+    engine.resolve_data(args)
+    row, changed = engine.resolve_recipe(args, RECIPES, rt)
+    if args.model not in MODELS or args.crop not in ("resized", "padded", "loader"):
+        raise engine.UserError(f"--model is one of {', '.join(MODELS)}; --crop resized, padded or loader")
+    if (args.crop == "loader") != (row["crop"] == "loader"):
+        raise engine.UserError("--crop loader is for data sets that stay on disk, and they have no other")
     engine.check_ranges(args, epochs=(1, inf), batch=(rt.world, inf), micro_batch=(1, inf), lr=(0, inf), img_size=(1, inf),
                         patch_size=(1, inf), warmup_epochs=(0, inf), weight_decay=(0, inf), drop_path=(0, 0.99), alpha=(0, 1),
                         beta=(0, 0.999999), repeats=(1, inf), erasing=(0, 1), mixup=(0, inf), cutmix=(0, inf), smoothing=(0, 1),
@@ -212,19 +230,20 @@ def train(args, data, teacher, rt, run):
         weight = None if weight is None else weight.to(rt.device)
         mixing = weight is None or args.mix_drw
         order = epoch_order(args, data, epoch)
-        for step, batch in run.steps(epoch, data_lt.shard(order, args.batch, rt.rank, rt.world)):
+        shares = run.steps(epoch, data_lt.shard(order, args.batch, rt.rank, rt.world))
+        batches = data.batches(shares, (args.seed, epoch, rt.rank))
+        for step, images, labels in batches:                                      # levels (B,3,H,W), (B,)
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, engine.cosine_lr(epoch + step / steps, args.epochs, args.lr, args.warmup_epochs))
             guard.begin()
             seen = F.one_hot(torch.tensor(4, device=rt.device), 5).float()            # this step's sums
-            micro_batches = batch.tensor_split(-(-len(batch) // args.micro_batch))  # their gradients add up to the batch's
-            for i, index in enumerate(micro_batches):
-                share, index = len(index) / len(batch), index.to(rt.device, non_blocking=True)
-                x, target = data.train_images[index], data.train_labels[index]    # levels (B,3,H,W), (B,)
+            parts = -(-len(labels) // args.micro_batch)                           # micro-batches: their gradients add up
+            for i, (x, target) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts))):
+                share = len(x) / len(labels)
                 x = strong_augment(x, args)                                       # (B,3,S,S) in [0,1]
                 if mixing:
                     x, target = augment.mixup_cutmix(x, target, data.num_classes, args.mixup, args.cutmix, args.smoothing)
-                last = i == len(micro_batches) - 1                                # only then do processes average gradients
+                last = i == parts - 1                                             # only then do processes average gradients
                 with nullcontext() if last or rt.world == 1 else model.no_sync():
                     with rt.autocast():
                         y_t = teacher_labels(teacher, x) if teacher else None     # (B,)
@@ -235,8 +254,8 @@ def train(args, data, teacher, rt, run):
                         else:
                             loss = soft_cross_entropy(cls_logits, target)
                     guard.backward(share * loss)
-                parts = torch.stack([loss, loss_cls, loss_dist, accuracy(y_t, target)] if teacher else [loss]).detach()
-                seen[:len(parts)] += share * parts
+                terms = torch.stack([loss, loss_cls, loss_dist, accuracy(y_t, target)] if teacher else [loss]).detach()
+                seen[:len(terms)] += share * terms
             guard.check()
             optimizer.step()                                                      # nothing, where a number is not finite
             optimizer.zero_grad()
@@ -244,7 +263,7 @@ def train(args, data, teacher, rt, run):
             sums += guard.unless_bad(seen)
             if ema:
                 ema.update(net)
-            bar.update(len(batch) * rt.world)
+            bar.update(len(labels) * rt.world)
             if step % 20 == 0:                                                    # but for saving, the only wait for the device
                 guard.stop_if_lost(epoch, step, args)
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
@@ -323,6 +342,7 @@ def main():
         rt.print(f"There is nothing to resume in {args.out}: beginning")
     own_run = run_folder.Run(own_teacher.out, own_teacher, rt) if own_teacher else None   # refuses another recipe's teacher
     data = engine.load_data(args, rt)
+    engine.explain(args, data, rt)
     teacher, to_train = None, own_run is not None and not own_run.finished
     if args.teacher and not to_train:
         teacher = read_teacher(args, data, rt)

@@ -25,28 +25,55 @@ import data_lt
 import engine
 import run_folder
 from losses import LDAMLoss, PaCo, PaCoLoss, VSLoss, drw_weights, focal_loss, weighted_cross_entropy
-from networks import build_teacher, load_network, match_classes
+from networks import NORMALISATIONS, build_teacher, load_network, match_classes
 from sam import SAM, frozen_batchnorm_statistics
 
 # One row per data set. paper: Saddle-LongTail's run.sh. cpu: the same method in minutes on 2 cores.
-LDAM_PAPER = dict(arch="resnet32", img_size=32, loss="ldam", epochs=200, batch=128, lr=0.1, weight_decay=2e-4, schedule="step",
-                  decay=0.01, warmup_epochs=5, rho=0.8, drw_epoch=160, beta=0.9999, max_margin=0.5, eval_every=1)
+LDAM_PAPER = dict(arch="resnet32", img_size=32, norm="cifar", loss="ldam", epochs=200, batch=128, lr=0.1, weight_decay=2e-4,
+                  schedule="step", decay=0.01, warmup_epochs=5, rho=0.8, rho_schedule="constant", drw_epoch=160, beta=0.9999,
+                  max_margin=0.5, eval_every=1)
+LDAM_LARGE = LDAM_PAPER | dict(arch="resnet50", img_size=224, epochs=90, batch=256, lr=0.2, schedule="cosine", warmup_epochs=0,
+                               rho=0.5, rho_schedule="step", drw_epoch=60, max_margin=0.3, norm="imagenet")
 LDAM_CPU = LDAM_PAPER | dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw_epoch=16, eval_every=4)
 RECIPES = {
-    "paper": {"cifar10": LDAM_PAPER, "cifar100": LDAM_PAPER},
+    "paper": {"cifar10": LDAM_PAPER, "cifar100": LDAM_PAPER, "imagenet_lt": LDAM_LARGE,
+              "inat18": LDAM_LARGE | dict(lr=0.1, weight_decay=1e-4, norm="inat"),
+              "folder": lambda seen: own_folder_row(LDAM_PAPER | dict(rho=0.1), seen, 200)},
     "cpu": {"cifar10": LDAM_CPU, "cifar100": LDAM_CPU,
-            "shapes": LDAM_CPU | dict(epochs=12, batch=32, lr=0.03, rho=0.05, drw_epoch=7, warmup_epochs=1, eval_every=2)},
+            "shapes": LDAM_CPU | dict(epochs=12, batch=32, lr=0.03, rho=0.05, drw_epoch=7, warmup_epochs=1, eval_every=2),
+            "folder": lambda seen: own_folder_row(LDAM_CPU, seen, 24)},
 }
+
+
+def own_size(seen, largest):
+    """Side of the images for a folder of one's own (a data_lt.Survey): the largest that its images are not mostly below."""
+    return max(size for size in (32, 64, 128, 224) if size == 32 or size <= min(1.25 * seen.side, largest))
+
+
+def own_epochs(seen, epochs):
+    """So many that there are as many samples as in `epochs` of CIFAR-10-LT, within a quarter and three times of them."""
+    return round(min(max(epochs * 12406 / seen.images, epochs / 4), 3 * epochs))
+
+
+def own_folder_row(row, seen, epochs):
+    """The row of a folder of one's own: size and length follow from what is in it. ResNet-32 sees 64 px at most."""
+    epochs = own_epochs(seen, epochs)
+    row = row | dict(img_size=own_size(seen, 64), epochs=epochs, batch=64 if seen.images > 5000 else 32)
+    return row | dict(drw_epoch=round(0.7 * epochs)) if "drw_epoch" in row else row
+
+
 # The rows of --loss paco. paper: PaCo's CIFAR-100 script, also for CIFAR-10, for which none is published; nor is rho (0.05 is
 # what the same authors published for GLMC+SAM). Ten classes have ten times as many positives in the queue as a hundred: a tenth
 # of alpha keeps the balance of pairs and classes. PaCo needs no re-weighting: the log prior in its loss does that work.
-PACO_PAPER = dict(arch="resnet32", img_size=32, loss="paco", epochs=400, batch=128, lr=0.05, weight_decay=5e-4, schedule="step",
-                  decay=0.1, warmup_epochs=10, rho=0.05, alpha=0.01, temperature=0.05, queue=1024,
-                  projection=32, key_momentum=0.999, eval_every=1)
+PACO_PAPER = dict(arch="resnet32", img_size=32, norm="cifar", loss="paco", epochs=400, batch=128, lr=0.05, weight_decay=5e-4,
+                  schedule="step", decay=0.1, warmup_epochs=10, rho=0.05, rho_schedule="constant", alpha=0.01, temperature=0.05,
+                  queue=1024, projection=32, key_momentum=0.999, eval_every=1)
 PACO_CPU = PACO_PAPER | dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, eval_every=4)
 PACO_RECIPES = {
-    "paper": {"cifar10": PACO_PAPER | dict(alpha=0.001), "cifar100": PACO_PAPER},
+    "paper": {"cifar10": PACO_PAPER | dict(alpha=0.001), "cifar100": PACO_PAPER,
+              "folder": lambda seen: own_folder_row(PACO_PAPER | dict(alpha=1e-4 * seen.classes), seen, 400)},
     "cpu": {"cifar10": PACO_CPU | dict(alpha=0.001), "cifar100": PACO_CPU,
+            "folder": lambda seen: own_folder_row(PACO_CPU | dict(alpha=1e-4 * seen.classes), seen, 24),
             "shapes": PACO_CPU | dict(epochs=12, batch=32, lr=0.03, warmup_epochs=1, alpha=0.001, eval_every=2)},
 }
 HELP = {
@@ -61,6 +88,8 @@ HELP = {
     "decay": "factor of the step schedule",
     "warmup_epochs": "epochs of linear warm-up",
     "rho": "radius of SAM's perturbation; 0 is plain SGD at half the cost",
+    "rho_schedule": "constant, or step: rho/10, from 1/18 of the epochs rho/5, from 2/3 rho",
+    "norm": "pixel statistics to normalise with: cifar, imagenet, inat or none",
     "drw_epoch": "first epoch (0-based) with re-weighted classes; 0: from the start; the number of epochs or more: never",
     "beta": "of the effective number of images, for the class weights",
     "max_margin": "LDAM's margin of the rarest class",
@@ -91,14 +120,17 @@ def parse(argv=None):
 def resolve(args, rt):
     """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be."""
     paco, given = args.loss == "paco", {key for key in HELP if getattr(args, key) is not None}
-    changed = engine.resolve_recipe(args, PACO_RECIPES if paco else RECIPES, rt)
-    row = (PACO_RECIPES if paco else RECIPES)[args.recipe][args.dataset]
+    engine.resolve_data(args)
+    row, changed = engine.resolve_recipe(args, PACO_RECIPES if paco else RECIPES, rt)
     unused = {"max_margin"} if args.loss != "ldam" else set()
     unused |= {"decay"} if args.schedule == "cosine" else set()
     if idle := [engine.flag(key) for key in sorted(given) if key not in row or key in unused]:
         raise engine.UserError(f"{', '.join(idle)} has no meaning with --loss {args.loss} --schedule {args.schedule}")
-    if args.loss not in LOSSES or args.schedule not in ("step", "cosine"):
-        raise engine.UserError(f"--loss is one of {', '.join(LOSSES)}; --schedule step or cosine")
+    if args.loss not in LOSSES or args.schedule not in ("step", "cosine") or args.rho_schedule not in ("step", "constant"):
+        raise engine.UserError(f"--loss is one of {', '.join(LOSSES)}; --schedule step or cosine; --rho-schedule constant or "
+                               "step")
+    if args.norm not in NORMALISATIONS:
+        raise engine.UserError(f"--norm is one of {', '.join(NORMALISATIONS)}")
     ranges = dict(epochs=(1, inf), batch=(rt.world, inf), lr=(0, inf), weight_decay=(0, inf), warmup_epochs=(0, inf),
                   rho=(0, inf), decay=(0, 1), img_size=(1, inf), beta=(0, 0.999999), max_margin=(0, 1), alpha=(0, inf),
                   temperature=(1e-3, inf), queue=(1, inf), projection=(1, inf), key_momentum=(0, 1), eval_every=(1, inf))
@@ -143,6 +175,13 @@ def learning_rate(args, t):
     return args.lr * (1 if t < 0.8 * args.epochs else args.decay if t < 0.9 * args.epochs else args.decay ** 2)
 
 
+def radius(args, epoch):
+    """SAM's rho in an epoch. "step" is Saddle-LongTail's for the large sets: 0.05, 0.1, 0.5 from epochs 0, 5, 60 of 90."""
+    if args.rho_schedule == "constant":
+        return args.rho
+    return args.rho * (0.1 if epoch < args.epochs / 18 else 0.2 if epoch < args.epochs * 2 / 3 else 1)
+
+
 def seconds_of_run(args, data, rt, start_epoch=0):
     """About how long the epochs from start_epoch on will take here."""
     net, epochs = new_network(args, data, rt), args.epochs - start_epoch
@@ -159,7 +198,9 @@ def seconds_of_run(args, data, rt, start_epoch=0):
 
 def views(images, args):
     """What the network sees of a batch, levels (B,3,H,W): one view (B,3,S,S) in [0,1], and for PaCo one for the key encoder."""
-    if args.loss == "paco":
+    if args.dataset in data_lt.LISTS:                                             # boxes, mirrored, from the loader
+        two = augment.color_jitter(images, 0.4, 0.4, 0.4), None
+    elif args.loss == "paco":
         two = augment.resize(augment.paco_query_view(images), args.img_size), augment.simclr_view(images, args.img_size)
     else:
         two = augment.resize(augment.random_crop_flip(images), args.img_size), None
@@ -201,13 +242,13 @@ def train(args, data, rt, run):
         started, sums = run.begun(epoch, torch.zeros(2, device=rt.device))        # loss, steps
         weight = None if paco else drw_weights(data.counts, epoch, args.drw_epoch, args.beta)
         weight = None if weight is None else weight.to(rt.device)                 # (K,) from the DRW epoch on
-        order = data_lt.shuffled(images, args.seed, epoch)
-        for step, index in run.steps(epoch, data_lt.shard(order, args.batch, rt.rank, rt.world)):
+        order, optimizer.rho = data_lt.shuffled(images, args.seed, epoch), radius(args, epoch)
+        shares = run.steps(epoch, data_lt.shard(order, args.batch, rt.rank, rt.world))
+        batches = data.batches(shares, (args.seed, epoch, rt.rank))
+        for step, levels, y in batches:                                           # (B,3,H,W), (B,)
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, learning_rate(args, epoch + step / steps))
-            index = index.to(rt.device, non_blocking=True)
-            y = data.train_labels[index]                                          # (B,)
-            x, key_view = views(data.train_images[index], args)                   # levels (B,3,H,W) -> (B,3,S,S) in [0,1] each
+            x, key_view = views(levels, args)                                     # (B,3,S,S) in [0,1] each
             guard.begin()
             if paco:
                 with rt.autocast():
@@ -239,7 +280,7 @@ def train(args, data, rt, run):
             guard.end()                                                           # a step that was not finite changes nothing
 
             sums += guard.unless_bad(torch.stack([loss.detach(), torch.ones_like(loss)]))
-            bar.update(len(index) * rt.world)
+            bar.update(len(y) * rt.world)
             if step % 20 == 0:                                                    # but for saving, the only wait for the device
                 guard.stop_if_lost(epoch, step, args)
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
@@ -323,6 +364,7 @@ def main():
     if args.resume and not folder.resumed:
         rt.print(f"There is nothing to resume in {args.out}: beginning")
     data = engine.load_data(args, rt)
+    engine.explain(args, data, rt)
     run(args, data, rt, folder)
 
 

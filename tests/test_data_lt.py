@@ -403,20 +403,20 @@ def test_an_image_that_cannot_be_read_is_named(folder, damage):
     """In a folder of 60,000 files a traceback from inside PIL helps nobody."""
     path = folder / "train" / "kind7" / "5.png"
     path.write_bytes(b"hello" if damage == "not an image" else path.read_bytes()[:900])
-    assert f"cannot read image {path}: " in message(folder)
+    assert message(folder).startswith(f"{path}: ")
 
 
 def test_an_image_of_another_size_is_named_with_its_width_and_height(folder):
     path = folder / "test" / "kind2" / "1.png"
     Image.new("RGB", (40, 24)).save(path)
-    assert message(folder) == f"image {path} is 40x24, not 32x32"
+    assert message(folder).startswith(f"{path}: is 40x24, not 32x32")
 
 
 def test_grey_and_transparent_images_are_read_as_colour(folder):
     Image.new("L", (32, 32), 90).save(folder / "test" / "kind1" / "0.png")
     Image.new("RGBA", (32, 32), (1, 2, 3, 0)).save(folder / "test" / "kind1" / "1.png")
     test = data_lt.load_data("cifar10", 1, data_dir=str(folder)).test_images
-    assert (test[0] == 90).all() and test[1, :, 5, 6].tolist() == [1, 2, 3]
+    assert (test[0] == 90).all() and test[1, :, 5, 6].tolist() == [255, 255, 255]           # transparent: on white
 
 
 def test_a_class_with_too_few_images_is_refused(folder):
@@ -431,7 +431,8 @@ def test_an_imbalance_that_leaves_a_class_empty_is_refused(folder, dataset):
 
 
 def test_an_unknown_data_set_is_refused(tmp_path):
-    assert message(tmp_path, "mnist") == "unknown data set 'mnist': choose shapes, cifar10 or cifar100"
+    assert message(tmp_path, "mnist") == ("unknown data set 'mnist': choose one of cifar10, cifar100, shapes, "
+                                          "folder, imagenet_lt, inat18")
 
 
 def test_a_download_that_fails_says_where_to_put_the_files(tmp_path, monkeypatch):

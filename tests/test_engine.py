@@ -119,7 +119,7 @@ def test_recipe_rows_are_overridden_by_flags_and_name_the_run():
     engine.add_recipe_flags(parser, recipes, {"lr": "rate", "batch": "size"})
     args = parser.parse_args(["--lr", "0.5"])
     args.recipe, args.dataset = "auto", "a"
-    assert engine.resolve_recipe(args, recipes, CPU) == "_lr0.5"
+    assert engine.resolve_recipe(args, recipes, CPU) == (dict(lr=0.2, batch=4), "_lr0.5")
     assert (args.recipe, args.lr, args.batch) == ("cpu", 0.5, 4)
     args.recipe, args.dataset = "paper", "b"
     with pytest.raises(engine.UserError, match="no paper recipe for b"):
