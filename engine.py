@@ -348,9 +348,9 @@ def evaluate(predict, images, labels, groups, rt, batch=500):
 def accuracies(confusion, groups):
     """Confusion matrix (K,K), rows truth -> overall, group and per-class accuracies in percent."""
     correct, total = confusion.diagonal().double(), confusion.sum(dim=1).double()
-    recall = 100 * correct / total.clamp(min=1)
+    recall = 100 * correct / total                                        # NaN for a class without test images
     out = {"overall": float(100 * correct.sum() / total.sum())}
-    out |= {name: float(recall[classes].mean()) for name, classes in groups.items()}
+    out |= {name: float(recall[classes].nanmean()) for name, classes in groups.items()}
     return {k: round(v, 3) for k, v in out.items()} | {"per_class": [round(float(r), 2) for r in recall]}
 
 
@@ -369,6 +369,23 @@ def progress_bar(rt, images, done):
 
 
 COLUMNS = ("overall", "head", "mid", "tail")
+
+
+def by_count(results, data):
+    """The large sets' results with groups by training images, head > 100, mid 20 to 100, tail < 20; {} for other data.
+
+    Published tables mix these groups and those of the published code, which split the order of classes elsewhere.
+    """
+    groups = data_lt.head_mid_tail("", data.counts) if data.name in data_lt.LISTS else {}
+    recall = {name: torch.tensor(r["per_class"]) for name, r in results.items()} if groups else {}
+    return {name: {"overall": results[name]["overall"]} | {g: round(float(r[classes].nanmean()), 3) for g, classes in
+                                                           groups.items()} for name, r in recall.items()}
+
+
+def tables(results, title, data):
+    """The table of results and, for the large sets, the one with groups by training images, as text."""
+    other = by_count(results, data)
+    return table(results, title) + (f"\nby training images (> 100, 20 to 100, < 20)\n{table(other, title)}" if other else "")
 
 
 def table(results, title=""):
@@ -517,9 +534,11 @@ def resolve_recipe(args, recipes, rt):
     """
     if args.recipe == "auto":
         wanted = "paper" if rt.device.type == "cuda" else "cpu"
-        args.recipe = wanted if args.dataset in recipes[wanted] else "cpu"
+        args.recipe = min(recipes, key=lambda name: (args.dataset not in recipes[name], name != wanted))
     if args.dataset not in recipes[args.recipe]:
-        raise UserError(f"there is no {args.recipe} recipe for {args.dataset}; use --recipe cpu")
+        known = [name for name in recipes if args.dataset in recipes[name]]
+        raise UserError(f"there is no {args.recipe} recipe for {args.dataset}"
+                        + (f"; use --recipe {known[0]}" if known else f" with --loss {args.loss}"))
     row, changed = recipes[args.recipe][args.dataset], ""
     row = row(data_lt.survey(args.data_dir, args.imb, args.imb_type, args.holdout)) if callable(row) else row
     for key, value in row.items():

@@ -142,6 +142,11 @@ class Run:
         self.every_seconds = 60 * float(args.save_every[:-1]) if minutes else math.inf
         self.resumed, self.start_epoch, self.start_step, self.forced = None, 0, 0, []
         resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0             # torchrun's restart
+        there = folder
+        while not os.path.exists(there) and os.path.dirname(there) != there:
+            there = os.path.dirname(there) or "."
+        if not os.access(there, os.W_OK):                                 # now, not after hours of a teacher's training
+            raise UserError(f"the run folder {folder} cannot be written (read-only, or not yours); --out names another")
         if not any(map(os.path.exists, (self.checkpoint, self.previous))):
             return
         if not (resume or args.overwrite):
@@ -298,6 +303,7 @@ class Run:
                       "hardware": self.rt.hardware(), "seconds": seconds}
             result |= {"forced": self.forced} if self.forced else {}
             result |= more | {name: {c: r[c] for c in engine.COLUMNS} for name, r in results.items()}
+            result |= {"by_count": other} if (other := engine.by_count(results, data)) else {}
             result["per_class"] = {name: r["per_class"] for name, r in results.items()}
             save_json(os.path.join(self.folder, "result.json"), result)
         self.write(write)

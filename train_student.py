@@ -364,7 +364,7 @@ def main():
     run.begin(args, data)
     results = train(args, data, teacher, rt, run)
     run.finish(args, data, results, method=args.method, model=args.model, teacher=args.teacher)
-    rt.print("\n" + engine.table(results, args.method) + f"\nRun folder: {args.out}")
+    rt.print("\n" + engine.tables(results, args.method, data) + f"\nRun folder: {args.out}")
     if rt.main:
         draw_summary(args.out)
 

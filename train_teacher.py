@@ -351,7 +351,7 @@ def run(args, data, rt, folder):
     results, net = train(args, data, rt, folder)
     seen = on_training_images(net, data, rt)
     folder.finish(args, data, results, method=args.loss, model=args.arch, teacher=None, training_images=seen)
-    rt.print(engine.table(results, "teacher") + "\n" + say_on_training_images(seen))
+    rt.print(engine.tables(results, "teacher", data) + "\n" + say_on_training_images(seen))
 
 
 def main():

@@ -1,6 +1,9 @@
 """Whatever people keep in their folders: read rightly, or named before training starts."""
+import io
 import json
 import os
+import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,11 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 import data_lt
+import engine
 import image_files
 import run_folder
 import train_student
+import train_teacher
 from conftest import script
 from image_files import DataError
 
@@ -215,6 +220,53 @@ def test_the_quick_check_finds_what_decoding_finds(tmp_path):
     assert bad == {"cut.jpg", "cut.png", "cut.webp", "cut.bmp"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jpg", "png", "gif", "bmp", "tif", "webp", "ppm"])
+def test_1500_damaged_files_are_read_or_named(kind, tmp_path, capfd):
+    """Bytes changed, cut out, put in or off, mostly in the header: never another error, a crash of the decoder, or gigabytes."""
+    draw, whole, path, bad = random.Random(0), io.BytesIO(), tmp_path / f"x.{kind}", 0
+    picture(64, 48).save(whole, {"jpg": "jpeg", "tif": "tiff"}.get(kind, kind))
+    for _ in range(1500):
+        data = bytearray(whole.getvalue())
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(min(len(data), draw.choice([16, 64, 10 ** 6])))
+            how = draw.randrange(4)
+            data[at:at + (0, 1, draw.randint(1, 20), len(data))[how]] = bytes(
+                draw.randrange(256) for _ in range((draw.randint(1, 9), 1, 0, 0)[how]))
+            data = data or bytearray(b"x")
+        path.write_bytes(data)
+        said = image_files.problem(path, thorough=True)
+        bad += said is not None
+        assert said is None or said.startswith(str(path)) and "\n" not in said
+        files = image_files.Files(np.array([os.fsencode(path)]), np.array([0]), ["a"])
+        images, good, problems = image_files.read_all(files, 32)
+        assert len(images) == good.sum() == 1 - len(problems) and images.shape[1:] == (3, 32, 32)
+    print(f"{kind}: {bad} of 1500 refused")
+    assert bad > 50
+
+
+@pytest.mark.slow
+def test_2000_damaged_lists_are_read_or_named(tmp_path):
+    """A line that is no path and label must never become an image of another class, or another error."""
+    draw, good = random.Random(0), b"".join(b"folder %d/image_%d.jpg %d\n" % (i % 7, i, i % 5) for i in range(40))
+    path = tmp_path / "list.txt"
+    truth = {line.rsplit(b" ", 1)[0]: int(line.rsplit(b" ", 1)[1]) for line in good.splitlines()}
+    for _ in range(2000):
+        data = bytearray(good)
+        for _ in range(draw.randint(1, 6)):
+            at = draw.randrange(len(data))
+            data[at:at + draw.randint(0, 3)] = bytes(draw.randrange(256) for _ in range(draw.randint(0, 3)))
+        path.write_bytes(data)
+        try:
+            files = image_files.list_file(path, "", 5)
+        except DataError:
+            continue
+        assert files.labels.max(initial=0) < 5 and len(files) + len(files.problems) >= 30
+        same = [truth[p] == k for p, k in zip(files.paths.tolist(), files.labels.tolist()) if p in truth]
+        assert sum(same) >= len(same) - 6                                 # a changed digit is a changed class
+        assert all(str(path) in p for p in files.problems)
+
+
 # ---- Folders and splits --------------------------------------------------------------------------------------------------
 
 def test_classes_come_in_order_of_count_ties_in_their_own(tmp_path):
@@ -288,7 +340,8 @@ def test_the_boxes_have_the_published_distribution():
     ours = np.array([image_files.random_box(rng)(W, H) for _ in range(n)])
     theirs = np.array([RandomResizedCrop.get_params(torch.empty(3, H, W), (0.08, 1), (3 / 4, 4 / 3)) for _ in range(n)])
     assert ours.min() >= 0 and ours[:, 2].max() <= W and ours[:, 3].max() <= H
-    ours = np.stack([ours[:, 1], ours[:, 0], ours[:, 3] - ours[:, 1], ours[:, 2] - ours[:, 0]], axis=1)   # top, left, height, width
+    left, top, right, bottom = ours.T
+    ours = np.stack([top, left, bottom - top, right - left], axis=1)      # as torchvision says it
     deciles = [np.quantile(boxes, np.arange(0.1, 1, 0.1), axis=0) for boxes in (ours, theirs)]
     assert np.abs(deciles[0] - deciles[1]).max() < 15
     assert image_files.random_box(rng)(1000, 10)[1::2] == (0, 10)         # nothing fits: the central crop of the widest ratio
@@ -301,6 +354,63 @@ def test_a_file_that_breaks_later_is_gray_and_named_once(stream_files, tmp_path,
     images = image_files.Stream(files, 16)[torch.tensor([0, 1, 0])]
     err = capsys.readouterr().err
     assert (images[[0, 2]] == 128).all() and (images[1] != 128).any() and err.count("cannot be decoded") == 1
+
+
+# ---- List files ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def lists(tmp_path, monkeypatch):
+    """A small ImageNet-LT: 5 classes, of 4, 9, 0, 9 and 1 images; its flags."""
+    monkeypatch.setitem(data_lt.LISTS, "imagenet_lt", ("ImageNet-LT", 5))
+    (tmp_path / "pictures").mkdir()
+    lines = {"train": [], "test": []}
+    for split, counts in (("train", (4, 9, 0, 9, 1)), ("test", (2, 2, 0, 2, 2))):
+        for k, n in enumerate(counts):
+            for i in range(n):
+                picture(80, 60, seed=100 * k + i).save(tmp_path / "pictures" / f"{split}_{k}_{i}.jpg", quality=95)
+                lines[split].append(f"pictures/{split}_{k}_{i}.jpg {k}")
+        (tmp_path / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines[split]) + "\n")
+    return ["--dataset", "imagenet_lt", "--data-dir", tmp_path, "--skip-bad"]
+
+
+def test_a_listed_set_keeps_the_map_of_its_classes(lists):
+    """Ties out of order, a class without images that stays, a test label that is not renumbered."""
+    said = []
+    data = data_lt.load_data("imagenet_lt", data_dir=str(lists[3]), size=32, test_size=36, skip_bad=True, say=said.append)
+    assert data.class_ids == [1, 3, 0, 4] and data.class_names == ["1", "3", "0", "4"] and data.counts == [9, 9, 4, 1]
+    assert data.train_images.shape == (23, 3, 32, 32) and data.test_images.shape == (8, 3, 36, 36)
+    assert data.test_labels.tolist() == [2, 2, 0, 0, 1, 1, 3, 3] and "no image of 1 classes: 2" in said[0]
+
+
+def test_training_from_list_files(lists, tmp_path, monkeypatch, capsys):
+    """Teacher and student of the large sets' recipes, made small; a run killed in an epoch goes on with the same crops."""
+    small = "--img-size 32 --epochs 2 --drw-epoch 1 --batch 8 --amp none".split()
+    script(train_teacher, monkeypatch, *lists, *small, "--arch", "resnet32", "--out", tmp_path / "teacher")
+    student = [*lists, *small, "--model", "micro", "--patch-size", "8", "--teacher", tmp_path / "teacher", "--micro-batch", "4",
+               "--eval-every", "2", "--repeats", "1", "--save-every", "1"]
+    script(train_student, monkeypatch, *student, "--out", tmp_path / "whole")
+    assert "by training images" in capsys.readouterr().out
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert set(result["by_count"]["avg"]) >= {"head", "mid", "tail"} and result["dataset"] == "ImageNet-LT"
+
+    seed_step = engine.seed_step
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "seed_step", lambda *key: 1 / (key[1:3] != (1, 1)) and seed_step(*key))
+        with pytest.raises(ZeroDivisionError):
+            script(train_student, patch, *student, "--out", tmp_path / "run")
+    script(train_student, monkeypatch, *student, "--out", tmp_path / "run", "--resume")
+    whole, run = (run_folder.load_checkpoint(str(tmp_path / name)) for name in ("whole", "run"))
+    torch.testing.assert_close(whole["model"], run["model"], rtol=0, atol=0)
+
+
+def test_lists_of_the_real_size_are_read_in_seconds(tmp_path):
+    """A second loop over 437,513 lines; a Python object for each of them that stays."""
+    lines = [f"train_val2018/Aves/{i % 8142}/{i:032x}.jpg {i % 8142}\n" for i in range(437513)]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    start = time.perf_counter()
+    files = image_files.list_file(tmp_path / "list.txt", "/data/inat", 8142)
+    assert len(files) == 437513 and not files.problems and time.perf_counter() - start < 20
+    assert files.paths.nbytes < 40e6
 
 
 # ---- The scripts ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A run that dies, is stopped, meets a full disk or a damaged file: what must survive, and what must be said."""
 import argparse
+import io
 import json
 import os
 import random
@@ -245,6 +246,19 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_intact(limit, tmp
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_a_read_only_folder_ends_in_one_line_before_anything_else(whole_runs, tmp_path, monkeypatch, capsys):
+    """The teacher trained for hours, and then no place for the student."""
+    (tmp_path / "closed").mkdir(mode=0o500)
+    if os.access(tmp_path / "closed", os.W_OK):                           # root may write anywhere
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(engine, "load_data", lambda *_: pytest.fail("data were loaded first"))
+    module, flags, _ = whole_runs["student"]
+    with pytest.raises(SystemExit) as stopped:
+        script(module, monkeypatch, *flags, "--out", tmp_path / "closed" / "runs" / "run")
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and "cannot be written" in err
+
+
 def test_a_vanished_run_folder_ends_in_one_line(whole_runs, tmp_path, monkeypatch, capsys):
     module, flags, _ = whole_runs["teacher"]
     seed_step = engine.seed_step
@@ -258,6 +272,36 @@ def test_a_vanished_run_folder_ends_in_one_line(whole_runs, tmp_path, monkeypatc
         script(module, monkeypatch, *flags, "--out", tmp_path / "run")
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.count("\n") == 1 and str(tmp_path / "run") in err
+
+
+@pytest.mark.slow
+def test_300_torn_checkpoints_are_refused_or_whole(whole_runs, tmp_path):
+    """Cut, changed in a byte, a block of zeros, two halves of different files: never other weights, never another error."""
+    draw, path = random.Random(0), tmp_path / "last.pt"
+    data = (whole_runs["student"][2] / "last.pt").read_bytes()
+    other = (whole_runs["student"][2] / "previous.pt").read_bytes()
+    whole, refused = torch.load(io.BytesIO(data), weights_only=True), 0
+    for i in range(300):
+        torn, at = bytearray(data), draw.randrange(len(data))
+        if i % 4 == 0:
+            torn = torn[:at]
+        elif i % 4 == 1:
+            torn[at] ^= 1 << draw.randrange(8)
+        elif i % 4 == 2:
+            torn[at:at + 4096] = bytes(len(torn[at:at + 4096]))
+        else:
+            torn = torn[:at] + other[at:]
+        path.write_bytes(torn)
+        try:
+            state = run_folder.load_checkpoint(str(path))
+        except engine.UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        torch.testing.assert_close(state["model"], whole["model"], rtol=0, atol=0)
+        torch.testing.assert_close(state["optimizer"], whole["optimizer"], rtol=0, atol=0)
+    print(f"{refused} of 300 refused")
+    assert refused > 250
 
 
 @pytest.mark.slow
