@@ -295,7 +295,9 @@ class Run:
         def write():
             with open(self.log_path) as f:
                 seconds = round(sum(json.loads(line)["seconds"] for line in f), 1)
-            launcher = f"torchrun --nproc_per_node={self.rt.world}" if self.rt.world > 1 else "python"
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            machines = f"--nnodes={self.rt.world // local} " if self.rt.world > local else ""
+            launcher = f"torchrun {machines}--nproc_per_node={local}" if self.rt.world > 1 else "python"
             how = ("--resume", "--overwrite", "--force")                  # how the run came about, not what it is
             argv = [a for a in sys.argv if a not in how]
             result = {"dataset": data.label, "imb": args.imb or round(data.imb, 1), "recipe": args.recipe,

@@ -269,7 +269,7 @@ def train(args, data, teacher, rt, run):
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
             run.after_step(epoch, step, state, sums, started)                     # saves now and then, and when asked to stop
 
-        guard.stop_if_lost(epoch, step, args)
+        guard.stop_if_lost(epoch, steps - 1, args)
         engine.all_sum(sums, rt)
         mean = (sums / sums[-1]).tolist()
         speed = len(order) / (time.time() - started)

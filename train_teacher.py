@@ -286,7 +286,7 @@ def train(args, data, rt, run):
                 bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
             run.after_step(epoch, step, state, sums, started)                     # saves now and then, and when asked to stop
 
-        guard.stop_if_lost(epoch, step, args)
+        guard.stop_if_lost(epoch, steps - 1, args)
         engine.all_sum(sums, rt)
         speed = images / (time.time() - started)
         record = guard.record() | {"drw": weight is not None, "loss": (sums[0] / sums[1]).item()}

@@ -73,6 +73,19 @@ def test_a_run_killed_inside_an_epoch_goes_on_from_its_last_step(kind, at, whole
     assert_same_run(whole, tmp_path / "run")
 
 
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_run_killed_between_the_last_step_and_the_end_of_its_epoch(kind, whole_runs, tmp_path, monkeypatch):
+    """No step is left of the epoch that is resumed, only its evaluation and log line."""
+    module, flags, whole = whole_runs[kind]
+    flags = [*flags, "--out", tmp_path / "run", "--save-every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            script(module, patch, *flags)
+    script(module, monkeypatch, *flags, "--resume")
+    assert_same_run(whole, tmp_path / "run")
+
+
 def start(module, flags, folder, *more):
     """A script in a process of its own."""
     command = [sys.executable, ROOT / f"{module.__name__}.py", *flags, "--out", folder, *more]
