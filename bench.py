@@ -2,6 +2,7 @@ r"""How fast is it here? Every figure is measured now, on this machine, side by 
 
     python bench.py                      all of it: about ten minutes on four CPU threads
     python bench.py --only augment       images/s of the augmentation, against the pipelines that users have
+    python bench.py --only files         images/s read from JPEG files, against ImageFolder in a DataLoader
     python bench.py --only student       the training step: parts, share of the machine's peak, memory; against timm's ViT
     python bench.py --only teacher       ResNet-32 with and without SAM and PaCo, against float32 in the usual layout
     python bench.py --only scaling       batch, resolution, depth and processes, against ideal
@@ -16,6 +17,7 @@ import argparse
 import os
 import socket
 import statistics
+import tempfile
 import time
 
 import numpy as np
@@ -23,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
+from torchvision import datasets, transforms
 from torchvision.transforms import v2
 
 import augment
 import data_lt
 import engine
+import image_files
 import networks
 import resnet
 import train_student
@@ -195,6 +198,49 @@ def compare_all_cores(x, size, crop, one_by_one, name, threads, n):
                    engine.Runtime(torch.device("cpu")))
     print_rates(f"The same on all cores, {size} px, {len(x)} images at a time", times, one_by_one.length,
                 baseline=f"{name}, in {threads} worker processes")
+
+
+# ---- Image files ---------------------------------------------------------------------------------------------------------
+
+def draw_photographs(folder, n):
+    """n JPEG files of ImageNet's usual size, 500 x 375 px and some 100 kB, in two class folders."""
+    rng = np.random.default_rng(0)
+    for k in range(2):
+        os.makedirs(os.path.join(folder, str(k)))
+    for i in range(n):
+        small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        pixels = np.asarray(small.resize((500, 375), Image.BICUBIC)) + rng.normal(0, 8, (375, 500, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(os.path.join(folder, str(i % 2), f"{i}.jpg"), quality=90)
+
+
+def bench_files(rt, n, images=512, batch=64):
+    """Decode, cut a random box to 224 px and mirror: ImageFolder in DataLoader's worker processes, and image_files.Stream."""
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        draw_photographs(folder, images)
+        crop = transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC)
+        cropped = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
+        kinds = {"torchvision's ImageFolder and transforms": cropped}
+        if timm:
+            kinds["ImageFolder and timm's transform"] = timm.data.create_transform(224, is_training=True, color_jitter=None,
+                                                                                   interpolation="bicubic")
+        loaders = {f"{name}, {threads} worker processes": torch.utils.data.DataLoader(
+            datasets.ImageFolder(folder, transform), batch, shuffle=True, num_workers=threads, persistent_workers=True)
+            for name, transform in kinds.items()}
+        files = image_files.list_folder(folder)
+        stream = image_files.Stream(files, 224, rt.device)
+
+        def ours():
+            steps = enumerate(torch.randperm(images).split(batch))
+            for _ in stream.batches(steps, (0, 0, 0)):
+                pass
+        variants = {name: lambda loader=loader: [None for _ in loader] for name, loader in loaders.items()}
+        variants[f"image_files.Stream, {image_files.THREADS} threads"] = ours
+        times = rounds(variants, n, rt)
+        print_rates("JPEG files of 500 x 375 px, a random box of each at 224 px", times, images, baseline=next(iter(variants)))
+        many = image_files.Files(np.tile(files.paths, 40), np.tile(files.labels, 40), files.class_names)
+        times = rounds({"look at files (beginning and end)": lambda: image_files.check(many)}, n, rt)
+        print_rates(f"{len(many):,} files", times, len(many))
 
 
 # ---- The student's step --------------------------------------------------------------------------------------------------
@@ -434,7 +480,8 @@ def process_step(rank, world, threads, port, n):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = {"augment": bench_augment, "student": bench_student, "teacher": bench_teacher, "scaling": bench_scaling}
+    sections = {"augment": bench_augment, "files": bench_files, "student": bench_student, "teacher": bench_teacher,
+                "scaling": bench_scaling}
     parser.add_argument("--only", choices=sections)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="auto")

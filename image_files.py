@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
@@ -202,7 +203,7 @@ def problem(path, thorough=False):
 
 def check(files, thorough=False):
     """Look at every file, by threads: (mask of the good ones, problems)."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    with workers() as pool:
         found = list(pool.map(lambda path: problem(path, thorough), files.paths, chunksize=256))
     return np.array([p is None for p in found], dtype=bool), [p for p in found if p is not None]
 
@@ -216,36 +217,45 @@ def upright(image):
     if image.mode.startswith("I"):                                        # 16 bit: PIL's own conversion would clip it
         levels = np.asarray(image)
         image = Image.fromarray((levels >> 8 if levels.max() > 255 else levels).astype(np.uint8))
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)                         # without a copy where there is nothing to turn
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_image(path, size=None, box=None):
-    """Decode a file -> PIL RGB image, upright; with `size` the largest central square of it, or box(W, H), at size x size.
+def read_image(path):
+    """Decode a file -> PIL RGB image, upright. Raises OSError, ValueError or another error for what is no whole image."""
+    with Image.open(path) as image:
+        return upright(image)
 
-    box: a function of the image's size that gives (left, top, right, bottom) in pixels. JPEG files are decoded at an eighth,
-    quarter or half of their size where that is still enough. Raises OSError or ValueError for files that are no whole images.
+
+def read_square(path, size, box=None):
+    """Decode the largest central square of a file, or box(W, H), at size x size -> uint8 (3,size,size). Raises as read_image.
+
+    box: a function of the upright image's size that gives (left, top, right, bottom) in pixels. JPEG files are decoded at an
+    eighth, a quarter or half of their size where that is twice what is wanted; resizing is torch's, which is faster than
+    PIL's and differs by rounding.
     """
     with Image.open(path) as image:
-        if size is None:
-            return upright(image)
-        if image.format == "JPEG":
-            turned = image.getexif().get(0x0112, 1) >= 5                  # orientations that swap the sides
-            W, H = image.size[::-1] if turned else image.size
-            left, top, right, bottom = (box or central_square)(W, H)
-            enough = size / min(right - left, bottom - top)
-            image.draft(image.mode, [max(1, int(side * enough)) for side in image.size])
-            image = upright(image)
-            scale = image.size[0] / W, image.size[1] / H
-            part = left * scale[0], top * scale[1], right * scale[0], bottom * scale[1]
-        else:
-            image = upright(image)
-            part = (box or central_square)(*image.size)
-        same = image.size == (size, size) and part == (0, 0, size, size)
-        return image if same else image.resize((size, size), Image.BICUBIC, part)
+        W, H = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size       # orientations that swap the sides
+        left, top, right, bottom = (box or central_square)(W, H)
+        enough = 2 * size / min(right - left, bottom - top)               # twice what is wanted, to be shrunk smoothly
+        image.draft(image.mode, [max(1, int(side * enough)) for side in image.size])         # JPEG's; nothing for others
+        image = upright(image)
+    x, y = image.size[0] / W, image.size[1] / H                           # 1, or what of the size was decoded
+    left, top = min(round(left * x), image.size[0] - 1), min(round(top * y), image.size[1] - 1)
+    image = image.crop((left, top, max(left + 1, round(right * x)), max(top + 1, round(bottom * y))))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if pixels.shape[1:] == (size, size):
+        return pixels
+    return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+
+
+def workers():
+    """Threads for decoding; torch must not start as many again in each of them."""
+    return ThreadPoolExecutor(THREADS, initializer=lambda: torch.set_num_threads(1))
 
 
 def central_square(W, H):
@@ -259,22 +269,22 @@ def read_all(files, size, exact=False):
 
     exact: an image that is not size x size is a problem.
     """
-    out, problems = np.empty((len(files), size, size, 3), dtype=np.uint8), [None] * len(files)
+    out, problems = torch.empty(len(files), 3, size, size, dtype=torch.uint8), [None] * len(files)
 
     def one(i):
         try:
-            image = read_image(files.paths[i], None if exact else size)
-            if image.size == (size, size):
-                out[i] = image
+            if not exact:
+                out[i] = read_square(files.paths[i], size)
+            elif (image := read_image(files.paths[i])).size == (size, size):
+                out[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             else:
                 problems[i] = f"{shown(files.paths[i])}: is {image.size[0]}x{image.size[1]}, not {size}x{size}"
         except Exception:                                                 # say it in words
             problems[i] = problem(files.paths[i], thorough=True) or f"{shown(files.paths[i])}: cannot be decoded"
-    with ThreadPoolExecutor(THREADS) as pool:
+    with workers() as pool:
         list(pool.map(one, range(len(files))))
     good = np.array([p is None for p in problems], dtype=bool)
-    out = out if good.all() else out[good]
-    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous(), good, [p for p in problems if p is not None]
+    return out if good.all() else out[torch.from_numpy(good)], good, [p for p in problems if p is not None]
 
 
 class Stream:
@@ -286,7 +296,7 @@ class Stream:
 
     def __init__(self, files, size, device="cpu", pool=None):
         self.files, self.size, self.device = files, size, torch.device(device)
-        self.pool, self.failed = pool or ThreadPoolExecutor(THREADS), set()
+        self.pool, self.failed = pool or workers(), set()
 
     def __len__(self):
         return len(self.files)
@@ -299,23 +309,23 @@ class Stream:
         return Stream(self.files, self.size, device, self.pool)
 
     def read(self, i, box=None, mirror=False):
-        """One image, an array (3,size,size)."""
+        """One image, (3,size,size)."""
         path = self.files.paths[i]
         try:
-            pixels = np.asarray(read_image(path, self.size, box))
+            pixels = read_square(path, self.size, box)
         except Exception as error:                                        # damaged files raise nearly anything
             if path not in self.failed:
                 self.failed.add(path)
                 print(f"{shown(path)} cannot be decoded ({error}); gray instead", file=sys.stderr, flush=True)
-            pixels = np.full((self.size, self.size, 3), 128, dtype=np.uint8)
-        return (pixels[:, ::-1] if mirror else pixels).transpose(2, 0, 1)
+            pixels = torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
+        return pixels.flip(2) if mirror else pixels
 
     def __getitem__(self, index):
         index = index.tolist() if torch.is_tensor(index) else range(*index.indices(len(self)))
         return self.stacked(list(self.pool.map(self.read, index)))
 
     def stacked(self, images):
-        batch = torch.from_numpy(np.stack(images))
+        batch = torch.stack(images)
         return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
 
     def batches(self, steps, key, ahead=4):
