@@ -29,7 +29,7 @@ import run_folder
 import train_teacher
 from losses import distillation_loss, drw_weights, soft_cross_entropy
 from networks import NORMALISATIONS, build_student
-from vit import MODELS
+from vit import MODELS, resize_pos_embed
 
 # One row per data set. paper: the published scripts, where 2 GPUs x 128 images x 4 accumulated micro-batches make a batch of
 # 1024, the learning rate follows from 2 x 128, and the EMA's decay is that of four micro-batches, 0.99996^4. cpu: the same
@@ -104,8 +104,27 @@ def parse(argv=None):
                         "32 or 224)")
     parser.add_argument("--checkpointing", action="store_true", help="compute each block again in the backward pass rather "
                         "than keep what it computed: less memory, a third more work, the same numbers")
+    parser.add_argument("--finetune", metavar="RUN", help="go on with the student of a run folder at another --img-size (or "
+                        "other settings): its data, teacher and recipe, a tenth of its epochs and learning rate, no warm-up or "
+                        "weight decay, re-weighted from the start; all of it unless given")
     engine.add_recipe_flags(parser, RECIPES, HELP)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.finetune:
+        parser.set_defaults(**short_recipe(run_folder.load_checkpoint(args.finetune)["config"]))
+        args = parser.parse_args(argv)
+    return args
+
+
+def short_recipe(config):
+    """What a run's settings (a dict) become for --finetune, as DeiT does it (section 3): 30 of 300 epochs, hardly any decay.
+
+    DeiT takes a hundredth of the learning rate; in the few epochs of a short run that changes nothing.
+    """
+    if "method" not in config:
+        raise engine.UserError("--finetune takes a run of train_student.py")
+    own = ("out", "name", "resume", "overwrite", "force", "device", "amp", "save_every", "compile", "finetune", "skip_bad")
+    return {k: v for k, v in config.items() if k not in own} | dict(
+        epochs=max(1, config["epochs"] // 10), lr=config["lr"] / 10, warmup_epochs=0, weight_decay=1e-8, drw_epoch=0)
 
 
 def teacher_args(args):
@@ -138,9 +157,9 @@ def resolve(args, rt):
         raise engine.UserError(f"--batch {args.batch} cannot be shared by {rt.world} processes")
     distilled = METHODS[args.method]["distilled"]
     about_teacher = {k: v for k in ("teacher_norm", "teacher_size") if (v := getattr(args, k)) is not None}
-    if not distilled and (about_teacher or args.teacher != "auto"):
+    if not distilled and (about_teacher or args.teacher not in ("auto", None)):
         raise engine.UserError(f"--method {args.method} has no teacher")
-    if not args.teacher:
+    if args.teacher == "":
         raise engine.UserError("--teacher is empty")
     if args.teacher_size is not None:
         engine.check_ranges(args, teacher_size=(1, inf))
@@ -148,6 +167,8 @@ def resolve(args, rt):
         changed += "_by_" + os.path.basename(os.path.normpath(args.teacher))
     changed += "".join(f"_{k.replace('_', '')}{v}" for k, v in about_teacher.items())
     args.name = f"{args.method}_{args.model}_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
+    if args.finetune:
+        args.name = f"{os.path.basename(os.path.normpath(args.finetune))}_finetuned{args.img_size}"
     args.out = args.out or f"runs/{args.name}"
     if not distilled:
         args.teacher = None
@@ -162,6 +183,16 @@ def resolve(args, rt):
 def new_network(args, data, rt):
     """An untrained student of these settings on the device."""
     return build_student(vars(args), data.num_classes, METHODS[args.method]["distilled"]).to(rt.device)
+
+
+def load_resized(net, path, data):
+    """Fill a student with a run's weights, its positions resized to the new grid of patches. UserError if it does not fit."""
+    state = run_folder.load_checkpoint(path, ("model", "config", "class_names"))
+    if state["class_names"] != data.class_names:
+        raise engine.UserError(f"--finetune {path}: that run has other classes")
+    weights = dict(state["model"])
+    weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], net.num_tokens, net.img_size // net.patch_size)
+    run_folder.load_weights(net, weights, path)
 
 
 def parameter_groups(net, weight_decay):
@@ -200,6 +231,8 @@ def train(args, data, teacher, rt, run):
     """The whole training loop. Returns {"cls", "dist", "avg" and, with --ema, "ema": accuracies of the last epoch}."""
     torch.manual_seed(args.seed)
     net = new_network(args, data, rt)
+    if args.finetune and not run.resumed:
+        load_resized(net, args.finetune, data)
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
     guard = engine.Guard(net, optimizer, rt)
     ema = engine.EMA(net, args.ema) if args.ema > 0 else None

@@ -15,6 +15,7 @@ import analyze
 import data_lt
 import engine
 import networks
+import run_folder
 import train_student
 import train_teacher
 from conftest import ROOT, script
@@ -415,3 +416,22 @@ def test_every_training_command_in_the_readme_parses():
     for name, flags in commands:
         if "--" in flags:
             {"train_teacher": train_teacher, "train_student": train_student}[name].parse(shlex.split(flags))
+
+
+def test_a_student_goes_on_at_a_higher_resolution(teacher, student, tiny_cifar, tmp_path, monkeypatch, capsys):
+    """Positions cut or drawn anew; the old run's data, teacher or recipe forgotten. At no learning rate: the same network."""
+    for name, more in (("same", ["--lr", "0"]), ("larger", ["--img-size", "64"])):
+        script(train_student, monkeypatch, "--finetune", student, "--out", tmp_path / name, *more)
+    folders = student, tmp_path / "same", tmp_path / "larger"
+    old, same, larger = (run_folder.load_checkpoint(str(folder)) for folder in folders)
+    torch.testing.assert_close(old["model"], same["model"], rtol=0, atol=1e-3)            # the schedule ends at 1e-5
+    assert larger["model"]["pos_embed"].shape[1] == 2 + (64 // old["config"]["patch_size"]) ** 2
+    config = larger["config"]
+    assert (config["epochs"], config["lr"], config["img_size"]) == (1, old["config"]["lr"] / 10, 64)
+    assert config["teacher"] == str(teacher) and config["data_dir"] == str(tiny_cifar) and config["model"] == "micro"
+    before, after = (state["model"]["blocks.0.attn.qkv.weight"].flatten() for state in (old, larger))
+    cosine = torch.nn.functional.cosine_similarity(before, after, dim=0)
+    assert cosine > 0.99                                                  # the old weights, a little further
+    with pytest.raises(SystemExit):
+        script(train_student, monkeypatch, "--finetune", teacher, "--out", tmp_path / "wrong")
+    assert "--finetune takes a run of train_student.py" in capsys.readouterr().err
