@@ -15,10 +15,10 @@ r"""Look inside a trained network: the paper's figures, from a run folder or a p
     python analyze.py curves     RUN ...         loss, learning rate and accuracies over the training
     python analyze.py augment    RUN             what the student trains on, with the teacher's labels           Figure 2
 
-RUN, TEACHER: run folder or checkpoint file; `...`: several make one picture. diversity, imbalance and curves need no checkpoint.
-Each prints a table and writes a PNG of its name and, with its numbers, a CSV (rank: JSON) beside it, into the first run's folder
-or beside the file, unless --out says where. What is measured is in quantities.py, how it is drawn in figures.py, which needs
-matplotlib.
+RUN, TEACHER: run folder or checkpoint file; `...`: several make one picture. diversity, imbalance, curves need no checkpoint.
+Each prints a table and writes a PNG of its name and, with its numbers, a CSV (rank: JSON) beside it, into the first run's
+folder or beside the file, unless --out says where. What is measured is in quantities.py, how it is drawn in figures.py, which
+needs matplotlib.
 """
 import argparse
 import csv

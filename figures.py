@@ -35,7 +35,6 @@ import engine
 import quantities
 import train_student
 import train_teacher
-from sam import frozen_batchnorm_statistics
 
 # Okabe and Ito's colour-blind safe palette.
 COLORS = {"cls": "#0072B2", "dist": "#D55E00", "avg": "#000000", "ema": "#009E73",
@@ -58,8 +57,8 @@ class Subject:
     data: data_lt.LongTailData
 
     @property
-    def source(self):
-        return f"{called(self)} on {engine.describe(self.data, self.args)}"
+    def on(self):
+        return engine.describe(self.data, self.args)
 
 
 @dataclass
@@ -69,9 +68,9 @@ class Log:
     path: str
 
     @property
-    def source(self):
+    def on(self):
         config = argparse.Namespace(**read_json(self.path, "config.json"))
-        return f"{called(self)} on {engine.data_name(config)}"
+        return f"{engine.data_name(config)}, {sum(config.counts):,} images"
 
 
 def name_of(path):
@@ -162,9 +161,16 @@ class Analysis:
 def finish(figure, title, subjects, note):
     """Title on top; below, how to read the figure and which checkpoints and data it came from."""
     width = int(17 * figure.get_size_inches()[0])                       # characters of the small type in a line
-    lines = [*textwrap.wrap(note, width), *(line for s in subjects for line in textwrap.wrap(s.source, width))]
+    few = len(subjects) < 7
+    names = " · ".join(called(s) for s in subjects) if few else f"{len(subjects)} runs, named in the table of numbers"
+    data = " and ".join(dict.fromkeys(s.on for s in subjects))
+    lines = [line for text in (note, names, data) for line in textwrap.wrap(text, width)]
     figure.suptitle(title, fontsize=12)
-    figure.text(0.5, -0.01, "\n".join(lines), ha="center", va="top", fontsize=8, color="#444444", linespacing=1.35)
+    bottom = -0.01
+    for legend in figure.legends:                                         # what shared_legend has hung below the figure
+        figure.draw_without_rendering()
+        bottom -= legend.get_window_extent().height / figure.bbox.height
+    figure.text(0.5, bottom, "\n".join(lines), ha="center", va="top", fontsize=8, color="#444444", linespacing=1.35)
 
 
 def as_png(figure):
@@ -184,9 +190,10 @@ def tidy(axis, xlabel, ylabel, title=""):
     axis.set_axisbelow(True)
 
 
-def shared_legend(figure, axis):
-    """One legend for all panels, below them."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+def shared_legend(figure, axis, columns=2):
+    """One legend for all panels, below the figure."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, frameon=False,
+                  fontsize=9)
 
 
 def color_of(i):
@@ -271,7 +278,7 @@ def attention(subjects, options, rt):
     classes = wanted_classes(options, first)
     index = torch.tensor(chosen) if chosen else examples(first, classes, n, options.seed)
     rows = 1 + sum(s.net.num_tokens for s in subjects)
-    size = (1.2 * len(index) + 1, 1.38 * rows)
+    size = (max(6, 1.2 * len(index) + 1), 1.38 * rows)
     figure, axes = plt.subplots(rows, len(index), squeeze=False, figsize=size, layout="constrained")
     table, at = [], 0
     for i, s in enumerate(subjects):
@@ -298,8 +305,8 @@ def attention_table(subject, options):
         table.append({"run": subject.label, "token": TOKENS[token], "images": len(index),
                       "right %": round(100 * float((of["predicted"] == truth).double().mean()), 1),
                       "patches": round(mean["patches"], 2), "of": (subject.net.img_size // subject.net.patch_size) ** 2,
-                      "like CLS": round(mean["like CLS"], 3), "drop, marked": round(100 * mean["marked"], 1),
-                      "drop, random": round(100 * mean["random"], 1)})
+                      "like CLS": round(mean["like CLS"], 3), "drop, marked": round(100 * mean["marked"], 1) + 0.0,
+                      "drop, random": round(100 * mean["random"], 1) + 0.0})
     return table
 
 
@@ -328,7 +335,6 @@ def distance(subjects, options, rt):
                  for b, heads in enumerate(px) for h, v in enumerate(heads)]
         table += [{"run": s.label, "block": b + 1, "mean px": round(float(v.mean()), 2), "nearest": round(float(v.min()), 2),
                    "farthest": round(float(v.max()), 2), "even": round(even, 2)} for b, v in enumerate(px)]
-    axis.set_ylim(bottom=0)
     axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     tidy(axis, "block", "mean attention distance, px")
     axis.legend(frameon=False, fontsize=9)
@@ -349,13 +355,13 @@ def rank(subjects, options, rt):
     teachers have DIST features of lower rank on the tail. A set with fewer images than features cannot show a high rank.
     """
     table, curves = [], []
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", width_ratios=[1, 1, 1.15])
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained", width_ratios=[1, 1, 1.15])
     for i, s in enumerate(subjects):
         every = of_classes(s.data.test_labels, range(s.data.num_classes), options.images or 1000)
         for axis, images, index in zip(axes, ("all", "tail"), (every, measured(options, s, 1000))):
             features = torch.cat([quantities.block_tokens(s.net, x) for x in batches(s, index)], dim=1)   # (blocks,n,tokens,d)
             for token, of_token, line in zip(TOKENS.values(), features.unbind(dim=2), ("-", "--")):       # (blocks,n,d)
-                style = dict(color=color_of(i), linestyle=line, label=f"{s.label} {token}")
+                style = dict(color=color_of(i), linestyle=line, label=f"{s.label}, {token}".removeprefix(", "))
                 ranks = [quantities.feature_rank(x) for x in of_token]
                 axis.plot(range(1, len(ranks) + 1), ranks, marker="o" if line == "-" else "s", **style)
                 error = quantities.reconstruction_error(of_token[-1]).tolist()
@@ -371,10 +377,10 @@ def rank(subjects, options, rt):
         axis.set_ylim(0, 1.08 * max(max(line.get_ydata()) for a in axes[:2] for line in a.lines))
     axes[2].axhline(1, color="#888888", linestyle=":", linewidth=1)
     axes[2].set_yscale("log")
-    axes[2].set_ylim(0.01, 100)
+    axes[2].set_ylim(0.1, 100)
     axes[2].set_xlim(0, 1.6 * max(max(row[k] for k in row if k.startswith("block")) for row in table))
     tidy(axes[2], "directions kept", "lost of the squared length, %", f"last block, {tail}")
-    axes[0].legend(frameon=False, fontsize=8)
+    shared_legend(figure, axes[0], columns=3)
     n = {row["images"]: row["n"] for row in table}
     note = (f"Features of the tokens as they leave each block, of {n['all']} test images of all classes and {n['tail']} of "
             f"{tail}; each feature vector's own mean is subtracted. Dotted: 1 %, where the rank is read.")
@@ -426,64 +432,66 @@ STEPS = {"SAM": (0, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02), "random": (0, 0.0
 def sharpness(subjects, options, rt):
     """How fast the loss rises around a teacher's weights w: is the SAM teacher's minimum flatter (Section 3.2)?
 
-    Cross-entropy of training images, equally many of every class (--images, default 500, in all), at w + r ||w|| d for a unit
+    The loss that the teacher was trained on (PaCo, files: cross-entropy), over training images, equally many of every class
+    (--images, default 500, in all), as re-weighting has it at the end of a training. It is taken at w + r ||w|| d for a unit
     direction d: SAM's, up the gradient (quantities.gradient_direction), and the mean of 3 random ones whose filters are as long
     as w's (quantities.random_direction). r is relative to the length of w's matrices and kernels, since BatchNorm makes a
-    network's function independent of that length, which training leaves different. BatchNorm uses each batch's statistics, as
-    in training.
+    network's function nearly independent of that length. The network is in evaluation mode, as its student asks it.
     """
-    rows, table = [], []
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
+    rows, table, used = [], [], []
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained")
     for i, s in enumerate(subjects):
-        for direction, losses in sharpness_of(s, options).items():
-            for images, style in (("all", "-"), ("tail", "--")):
-                rise = losses[images] - losses[images][0]
-                steps, axis = STEPS[direction], axes[list(STEPS).index(direction)]
-                what = {"teacher": s.label, "direction": direction, "classes": images}
-                axis.plot(steps, rise, style, color=color_of(i), marker=".", label=f"{s.label}, {images} classes")
-                rows += [what | {"radius": r, "loss": round(float(v), 5)} for r, v in zip(steps, losses[images])]
-                table.append(what | {"loss": round(float(losses[images][0]), 3),
-                                     "radii": " ".join(f"{r:g}" for r in steps[2::2]),
+        loss = getattr(s.args, "loss", "ce").replace("paco", "ce")
+        used.append(f"{s.label}: {loss}")
+        for axis, (direction, losses) in zip(axes, sharpness_of(s, loss, options).items()):
+            steps = STEPS[direction]
+            for classes, at, style in zip(("all", "tail"), losses.T, ("-", "--")):                        # (steps,)
+                what, rise = {"teacher": s.label, "direction": direction, "classes": classes}, at - at[0]
+                axis.plot(steps, rise, style, color=color_of(i), marker=".", label=f"{s.label}, {classes} classes")
+                rows += [what | {"loss name": loss, "radius": r, "loss": round(float(v), 5)} for r, v in zip(steps, at)]
+                table.append(what | {"loss": round(float(at[0]), 3), "radii": " ".join(f"{r:g}" for r in steps[2::2]),
                                      "rise there": " ".join(f"{v:.3f}" for v in rise[2::2])})
-    for axis, title in zip(axes, ("up the gradient, as SAM climbs", "random directions")):
-        tidy(axis, "length of the step, relative to the weights", "rise of the cross-entropy, nats", title)
-    axes[0].legend(frameon=False, fontsize=8)
-    note = ("Cross-entropy of training images, equally many of every class (solid), and of the tail classes among them "
-            "(dashed), above its value at the trained weights.")
+    for axis, title, steps in zip(axes, ("up the gradient, as SAM climbs", "random directions, mean of 3"), STEPS.values()):
+        tidy(axis, "length of the step, relative to the weights", "rise of the loss, nats", title)
+        axis.set_xticks(steps[::2])
+    shared_legend(figure, axes[0])
+    note = ("Mean loss of training images, equally many of every class (solid), and of the tail classes among them (dashed), "
+            f"above its value at the trained weights. Losses: {', '.join(used)}.")
     finish(figure, "How fast the loss rises around the weights", subjects, note)
     return Analysis(figure, table, rows, note)
 
 
-def sharpness_of(subject, options):
-    """Losses at STEPS from a teacher's weights: {direction: {"all", "tail": array (len(steps),)}}."""
-    net, data = subject.net.eval(), subject.data
+def sharpness_of(subject, loss, options):
+    """Losses at STEPS from a teacher's weights, mean over all and over tail classes: {direction: array (len(steps), 2)}."""
+    net, data = subject.net, subject.data
+    criterion = train_teacher.LOSSES[loss](data.counts, subject.args)
+    criterion = criterion.to(data.train_labels.device) if isinstance(criterion, nn.Module) else criterion
     per_class = max(1, (options.images or 500) // data.num_classes)
-    index = torch.cat([of_classes(data.train_labels, [k], per_class) for k in range(data.num_classes)])
-    torch.manual_seed(options.seed)
-    index = index[torch.randperm(len(index))].to(data.train_labels.device)
-    labels = data.train_labels[index]
-    tail = torch.isin(labels, torch.tensor(data.groups["tail"] or data.groups["mid"], device=labels.device))
+    index = [of_classes(data.train_labels, [k], per_class).to(data.train_labels.device) for k in range(data.num_classes)]
+    tail = [index[k] for k in data.groups["tail"] or data.groups["mid"]]
+    rest = [index[k] for k in range(data.num_classes) if k not in (data.groups["tail"] or data.groups["mid"])]
     params = [p.requires_grad_() for p in net.parameters()]
     size = quantities.length([p for p in params if p.ndim > 1])
 
-    def parts():
-        """Per-image losses, batch by batch, so that one batch's graph is in memory at a time."""
-        for part in index.split(100):
+    def sums(images):
+        """Summed losses of images given by their numbers, part by part: one part's graph is in memory at a time."""
+        for part in torch.cat(images).split(100):
             x = train_teacher.teacher_images(augment.to_float(data.train_images[part]), net)
-            yield F.cross_entropy(net(x), data.train_labels[part], reduction="none")
+            yield len(part) * criterion(net(x), data.train_labels[part])
+
+    def means():
+        """(2,): over all classes, over the tail."""
+        of_tail, of_rest = sum(sums(tail)), sum(sums(rest))
+        return torch.stack([(of_tail + of_rest) / sum(map(len, index)), of_tail / sum(map(len, tail))])
 
     def along(direction, name):
-        radii = [r * float(size) for r in STEPS[name]]
-        losses = quantities.loss_along(lambda: torch.cat(list(parts())), params, direction, radii)        # (steps, images)
-        return torch.stack([losses.mean(dim=1), losses[:, tail].mean(dim=1)]).cpu().numpy()
-    for module in net.modules():
-        module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    with frozen_batchnorm_statistics(net):
-        sam = along(quantities.gradient_direction((loss.sum() for loss in parts()), params), "SAM")
-        units = ([d / size for d in quantities.random_direction(params)] for _ in range(3))
-        random = np.mean([along(unit, "random") for unit in units], axis=0)
-    net.eval().requires_grad_(False)
-    return {"SAM": dict(zip(("all", "tail"), sam)), "random": dict(zip(("all", "tail"), random))}
+        return quantities.loss_along(means, params, direction, [r * float(size) for r in STEPS[name]]).cpu().numpy()
+    torch.manual_seed(options.seed)
+    sam = along(quantities.gradient_direction(sums(index), params), "SAM")
+    units = ([d / size for d in quantities.random_direction(params)] for _ in range(3))
+    random = np.mean([along(unit, "random") for unit in units], axis=0)
+    net.requires_grad_(False)
+    return {"SAM": sam, "random": random}
 
 
 # ---- Accuracies ----------------------------------------------------------------------------------------------------------
@@ -609,8 +617,8 @@ def imbalance(subjects, options, rt):
     """
     results = [read_json(s.path, "result.json") for s in subjects]
     names = options.labels or [f"{r['method']} {r['model']}" for r in results]
-    rows = [{"series": name, "imbalance": r["imb"], "seed": r["seed"], "overall %": r["avg"]["overall"],
-             "tail %": r["avg"]["tail"]} for name, r in zip(names, results)]
+    rows = [{"series": name, "run": name_of(s.path), "imbalance": r["imb"], "seed": r["seed"], "overall %": r["avg"]["overall"],
+             "tail %": r["avg"]["tail"]} for name, s, r in zip(names, subjects, results)]
     rows.sort(key=lambda row: row["imbalance"])
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     table = []
@@ -630,7 +638,7 @@ def imbalance(subjects, options, rt):
     axis.minorticks_off()
     axis.set_ylim(0, 100)
     tidy(axis, "imbalance: images of the largest class / of the smallest", "test accuracy of the tail classes, %")
-    axis.legend(frameon=False, fontsize=9)
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     note = "Small dots: single runs; large marks: their mean. Accuracy of the average of the heads, at the last epoch."
     finish(figure, "Rare classes against the imbalance", subjects, note)
     return Analysis(figure, table, rows, note)
@@ -710,8 +718,8 @@ def augmented(subjects, options, rt):
     note = "Above each image its label."
     if teacher:
         note += " In colour the teacher's: bold blue where it names the class with the largest part, orange where it does not."
-    by = f" by {name_of(args.teacher)}" if teacher else ""
-    finish(figure, f"What the student trains on{by}", subjects, note)
+    says = f", and what {name_of(args.teacher)} says of it" if teacher else ""
+    finish(figure, f"What the student trains on{says}", subjects, note)
     return Analysis(figure, table, table, note)
 
 
