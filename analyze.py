@@ -96,11 +96,13 @@ def logs(options, rt):
 
 
 def labels(options):
-    """What the runs are called in a picture: --labels, or what sets their names apart."""
+    """What the runs are called in a picture: --labels, or what sets their names apart; nothing if there is only one."""
     if options.labels:
         return options.labels
     names = [figures.name_of(path) for path in options.runs]
-    common = set.intersection(*(set(name.split("_")) for name in names)) if len(names) > 1 else set()
+    if len(names) == 1:
+        return [""]
+    common = set.intersection(*(set(name.split("_")) for name in names))
     short = ["_".join(part for part in name.split("_") if part not in common) for name in names]
     return short if all(short) and len(set(short)) == len(short) else names
 
@@ -114,7 +116,7 @@ def beside(path, name):
 
 def as_text(rows):
     """Rows as an aligned text table, numbers to the right."""
-    cells = [list(rows[0]), *([f"{v:g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    cells = [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     align = [str.ljust if isinstance(v, str) else str.rjust for v in rows[0].values()]
     return "\n".join("  ".join(put(c, w) for put, c, w in zip(align, line, widths)).rstrip() for line in cells)
@@ -209,7 +211,7 @@ def command_summary(options, rt):
 # ---- Report --------------------------------------------------------------------------------------------------------------
 
 REPORTED = {  # analysis -> its heading; those that do not fit a run are left out
-    "student": {"curves": "The course of the training", "diversity": "CLS and DIST part", "attention": "Where the tokens look",
+    "student": {"curves": "The course of the training", "diversity": "How CLS and DIST part", "attention": "Where the tokens look",
                 "distance": "How far the heads look", "rank": "Rank of the features", "augment": "What the student trains on"},
     "teacher": {"curves": "The course of the training", "entropy": "How sure the teacher is",
                 "sharpness": "Flatness of the minimum"},
@@ -221,12 +223,13 @@ def command_report(options, rt):
     path, = options.runs
     found, args, data = load(path, rt, options)
     results = evaluated(found, data, args, rt)
-    table = [{"head": figures.NAMES[head], **{f"{c} %": r[c] for c in engine.COLUMNS}} for head, r in results.items()
-             if not (head == "cls" and "dist" not in results)]
-    picture = figures.per_class(results, data)
+    shown = results if "dist" in results else {"avg": results["avg"]}
+    table = [{"prediction of": figures.NAMES[head] if len(shown) > 1 else "the network",
+              **{f"{c} %": round(r[c], 1) for c in engine.COLUMNS}} for head, r in shown.items()]
     means = "Accuracy on the test set; head, mid and tail are means over the classes of a group."
     sections = [report.Section("Result", means, table),
-                report.Section("Accuracy per class", "", class_rows(results, data), figures.as_png(picture), folded=True)]
+                report.Section("Accuracy per class", "", class_rows(results, data),
+                               figures.as_png(figures.per_class(results, data)), folded=True)]
     left_out = []
     for name, heading in REPORTED[found.kind].items():
         rt.print(f"{name} ...")
@@ -235,7 +238,8 @@ def command_report(options, rt):
         except engine.UserError as error:
             left_out.append({"analysis": name, "why": str(error)})
             continue
-        sections.append(report.Section(heading, analysis.note, analysis.table, figures.as_png(analysis.figure), folded=True))
+        picture = figures.as_png(figures.without_words(analysis.figure))
+        sections.append(report.Section(heading, analysis.note, analysis.table, picture, folded=True))
     settings = [{"setting": key, "value": str(value)} for key, value in sorted(found.config.items())]
     sections += [report.Section("Settings", "", settings)] if settings else []
     sections += [report.Section("Left out", "What does not apply to this file.", left_out)] if left_out else []

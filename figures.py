@@ -48,10 +48,29 @@ TOKENS = {"cls": "CLS", "dist": "DIST"}
 # ---- What is looked at -------------------------------------------------------------------------------------------------
 
 @dataclass
-class Subject:
-    """One of the networks in a picture."""
+class Log:
+    """One of the runs in a picture, of which only what its folder says is read. label: for a legend; empty if it is alone."""
     label: str
     path: str
+
+    @property
+    def name(self):
+        """For tables."""
+        return self.label or name_of(self.path)
+
+    @property
+    def source(self):
+        return f"{self.label}: {name_of(self.path)}".removeprefix(": ")
+
+    @property
+    def on(self):
+        config = argparse.Namespace(**read_json(self.path, "config.json"))
+        return f"{engine.data_name(config)}, {sum(config.counts):,} images"
+
+
+@dataclass
+class Subject(Log):
+    """One of the networks in a picture, its settings and its data."""
     net: nn.Module
     args: argparse.Namespace
     data: data_lt.LongTailData
@@ -61,26 +80,8 @@ class Subject:
         return engine.describe(self.data, self.args)
 
 
-@dataclass
-class Log:
-    """One of the runs in a picture, without its network."""
-    label: str
-    path: str
-
-    @property
-    def on(self):
-        config = argparse.Namespace(**read_json(self.path, "config.json"))
-        return f"{engine.data_name(config)}, {sum(config.counts):,} images"
-
-
 def name_of(path):
     return os.path.basename(os.path.normpath(path))
-
-
-def called(subject):
-    """A Subject or Log by its label and its name."""
-    name = name_of(subject.path)
-    return name if subject.label in ("", name) else f"{subject.label}: {name}"
 
 
 def read_json(folder, name):
@@ -162,7 +163,7 @@ def finish(figure, title, subjects, note):
     """Title on top; below, how to read the figure and which checkpoints and data it came from."""
     width = int(17 * figure.get_size_inches()[0])                       # characters of the small type in a line
     few = len(subjects) < 7
-    names = " · ".join(called(s) for s in subjects) if few else f"{len(subjects)} runs, named in the table of numbers"
+    names = " · ".join(s.source for s in subjects) if few else f"{len(subjects)} runs, named in the table of numbers"
     data = " and ".join(dict.fromkeys(s.on for s in subjects))
     lines = [line for text in (note, names, data) for line in textwrap.wrap(text, width)]
     figure.suptitle(title, fontsize=12)
@@ -179,6 +180,14 @@ def as_png(figure):
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.12)
     plt.close(figure)
     return buffer.getvalue()
+
+
+def without_words(figure):
+    """The figure without its title and the lines below it, for a page that has them."""
+    figure.suptitle("")
+    for text in figure.texts[1:]:
+        text.remove()
+    return figure
 
 
 def tidy(axis, xlabel, ylabel, title=""):
@@ -302,7 +311,7 @@ def attention_table(subject, options):
     for token in seen[0]:
         of = {key: torch.cat([s[token][key] for s in seen]).cpu() for key in seen[0][token]}
         mean = {key: float(values.double().mean()) for key, values in of.items()}
-        table.append({"run": subject.label, "token": TOKENS[token], "images": len(index),
+        table.append({"run": subject.name, "token": TOKENS[token], "images": len(index),
                       "right %": round(100 * float((of["predicted"] == truth).double().mean()), 1),
                       "patches": round(mean["patches"], 2), "of": (subject.net.img_size // subject.net.patch_size) ** 2,
                       "like CLS": round(mean["like CLS"], 3), "drop, marked": round(100 * mean["marked"], 1) + 0.0,
@@ -331,13 +340,14 @@ def distance(subjects, options, rt):
         axis.plot(x[:, None].repeat(px.shape[1], 1), px, "o", color=color_of(i), markersize=4.5, alpha=0.65)
         axis.plot(x, px.mean(axis=1), color=color_of(i), linewidth=1.6, label=s.label)
         axis.axhline(even, color="#888888", linestyle=":", linewidth=1)
-        rows += [{"run": s.label, "block": b + 1, "head": h + 1, "distance px": round(float(v), 3), "even px": round(even, 3)}
+        rows += [{"run": s.name, "block": b + 1, "head": h + 1, "distance px": round(float(v), 3), "even px": round(even, 3)}
                  for b, heads in enumerate(px) for h, v in enumerate(heads)]
-        table += [{"run": s.label, "block": b + 1, "mean px": round(float(v.mean()), 2), "nearest": round(float(v.min()), 2),
+        table += [{"run": s.name, "block": b + 1, "mean px": round(float(v.mean()), 2), "nearest": round(float(v.min()), 2),
                    "farthest": round(float(v.max()), 2), "even": round(even, 2)} for b, v in enumerate(px)]
     axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     tidy(axis, "block", "mean attention distance, px")
-    axis.legend(frameon=False, fontsize=9)
+    if len(subjects) > 1:
+        axis.legend(frameon=False, fontsize=9)
     note = ("A dot per head, a line through their means; dotted: attention spread evenly over the image. Over "
             f"{len(index)} test images of {classes_text(options)}.")
     finish(figure, "How far the heads look", subjects, note)
@@ -367,7 +377,7 @@ def rank(subjects, options, rt):
                 error = quantities.reconstruction_error(of_token[-1]).tolist()
                 if images == "tail":
                     axes[2].plot(range(1, len(error)), [100 * e for e in error[1:]], **style)
-                what = {"run": s.label, "token": token, "images": images, "n": len(index), "features": features.shape[-1]}
+                what = {"run": s.name, "token": token, "images": images, "n": len(index), "features": features.shape[-1]}
                 curves.append(what | {"error": [round(e, 7) for e in error]})
                 table.append(what | {f"block {b}": r for b, r in enumerate(ranks, 1)})
     tail = classes_text(options)
@@ -410,7 +420,7 @@ def entropy(subjects, options, rt):
             style = dict(fill=True, alpha=0.35) if kind == "clean" else dict(linewidth=1.8)
             label = f"{kind}: {accuracy:.1f} % right, mean {mean:.2f} nats"
             axis.stairs(share, edges, color=COLORS[kind], label=label, **style)
-            what = {"teacher": s.label, "images": kind}
+            what = {"teacher": s.name, "images": kind}
             table.append(what | {"n": len(nats), "right %": round(accuracy, 2), "entropy": round(mean, 4)})
             rows += [what | {"from nats": round(a, 4), "to nats": round(b, 4), "share %": round(v, 3)}
                      for a, b, v in zip(edges, edges[1:], share)]
@@ -442,12 +452,13 @@ def sharpness(subjects, options, rt):
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained")
     for i, s in enumerate(subjects):
         loss = getattr(s.args, "loss", "ce").replace("paco", "ce")
-        used.append(f"{s.label}: {loss}")
+        used.append(f"{s.name}: {loss}" if s.label else loss)
         for axis, (direction, losses) in zip(axes, sharpness_of(s, loss, options).items()):
             steps = STEPS[direction]
             for classes, at, style in zip(("all", "tail"), losses.T, ("-", "--")):                        # (steps,)
-                what, rise = {"teacher": s.label, "direction": direction, "classes": classes}, at - at[0]
-                axis.plot(steps, rise, style, color=color_of(i), marker=".", label=f"{s.label}, {classes} classes")
+                what, rise = {"teacher": s.name, "direction": direction, "classes": classes}, at - at[0]
+                label = f"{s.label}, {classes} classes".removeprefix(", ")
+                axis.plot(steps, rise, style, color=color_of(i), marker=".", label=label)
                 rows += [what | {"loss name": loss, "radius": r, "loss": round(float(v), 5)} for r, v in zip(steps, at)]
                 table.append(what | {"loss": round(float(at[0]), 3), "radii": " ".join(f"{r:g}" for r in steps[2::2]),
                                      "rise there": " ".join(f"{v:.3f}" for v in rise[2::2])})
@@ -579,7 +590,7 @@ def diversity(subjects, options, rt):
         shown = [r for r in log if r.get("cosine") is not None]
         if not shown:
             raise engine.UserError(f"{s.path} has no distances of CLS and DIST in its log: name runs of a student with both")
-        mine = [{"run": s.label, "epoch": r["epoch"] + 1, "drw": r["drw"], "cosine distance": round(1 - r["cosine"], 4),
+        mine = [{"run": s.name, "epoch": r["epoch"] + 1, "drw": r["drw"], "cosine distance": round(1 - r["cosine"], 4),
                  **{f"{name} {g} %": r[token][g] for token, name in TOKENS.items() for g in ("head", "tail")}} for r in shown]
         epochs = [row["epoch"] for row in mine]
         top.plot(epochs, [row["cosine distance"] for row in mine], color="#000000", marker=".")
@@ -589,7 +600,7 @@ def diversity(subjects, options, rt):
                             label=f"{name}, {group} classes")
         for axis in (top, bottom):
             mark_drw(axis, log, text=True)
-        tidy(top, "", "", s.label if len(subjects) > 1 else "")
+        tidy(top, "", "", s.label)
         tidy(bottom, "epoch", "")
         rows, table = rows + mine, table + first_switch_last(mine)
     axes[0, 0].set_ylim(bottom=0)
@@ -655,7 +666,7 @@ def curves(subjects, options, rt):
     figure, axes = plt.subplots(2, 3, figsize=(11.5, 6.4), layout="constrained")
     for i, s in enumerate(subjects):
         log = read_log(s.path)
-        mine = [{"run": s.label, "epoch": r["epoch"] + 1, "drw": r["drw"], "loss": r["loss"], "lr": r["lr"],
+        mine = [{"run": s.name, "epoch": r["epoch"] + 1, "drw": r["drw"], "loss": r["loss"], "lr": r["lr"],
                  **{c: r["avg"][c] for c in engine.COLUMNS if "avg" in r}} for r in log]
         for axis, key in zip(axes.flat, panels):
             shown = [row for row in mine if key in row]
@@ -668,8 +679,9 @@ def curves(subjects, options, rt):
         tidy(axis, "epoch", name)
         if key in engine.COLUMNS:
             axis.set_ylim(-3, 103)
-    axes[0, 1].set_yscale("log")
-    shared_legend(figure, axes[0, 0])
+    axes[0, 1].ticklabel_format(axis="y", scilimits=(0, 0))
+    if len(subjects) > 1:
+        shared_legend(figure, axes[0, 0])
     note = ("Accuracies are those of the average of the heads on the test set. Dashed: from here on classes are re-weighted "
             "(DRW).")
     finish(figure, "The course of the training", subjects, note)

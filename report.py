@@ -26,7 +26,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .7rem 0; }
 th, td { padding: .28rem .8rem .28rem 0; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
-td.text { white-space: normal; overflow-wrap: anywhere; }
+td.long { white-space: normal; overflow-wrap: anywhere; min-width: 16rem; }
 th { color: var(--soft); font-weight: 600; } .number { text-align: right; }
 figure { margin: .9rem 0 .2rem; background: #ffffff; border-radius: 8px; padding: .5rem; overflow-x: auto; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
@@ -69,10 +69,13 @@ def section_html(section):
 
 
 def table_html(rows):
+    """Rows as a table; a column of numbers is set to the right."""
+    def kind(value):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return "number" if number else "long" if len(str(value)) > 40 else "text"
+
     def cell(value):
-        kind = "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else "text"
-        return f'<td class="{kind}">{escape(f"{value:g}" if isinstance(value, float) else str(value))}</td>'
-    number = [isinstance(v, (int, float)) and not isinstance(v, bool) for v in rows[0].values()]
-    head = "".join(f'<th class="number">{escape(k)}</th>' if n else f"<th>{escape(k)}</th>" for k, n in zip(rows[0], number))
+        return f'<td class="{kind(value)}">{escape(str(value))}</td>'
+    head = "".join(f'<th class="{kind(value)}">{escape(key)}</th>' for key, value in rows[0].items())
     body = "".join(f'<tr>{"".join(map(cell, row.values()))}</tr>\n' for row in rows)
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>\n</table>"
