@@ -211,8 +211,9 @@ def command_summary(options, rt):
 # ---- Report --------------------------------------------------------------------------------------------------------------
 
 REPORTED = {  # analysis -> its heading; those that do not fit a run are left out
-    "student": {"curves": "The course of the training", "diversity": "How CLS and DIST part", "attention": "Where the tokens look",
-                "distance": "How far the heads look", "rank": "Rank of the features", "augment": "What the student trains on"},
+    "student": {"curves": "The course of the training", "diversity": "How CLS and DIST part",
+                "attention": "Where the tokens look", "distance": "How far the heads look", "rank": "Rank of the features",
+                "augment": "What the student trains on"},
     "teacher": {"curves": "The course of the training", "entropy": "How sure the teacher is",
                 "sharpness": "Flatness of the minimum"},
 }
@@ -229,7 +230,7 @@ def command_report(options, rt):
     means = "Accuracy on the test set; head, mid and tail are means over the classes of a group."
     sections = [report.Section("Result", means, table),
                 report.Section("Accuracy per class", "", class_rows(results, data),
-                               figures.as_png(figures.per_class(results, data)), folded=True)]
+                               figures.as_png(figures.class_figure(results, data)), folded=True)]
     left_out = []
     for name, heading in REPORTED[found.kind].items():
         rt.print(f"{name} ...")

@@ -55,7 +55,7 @@ class Log:
 
     @property
     def name(self):
-        """For tables."""
+        """What it is called in tables."""
         return self.label or name_of(self.path)
 
     @property
@@ -118,10 +118,15 @@ def of_classes(labels, classes, n):
     return found[torch.linspace(0, len(found) - 1, min(n, len(found))).long()]
 
 
+def rare_classes(data):
+    """The tail, or what comes nearest in data that has none."""
+    return data.groups["tail"] or data.groups["mid"] or data.groups["head"]
+
+
 def wanted_classes(options, data):
-    """--classes, by default the tail (mid, where a data set has no tail). Raises UserError for a class that is not there."""
+    """--classes, by default the rare ones. Raises UserError for a class that is not there."""
     if not options.classes:
-        return data.groups["tail"] or data.groups["mid"]
+        return rare_classes(data)
     unknown = [name for name in options.classes if name not in data.class_names]
     if unknown:
         raise engine.UserError(f"--classes: there is no {unknown[0]}; the classes are {', '.join(data.class_names[:20])}")
@@ -161,7 +166,7 @@ class Analysis:
 
 def finish(figure, title, subjects, note):
     """Title on top; below, how to read the figure and which checkpoints and data it came from."""
-    width = int(17 * figure.get_size_inches()[0])                       # characters of the small type in a line
+    width = int(17 * figure.get_size_inches()[0])                         # characters of the small type in a line
     few = len(subjects) < 7
     names = " · ".join(s.source for s in subjects) if few else f"{len(subjects)} runs, named in the table of numbers"
     data = " and ".join(dict.fromkeys(s.on for s in subjects))
@@ -295,9 +300,10 @@ def attention(subjects, options, rt):
         draw_attention(axes[at:at + used], s, index, image_row=i == 0)
         at += used
         table += attention_table(s, options)
+    spread = ", ".join(f"{row['run'] + ' ' if len(subjects) > 1 else ''}{row['token']} {row['patches']}" for row in table)
     note = ("Attention rollout of each token, every map scaled to its own range (bright: most). Above each map what that token "
-            "predicts, bold when right.")
-    what = f"test images {', '.join(map(str, chosen))}" if chosen else ", ".join(first.class_names[k] for k in classes[:6])
+            f"predicts, bold when right. Patches that a map spreads over, of {table[0]['of']}, in the mean: {spread}.")
+    what = f"test images {', '.join(map(str, chosen))}" if chosen else f"test images of {classes_text(options)}"
     finish(figure, f"Where the tokens look: {what}", subjects, note)
     return Analysis(figure, table, table, note + " Drop: the points of probability that the token's own prediction loses when "
                     "the quarter of the patches that the map marks most, or a random quarter, is covered.")
@@ -356,6 +362,12 @@ def distance(subjects, options, rt):
 
 # ---- Features ------------------------------------------------------------------------------------------------------------
 
+def token_features(subject, index):
+    """Of test images: {"CLS": (blocks,n,d), and, where there is one, "DIST": the same}, as the tokens leave each block."""
+    features = torch.cat([quantities.block_tokens(subject.net, x) for x in batches(subject, index)], dim=1)
+    return dict(zip(TOKENS.values(), features.unbind(dim=2)))             # (blocks,n,tokens,d) -> (blocks,n,d) each
+
+
 def rank(subjects, options, rt):
     """Rank of the CLS and DIST features of each block, on all and on tail classes (Figure 4c, supplement G), and what is lost
     with fewer directions (Figure 1b).
@@ -368,14 +380,14 @@ def rank(subjects, options, rt):
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained", width_ratios=[1, 1, 1.15])
     for i, s in enumerate(subjects):
         every = of_classes(s.data.test_labels, range(s.data.num_classes), options.images or 1000)
-        for axis, images, index in zip(axes, ("all", "tail"), (every, measured(options, s, 1000))):
-            features = torch.cat([quantities.block_tokens(s.net, x) for x in batches(s, index)], dim=1)   # (blocks,n,tokens,d)
-            for token, of_token, line in zip(TOKENS.values(), features.unbind(dim=2), ("-", "--")):       # (blocks,n,d)
+        rare = "chosen" if options.classes else "tail"
+        for axis, images, index in zip(axes, ("all", rare), (every, measured(options, s, 1000))):
+            for (token, features), line, marker in zip(token_features(s, index).items(), ("-", "--"), "os"):
                 style = dict(color=color_of(i), linestyle=line, label=f"{s.label}, {token}".removeprefix(", "))
-                ranks = [quantities.feature_rank(x) for x in of_token]
-                axis.plot(range(1, len(ranks) + 1), ranks, marker="o" if line == "-" else "s", **style)
-                error = quantities.reconstruction_error(of_token[-1]).tolist()
-                if images == "tail":
+                ranks = [quantities.feature_rank(x) for x in features]
+                axis.plot(range(1, len(ranks) + 1), ranks, marker=marker, **style)
+                error = quantities.reconstruction_error(features[-1]).tolist()
+                if images == rare:
                     axes[2].plot(range(1, len(error)), [100 * e for e in error[1:]], **style)
                 what = {"run": s.name, "token": token, "images": images, "n": len(index), "features": features.shape[-1]}
                 curves.append(what | {"error": [round(e, 7) for e in error]})
@@ -392,7 +404,7 @@ def rank(subjects, options, rt):
     tidy(axes[2], "directions kept", "lost of the squared length, %", f"last block, {tail}")
     shared_legend(figure, axes[0], columns=3)
     n = {row["images"]: row["n"] for row in table}
-    note = (f"Features of the tokens as they leave each block, of {n['all']} test images of all classes and {n['tail']} of "
+    note = (f"Features of the tokens as they leave each block, of {n['all']} test images of all classes and {n[rare]} of "
             f"{tail}; each feature vector's own mean is subtracted. Dotted: 1 %, where the rank is read.")
     finish(figure, "How many directions the features fill", subjects, note)
     return Analysis(figure, table, {"rank": table, "reconstruction_error": curves}, note)
@@ -479,8 +491,8 @@ def sharpness_of(subject, loss, options):
     criterion = criterion.to(data.train_labels.device) if isinstance(criterion, nn.Module) else criterion
     per_class = max(1, (options.images or 500) // data.num_classes)
     index = [of_classes(data.train_labels, [k], per_class).to(data.train_labels.device) for k in range(data.num_classes)]
-    tail = [index[k] for k in data.groups["tail"] or data.groups["mid"]]
-    rest = [index[k] for k in range(data.num_classes) if k not in (data.groups["tail"] or data.groups["mid"])]
+    tail = [index[k] for k in rare_classes(data)]
+    rest = [index[k] for k in range(data.num_classes) if k not in rare_classes(data)]
     params = [p.requires_grad_() for p in net.parameters()]
     size = quantities.length([p for p in params if p.ndim > 1])
 
@@ -541,7 +553,7 @@ def draw_curves(axis, log, head="avg"):
     axis.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, columnspacing=1)
 
 
-def per_class(results, data):
+def class_figure(results, data):
     """Figure of the accuracies {head: {"per_class": [K percents]}} on every class."""
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
     draw_classes(axis, {head: r["per_class"] for head, r in results.items()}, data)
@@ -557,7 +569,7 @@ def summary(subject, result, log):
     draw_classes(figure.add_subplot(top[0]), result["per_class"], data)
     draw_curves(figure.add_subplot(top[1]), log)
     axes = grid[1].subgridspec(1 + subject.net.num_tokens, columns, hspace=0.3, wspace=0.08).subplots()
-    draw_attention(axes, subject, examples(data, data.groups["tail"] or data.groups["mid"], columns))
+    draw_attention(axes, subject, examples(data, rare_classes(data), columns))
     figure.suptitle("{method} {model} on {dataset}, imbalance {imb:g}, {epochs} epochs: ".format(**result)
                     + "{overall:.1f} % overall, {tail:.1f} % on the tail classes".format(**result["avg"]), fontsize=12, y=0.95)
     figure.text(0.5, 0.065, "Bottom: test images of the tail classes, and where each token looks (attention rollout). Above "
