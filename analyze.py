@@ -262,7 +262,8 @@ def main():
     parser.add_argument("--classes", nargs="+", help="test images of these classes (default: of the tail classes)")
     parser.add_argument("--index", nargs="+", type=int, help="attention: these test images, by their numbers")
     parser.add_argument("--columns", type=int, default=8, help="attention, augment: images to show (default: %(default)s)")
-    parser.add_argument("--images", type=int, help="images to measure on (default: the analysis's own number)")
+    parser.add_argument("--images", type=int, help="images to measure on (default: the analysis's own number, a sixth of "
+                        "it for a ViT of more than 64 px)")
     parser.add_argument("--seed", type=int, default=0, help="which example images, which random directions")
     parser.add_argument("--device", default="auto")
     data = parser.add_argument_group("data", "which data to use; default: what the run was trained on, for other files CIFAR")

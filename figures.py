@@ -138,8 +138,13 @@ def classes_text(options):
 
 
 def measured(options, subject, n):
-    """Numbers of the test images to measure: --images, or else n, of the wanted classes."""
-    return of_classes(subject.data.test_labels, wanted_classes(options, subject.data), options.images or n)
+    """Numbers of the test images of the wanted classes to measure on, by default n."""
+    return of_classes(subject.data.test_labels, wanted_classes(options, subject.data), how_many(options, subject, n))
+
+
+def how_many(options, subject, n):
+    """--images, by default n; a sixth of that for a network of large images, which then takes a minute or two on a CPU too."""
+    return options.images or (n if subject.net.img_size <= 64 else n // 6)
 
 
 def student_images(subject, index):
@@ -260,18 +265,17 @@ def draw_attention(axes, subject, index, image_row=True):
 def measure_maps(subject, images, share=0.25):
     """Of a batch of images, for each leading token: its map's numbers, {token: {column: (B,)}}."""
     maps = quantities.token_maps(subject.net, images)
-    first = maps["cls"].flatten(1)
 
-    def sure(x, token):
-        return train_student.heads(subject.net, x)[token].softmax(dim=1)  # (B,K)
+    def sure(x):
+        return {k: v.softmax(dim=1) for k, v in train_student.heads(subject.net, x).items()}              # (B,K) each
+    clean, random = sure(images), sure(quantities.cover(images, torch.rand_like(maps["cls"]), share))
     out = {}
     for token, heat in maps.items():
-        p, predicted = sure(images, token).max(dim=1)
-        hidden = {"marked": heat, "random": torch.rand_like(heat)}
-        lost = {name: p - sure(quantities.cover(images, m, share), token).gather(1, predicted[:, None])[:, 0]
-                for name, m in hidden.items()}
+        p, predicted = clean[token].max(dim=1)
+        left = {"marked": sure(quantities.cover(images, heat, share)), "random": random}
         out[token] = {"predicted": predicted, "patches": quantities.effective_patches(heat),
-                      "like CLS": F.cosine_similarity(heat.flatten(1), first, dim=1), **lost}
+                      "like CLS": F.cosine_similarity(heat.flatten(1), maps["cls"].flatten(1), dim=1),
+                      **{name: p - q[token].gather(1, predicted[:, None])[:, 0] for name, q in left.items()}}
     return out
 
 
@@ -379,7 +383,7 @@ def rank(subjects, options, rt):
     table, curves = [], []
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained", width_ratios=[1, 1, 1.15])
     for i, s in enumerate(subjects):
-        every = of_classes(s.data.test_labels, range(s.data.num_classes), options.images or 1000)
+        every = of_classes(s.data.test_labels, range(s.data.num_classes), how_many(options, s, 1000))
         rare = "chosen" if options.classes else "tail"
         for axis, images, index in zip(axes, ("all", rare), (every, measured(options, s, 1000))):
             for (token, features), line, marker in zip(token_features(s, index).items(), ("-", "--"), "os"):
