@@ -137,10 +137,9 @@ def write(path, content):
 
 def write_analysis(analysis, path):
     """The picture at `path` and its numbers beside it; returns both paths."""
-    stem = os.path.splitext(path)[0]
-    as_rows = isinstance(analysis.numbers, list)
+    stem, as_rows = path.removesuffix(".png"), isinstance(analysis.numbers, list)
     numbers = as_csv(analysis.numbers) if as_rows else json.dumps(analysis.numbers, indent=1) + "\n"
-    return write(path, figures.as_png(analysis.figure)), write(stem + (".csv" if as_rows else ".json"), numbers)
+    return write(stem + ".png", figures.as_png(analysis.figure)), write(stem + (".csv" if as_rows else ".json"), numbers)
 
 
 # ---- Commands ------------------------------------------------------------------------------------------------------------

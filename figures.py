@@ -64,8 +64,9 @@ class Log:
 
     @property
     def on(self):
-        config = argparse.Namespace(**read_json(self.path, "config.json"))
-        return f"{engine.data_name(config)}, {sum(config.counts):,} images"
+        config, finished = read_json(self.path, "config.json"), os.path.exists(os.path.join(self.path, "result.json"))
+        dataset = (read_json(self.path, "result.json") if finished else config)["dataset"]            # "CIFAR-10 (JPEG copy)"
+        return f"{dataset} (imb {config['imb']:g}, {sum(config['counts']):,} images)"
 
 
 @dataclass
@@ -174,7 +175,7 @@ def finish(figure, title, subjects, note):
     width = int(17 * figure.get_size_inches()[0])                         # characters of the small type in a line
     few = len(subjects) < 7
     names = " · ".join(s.source for s in subjects) if few else f"{len(subjects)} runs, named in the table of numbers"
-    data = " and ".join(dict.fromkeys(s.on for s in subjects))
+    data = "; ".join(dict.fromkeys(s.on for s in subjects))
     lines = [line for text in (note, names, data) for line in textwrap.wrap(text, width)]
     figure.suptitle(title, fontsize=12)
     bottom = -0.01
@@ -501,8 +502,8 @@ def sharpness_of(subject, loss, options):
     size = quantities.length([p for p in params if p.ndim > 1])
 
     def sums(images):
-        """Summed losses of images given by their numbers, part by part: one part's graph is in memory at a time."""
-        for part in torch.cat(images).split(100):
+        """Summed losses of images given by their numbers, class by class: one part's graph is in memory at a time."""
+        for part in (part for of_class in images for part in of_class.split(100)):
             x = train_teacher.teacher_images(augment.to_float(data.train_images[part]), net)
             yield len(part) * criterion(net(x), data.train_labels[part])
 
@@ -698,8 +699,8 @@ def curves(subjects, options, rt):
     axes[0, 1].ticklabel_format(axis="y", scilimits=(0, 0))
     if len(subjects) > 1:
         shared_legend(figure, axes[0, 0])
-    note = ("Accuracies are those of the average of the heads on the test set. Dashed: from here on classes are re-weighted "
-            "(DRW).")
+    note = ("Accuracies are those of the average of the heads on the test set. Dashed: the DRW epoch, from which on rare classes "
+            "weigh more, where the method does that, and a student's images are no longer mixed (but with --mix-drw).")
     finish(figure, "The course of the training", subjects, note)
     return Analysis(figure, table, rows, note)
 

@@ -368,6 +368,16 @@ def test_diversity_is_the_logs(runs, tmp_path, monkeypatch):
     assert [r["drw"] for r in rows] == ["False", "True"] and [r["epoch"] for r in rows] == ["1", "2"]
 
 
+def test_a_log_says_which_data_it_came_from(runs, tmp_path):
+    """A picture of a JPEG copy's results without that word: the label of result.json, before it is there the data set's name."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"dataset": "cifar10", "imb": 100.0, "counts": [5000, 50]}))
+    log = figures.Log("ours", str(tmp_path / "run"))
+    assert (log.source, log.on, log.name) == ("ours: run", "cifar10 (imb 100, 5,050 images)", "ours")
+    (tmp_path / "run" / "result.json").write_text(json.dumps({"dataset": "CIFAR-10 (JPEG copy)"}))
+    assert log.on == "CIFAR-10 (JPEG copy) (imb 100, 5,050 images)" and figures.Log("", "a/run/").source == "run"
+
+
 def test_the_table_of_diversity_shows_first_switch_and_last():
     """The epoch after the switch shown for the one before it."""
     rows = [{"epoch": e, "drw": e > 3} for e in range(1, 7)]
@@ -399,6 +409,15 @@ def test_curves_of_a_student_and_a_teacher(runs, tmp_path, monkeypatch):
     mine = [r for r in rows if r["run"] == "teacher"]
     assert [float(r["loss"]) for r in mine] == [r["loss"] for r in log] and len(rows) == 4
     assert [float(r["tail"]) for r in mine] == [r["avg"]["tail"] for r in log]
+
+
+def test_outputs_go_into_the_run_folder_or_where_out_says(runs, tmp_path, monkeypatch, capsys):
+    """The numbers written over the picture, or into the second run's folder."""
+    script(analyze, monkeypatch, "curves", runs["vit"], runs["deit-lt"])
+    script(analyze, monkeypatch, "curves", runs["vit"], "--out", tmp_path / "a.b")
+    written = [runs["vit"] / "curves.png", runs["vit"] / "curves.csv", tmp_path / "a.b.png", tmp_path / "a.b.csv"]
+    assert [line for line in capsys.readouterr().out.splitlines() if "/" in line] == list(map(str, written))
+    assert [path.read_bytes()[:4] == PNG[:4] for path in written] == [True, False, True, False]
 
 
 def test_augment_asks_the_teacher(runs, tmp_path, monkeypatch):
