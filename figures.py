@@ -699,8 +699,8 @@ def curves(subjects, options, rt):
     axes[0, 1].ticklabel_format(axis="y", scilimits=(0, 0))
     if len(subjects) > 1:
         shared_legend(figure, axes[0, 0])
-    note = ("Accuracies are those of the average of the heads on the test set. Dashed: the DRW epoch, from which on rare classes "
-            "weigh more, where the method does that, and a student's images are no longer mixed (but with --mix-drw).")
+    note = ("Accuracies are those of the average of the heads on the test set. Dashed: the DRW epoch, from which on rare "
+            "classes weigh more, where the method does that, and a student's images are no longer mixed (but with --mix-drw).")
     finish(figure, "The course of the training", subjects, note)
     return Analysis(figure, table, rows, note)
 
