@@ -530,8 +530,8 @@ def draw_classes(axis, per_class, data):
     x = np.arange(len(counts))
     for head in ("cls", "dist", "avg"):
         if head in per_class and not (head == "cls" and "dist" not in per_class):
-            axis.plot(x, per_class[head], color=COLORS[head], marker="o" if len(x) <= 20 else None, label=NAMES[head],
-                      linewidth=2.5 if head == "avg" else 1.5)
+            axis.plot(x, per_class[head], color=COLORS[head], marker="o" if len(x) <= 20 else None,
+                      label=NAMES[head] if "dist" in per_class else "the network", linewidth=2.5 if head == "avg" else 1.5)
     axis.set_ylim(0, 100)
     axis.set_ylabel("test accuracy, %")
     if len(x) <= 20:
