@@ -26,6 +26,7 @@ import engine
 import run_folder
 from losses import LDAMLoss, PaCo, PaCoLoss, VSLoss, drw_weights, focal_loss, weighted_cross_entropy
 from networks import NORMALISATIONS, build_teacher, load_network, match_classes
+from quantities import entropy
 from sam import SAM, frozen_batchnorm_statistics
 
 # One row per data set. paper: Saddle-LongTail's run.sh. cpu: the same method in minutes on 2 cores.
@@ -309,28 +310,42 @@ def teacher_images(x, net):
 
 
 @torch.no_grad()
-def on_training_images(net, data, rt, limit=20000, batch=64):
-    """How right and how sure a teacher is on the images that its student will ask about (the paper's Table 1 and Figure 3).
+def seen_by_student(net, data, rt, kinds=("clean", "strong", "mixed"), limit=20000, batch=64):
+    """A teacher on (up to `limit`) training images as its student asks about them (the paper's Table 1 and Figure 3).
 
-    Two kinds of (up to `limit`) training images: "clean", and "strong": cropped, RandAugmented, erased and mixed, as in the
-    student's training, at the data's own size. Accuracy in percent, of a mixed image for the label with the larger share;
-    entropy of the softmax in nats, from 0 (certain) to ln K; means over images, so over the long-tailed distribution.
+    kinds: "clean", "strong": cropped, RandAugmented, erased, and "mixed": those mixed, all at the data's own size. Returns
+    {kind: (right (n,) bool, entropy (n,))}: is the arg max the label (of a mixed image: the one with the larger share), and
+    the softmax's entropy in nats, from 0 (certain) to ln K.
     """
     net.eval()
     torch.manual_seed(0)
     n = min(limit, len(data.train_labels))
     order = torch.linspace(0, len(data.train_labels) - 1, n).long()[torch.randperm(n)]
-    sums = {"clean": 0, "strong": 0}
+    seen = {kind: ([], []) for kind in kinds}
     for index in data_lt.shard(order, batch):
         index = index.to(rt.device)
         images, labels = data.train_images[index], data.train_labels[index]
-        mixed, target = augment.mixup_cutmix(augment.strong_augment(images, images.shape[-1]), labels, data.num_classes)
-        for name, x, truth in (("clean", augment.to_float(images), labels), ("strong", mixed, target.argmax(dim=1))):
+        strong = augment.strong_augment(images, images.shape[-1])
+        mixed, target = augment.mixup_cutmix(strong, labels, data.num_classes)
+        views = {"clean": (augment.to_float(images), labels), "strong": (strong, labels),
+                 "mixed": (mixed, target.argmax(dim=1))}
+        for kind, (rights, entropies) in seen.items():
+            x, truth = views[kind]
             with rt.autocast():
-                log_p = net(teacher_images(x, net)).float().log_softmax(dim=1)
-            right = (log_p.argmax(dim=1) == truth).sum()
-            sums[name] = sums[name] + torch.stack([100 * right, -(log_p.exp() * log_p).sum()])
-    return {name: {"accuracy": round(float(a) / n, 2), "entropy": round(float(e) / n, 4)} for name, (a, e) in sums.items()}
+                logits = net(teacher_images(x, net))
+            rights.append(logits.argmax(dim=1) == truth)
+            entropies.append(entropy(logits))
+    return {kind: (torch.cat(rights), torch.cat(entropies)) for kind, (rights, entropies) in seen.items()}
+
+
+def on_training_images(net, data, rt):
+    """How right and how sure: means of seen_by_student over images, so over the long-tailed distribution, for result.json.
+
+    "clean", and "strong", which are the mixed images: {kind: {"accuracy": percent, "entropy": nats}}.
+    """
+    seen = seen_by_student(net, data, rt, ("clean", "mixed"))
+    return {name: {"accuracy": round(100 * float(right.double().mean()), 2), "entropy": round(float(e.double().mean()), 4)}
+            for name, (right, e) in zip(("clean", "strong"), seen.values())}
 
 
 def say_on_training_images(seen):

@@ -319,18 +319,6 @@ def test_eval_repeats_the_accuracies_of_the_run(student, monkeypatch, capsys):
     assert [float(v) for v in line.split()[1:]] == [round(result["avg"][c], 1) for c in engine.COLUMNS]
 
 
-def test_rollout_of_known_attentions():
-    """Identity attention stays the identity; a uniform block gives (I + U)/2; two tokens worked out by hand."""
-    eye = torch.eye(3).expand(1, 2, 3, 3)
-    uniform = torch.full((1, 2, 3, 3), 1 / 3)
-    assert torch.allclose(analyze.attention_rollout([eye, eye]), torch.eye(3)[None])
-    assert torch.allclose(analyze.attention_rollout([uniform]), (torch.eye(3) + 1 / 3)[None] / 2)
-    first = torch.tensor([[0.5, 0.5], [0.0, 1.0]]).expand(1, 1, 2, 2)
-    second = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).expand(1, 1, 2, 2)
-    # (A1 + I)/2 = [.75 .25; 0 1], (A2 + I)/2 = [1 0; .25 .75]; product A2 A1 = [.75 .25; .1875 .8125]
-    assert torch.allclose(analyze.attention_rollout([first, second])[0], torch.tensor([[0.75, 0.25], [0.1875, 0.8125]]))
-
-
 @pytest.mark.parametrize("loss", ["ce", "focal", "la", "vs"])
 def test_every_loss_trains_a_teacher(loss, tiny_cifar, tmp_path, monkeypatch):
     """With and without weights (before and after DRW), without SAM; the loss is finite and the classifier linear, with bias."""
