@@ -4,6 +4,8 @@ r"""Look inside a trained network: the paper's figures, from a run folder or a p
     python analyze.py eval       --checkpoint FILE --dataset cifar10 --imb 100         the same of a file (see networks.py)
     python analyze.py summary    RUN             one picture: who knows which classes, the training, where the tokens look
     python analyze.py report     RUN             one HTML page with all of this that applies
+    python analyze.py predict    --checkpoint RUN IMAGES ...       classes of your own pictures: files, folders or patterns
+    python analyze.py export     RUN             the network for other programs: torch.export, and ONNX (see predict.py)
 
     python analyze.py attention  RUN ...         where CLS and DIST look, on images of the rarest classes        Figures 1a, 5
     python analyze.py distance   RUN ...         how far the heads of each block look                            Figure 4b
@@ -29,9 +31,12 @@ from math import inf
 
 import torch
 
+import augment
 import data_lt
 import engine
 import figures
+import predict
+import quantities
 import report
 import run_folder
 import train_student
@@ -57,7 +62,8 @@ def load(path, rt, options=None):
                "eval_crop": 0.875 if found.net.img_size > 64 else 1.0}
     given = {key: value for key in DATA_FLAGS if (value := getattr(options, key, None)) is not None}
     args = argparse.Namespace(**assumed | found.config | given)
-    loaded, key = getattr(options, "loaded", {}), tuple(getattr(args, key) for key in DATA_FLAGS)
+    sizes = (args.img_size, getattr(args, "eval_crop", 1)) if args.dataset in ("folder", *data_lt.LISTS) else ()
+    loaded, key = getattr(options, "loaded", {}), (*(getattr(args, key) for key in DATA_FLAGS), *sizes)
     data = loaded[key] = loaded.get(key) or engine.load_data(args, rt)    # several runs on the same data read them once
     match_classes(found, data, path)
     found.net.to(rt.device)
@@ -184,15 +190,58 @@ def class_rows(results, data):
             for k, name in enumerate(data.class_names)]
 
 
+def test_logits(found, data, args, rt, batch=500):
+    """Logits (N,K) of a network's prediction on the test set, on the CPU."""
+    model, out = predict.Predictor(found), []
+    with torch.no_grad():
+        for index in torch.arange(len(data.test_labels), device=rt.device).split(batch):
+            x = augment.to_float(data.test_images[index])
+            x = train_student.test_images(x, args) if model.student else train_teacher.teacher_images(x, found.net)
+            with rt.autocast():
+                out.append(model(x).float().cpu())
+    return torch.cat(out)
+
+
 def command_eval(options, rt):
     path, = options.runs
     found, args, data = load(path, rt, options)
     print(f"{path}: {found.what}; on {engine.describe(data, args)}")
     results = evaluated(found, data, args, rt)
-    print(engine.table(results, found.kind))
+    print(engine.tables(results, found.kind, data))
+    logits, labels = test_logits(found, data, args, rt), data.test_labels.cpu()
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    low, high = quantities.bootstrap(predicted == labels, labels, data.groups)
+    ranges = ", ".join(f"{name} {low[name]:.1f} to {high[name]:.1f}" for name in low)
+    print(f"95 % of 1,000 resamplings of the test images: {ranges}")
+    error = quantities.calibration_error(confidence, predicted == labels)
+    print(f"mean confidence {100 * confidence.mean():.1f} %, expected calibration error {100 * error:.1f} points")
     if found.kind == "teacher":
         print(train_teacher.say_on_training_images(train_teacher.on_training_images(found.net, data, rt)))
-    print(write(options.out or beside(path, "per_class.csv"), as_csv(class_rows(results, data))))
+    out = options.out or beside(path, "per_class.csv")
+    print(write(out, as_csv(class_rows(results, data))))
+    K = data.num_classes
+    confusion = torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
+    picture = figures.as_png(figures.confusion_figure(confusion, data, f"{figures.name_of(path)} on {data.label}"))
+    print(write(out.replace("per_class", "").removesuffix(".csv") + "confusion.png", picture))
+
+
+def command_predict(options, rt):
+    if not options.checkpoint:
+        raise engine.UserError("predict needs --checkpoint RUN, then images")
+    found = load_network(options.checkpoint, options.norm, options.size)
+    found.net.to(rt.device)
+    rows = predict.predict(found, options.runs, rt, options.topk)
+    for row in rows:
+        ranked = list(row.values())[1:]
+        print(f"{row['image']}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(ranked[::2], ranked[1::2])))
+    if options.csv:
+        print(write(options.csv, as_csv(rows)))
+
+
+def command_export(options, rt):
+    path, = options.runs
+    found = load_network(path, options.norm, options.size)
+    print("\n".join(predict.export(found, (options.out or beside(path, "model")).removesuffix(".pt2"))))
 
 
 def summary(folder, out=None):
@@ -248,16 +297,19 @@ def command_report(options, rt):
     print(write(options.out or beside(path, "report.html"), page))
 
 
-ONE_RUN = {"eval": command_eval, "summary": command_summary, "report": command_report, "augment": command_analysis}
+ONE_RUN = {"eval": command_eval, "summary": command_summary, "report": command_report, "augment": command_analysis,
+           "export": command_export}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = dict.fromkeys(ANALYSES, command_analysis) | ONE_RUN
+    commands = dict.fromkeys(ANALYSES, command_analysis) | ONE_RUN | {"predict": command_predict}
     parser.add_argument("command", choices=commands)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or checkpoint file (summary: a finished run folder)")
     parser.add_argument("--checkpoint", help="the same, as a flag")
     parser.add_argument("--out", help="file to write (default: in the first run's folder, or beside the file)")
+    parser.add_argument("--topk", type=int, default=5, help="predict: classes to name (default: %(default)s)")
+    parser.add_argument("--csv", help="predict: file to write the predictions to")
     parser.add_argument("--labels", nargs="+", help="what the runs are called in a picture, one for each")
     parser.add_argument("--classes", nargs="+", help="test images of these classes (default: of the tail classes)")
     parser.add_argument("--index", nargs="+", type=int, help="attention: these test images, by their numbers")
@@ -278,12 +330,13 @@ def main():
     network.add_argument("--norm", choices=NORMALISATIONS, help="pixel statistics to normalise with (default: as recognised)")
     network.add_argument("--size", type=int, help="side of a CNN's images, pixels (default: as recognised)")
     options = parser.parse_intermixed_args()
-    options.runs += [options.checkpoint] if options.checkpoint else []
+    if options.checkpoint and options.command != "predict":
+        options.runs.append(options.checkpoint)
     if not options.runs or (options.command in ONE_RUN and len(options.runs) > 1):
         parser.error("name one run folder or checkpoint file" + " or more" * (options.command not in ONE_RUN))
     if options.labels and len(options.labels) != len(options.runs):
         parser.error(f"--labels needs one name for each of the {len(options.runs)} runs")
-    engine.check_ranges(options, columns=(1, 100), **{"images": (1, inf)} if options.images is not None else {})
+    engine.check_ranges(options, columns=(1, 100), topk=(1, inf), **{"images": (1, inf)} if options.images is not None else {})
     options.loaded = {}                                                   # data sets read so far
     commands[options.command](options, engine.setup(options.device))
 

@@ -392,7 +392,8 @@ def table(results, title=""):
     """The head/mid/tail table as text, a row per entry of {row name: accuracies}."""
     width = max([6, len(title), *map(len, results)])
     lines = [f"{title:<{width}}" + "".join(f"{c:>9}" for c in COLUMNS)]
-    return "\n".join(lines + [f"{name:<{width}}" + "".join(f"{r[c]:9.1f}" for c in COLUMNS) for name, r in results.items()])
+    shown = lambda x: f"{'-':>9}" if math.isnan(x) else f"{x:9.1f}"       # no test image in this group
+    return "\n".join(lines + [f"{name:<{width}}" + "".join(shown(r[c]) for c in COLUMNS) for name, r in results.items()])
 
 
 # ---- Settings ------------------------------------------------------------------------------------------------------------
@@ -423,6 +424,8 @@ def add_run_flags(parser):
                         "none (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute or two at the start, then a faster "
                         "step (of the student on a CPU: 3 to 7 %%)")
+    parser.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard too, into the run folder")
+    parser.add_argument("--wandb", action="store_true", help="send the log to Weights & Biases too, project deit-lt")
     parser.add_argument("--out", help="run folder (default: runs/<name from the settings>)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue the run folder's last.pt, wherever it stopped")

@@ -565,6 +565,28 @@ def class_figure(results, data):
     return figure
 
 
+def confusion_figure(confusion, data, title):
+    """Figure of a confusion matrix (K,K), rows truth, columns prediction, in percent of each row."""
+    K, share = len(confusion), 100 * confusion.double() / confusion.sum(dim=1, keepdim=True)
+    figure, axis = plt.subplots(figsize=(7.2, 6.2), layout="constrained")
+    picture = axis.imshow(share.numpy(), cmap="viridis", vmin=0, vmax=100)
+    figure.colorbar(picture, ax=axis, label="% of the test images of a class")
+    if K <= 30:
+        axis.set_xticks(range(K), data.class_names, rotation=90)
+        axis.set_yticks(range(K), data.class_names)
+    if K <= 12:
+        for truth in range(K):
+            for predicted in range(K):
+                value = float(share[truth, predicted])
+                if value >= 0.5:
+                    axis.text(predicted, truth, f"{value:.0f}", ha="center", va="center", fontsize=8,
+                              color="black" if value > 60 else "white")
+    axis.set_xlabel("predicted class, most to least common")
+    axis.set_ylabel("true class, most to least common")
+    axis.set_title(title, fontsize=10)
+    return figure
+
+
 def summary(subject, result, log):
     """Of a student's run, on one page: accuracy per class, over the training, and attention on tail images."""
     data, columns = subject.data, 10

@@ -44,7 +44,7 @@ class Files:
     problems: list = field(default_factory=list)                          # a line of text each, with the path
 
     def __len__(self):
-        return len(self.labels)
+        return len(self.paths)
 
     def keep(self, chosen):
         """The same with only the images of an index array or a mask."""

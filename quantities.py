@@ -7,11 +7,13 @@ r"""What the figures measure: tensors in, numbers out. Nothing here draws, print
     reconstruction_error      Figure 1b            what is lost with fewer directions
     entropy                   Figure 3             how unsure a prediction is
     loss_along                Section 3.2          how fast the loss rises around the weights
+    calibration_error, bootstrap  (ours)           is a network as often right as it says, and how sure are its accuracies?
 
 The figures are those of DeiT-LT (Rangwani et al., CVPR 2024, arXiv 2404.02900). Its authors published no code for them: where
 the paper leaves a choice open, the usual definition is taken, and its source is named.
 Shapes: B images of S px, H heads, N = G x G patches of P px, T = N + leading tokens (CLS, DIST), d features, K classes.
 """
+import numpy as np
 import torch
 
 
@@ -174,3 +176,33 @@ def loss_along(loss, params, direction, radii):
         for p, w in zip(params, before):
             p.copy_(w)
     return torch.stack(out)
+
+
+# ---- How sure ------------------------------------------------------------------------------------------------------------
+
+def calibration_error(confidence, right, bins=15):
+    """Expected calibration error (Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599), a fraction.
+
+        ECE = sum over bins b of  n_b / N |accuracy of b - mean confidence of b|,    bins of equal width in confidence
+
+    confidence (N,) in [0,1]: the largest probability; right (N,): was that class the true one?
+    """
+    b = (confidence.double() * bins).long().clamp(0, bins - 1)
+    gap = torch.zeros(bins, dtype=torch.double).index_add_(0, b, right.double() - confidence.double())
+    return float(gap.abs().sum() / len(right))
+
+
+def bootstrap(right, labels, groups, resamplings=1000, share=0.95):
+    """How far accuracies would scatter on other test images: ({"overall", "head", ...: percent} low, the same high).
+
+    Every class is resampled with replacement from its own test images; `share` of the resamplings lie between low and high.
+    right, labels (N,); groups {name: class numbers}. It says nothing of other seeds or other training images.
+    """
+    rng, K = np.random.default_rng(0), sum(map(len, groups.values()))
+    n = np.bincount(labels.numpy(), minlength=K)
+    hits = rng.binomial(n, np.bincount(labels.numpy(), right.numpy(), minlength=K) / np.maximum(n, 1), (resamplings, K))
+    accuracies = {"overall": hits.sum(axis=1) / n.sum()}
+    tested = {name: [k for k in classes if n[k]] for name, classes in groups.items()}
+    accuracies |= {name: (hits[:, ks] / n[ks]).mean(axis=1) for name, ks in tested.items() if ks}
+    ends = (1 - share) / 2, (1 + share) / 2
+    return tuple({name: float(100 * np.quantile(a, end)) for name, a in accuracies.items()} for end in ends)

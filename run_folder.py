@@ -131,6 +131,39 @@ def load_weights(model, weights, what):
 
 # ---- The run -------------------------------------------------------------------------------------------------------------
 
+def trackers(args):
+    """What else is told of every epoch, functions of (epoch, {name: number}): TensorBoard, Weights & Biases, or nothing."""
+    told = []
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError("--tensorboard needs its package: pip install tensorboard") from None
+        writer = SummaryWriter(args.out)
+
+        def tell(epoch, numbers):
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, epoch + 1)
+            writer.flush()
+        told.append(tell)
+    if args.wandb:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs its package: pip install wandb") from None
+        run = wandb.init(project="deit-lt", name=args.name, id=args.name, config=vars(args), dir=args.out, resume="allow")
+        told.append(lambda epoch, numbers: run.log(numbers, step=epoch + 1))
+    return told
+
+
+def scalars(record):
+    """An epoch's record for trackers: {"loss": 1.2, "avg/tail": 41.7, ...}, without lists and what was not measured."""
+    flat = {}
+    for name, value in record.items():
+        flat |= {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return {k: float(v) for k, v in flat.items() if isinstance(v, (int, float))}
+
+
 class Run:
     """A run's folder: refuses to overwrite another run, writes config, log, checkpoint and result (main process only)."""
 
@@ -161,7 +194,7 @@ class Run:
     def check_settings(self, args):
         """Going on with other settings would be neither run: raise UserError with the differences, or with --force say them."""
         free = ("out", "resume", "overwrite", "device", "data_dir", "name", "compile", "checkpointing", "save_every", "force",
-                "skip_bad")
+                "skip_bad", "tensorboard", "wandb")
         old, new = ({k: v for k, v in c.items() if k not in free} for c in (self.resumed["config"], vars(args)))
         old["processes"], new["processes"] = self.resumed.get("world", self.rt.world), self.rt.world
         keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
@@ -228,6 +261,8 @@ class Run:
         record = {"epoch": epoch} | record | (results or {})
         record |= {"images_per_second": round(speed, 1), "seconds": round(time.time() - started, 2)}
         self.save(state() | dict(epoch=epoch + 1, step=0), record)
+        for tell in self.trackers:
+            tell(epoch, scalars(record))
         engine.report(bar, self.rt, record, speed, results)
 
     def write(self, action):
@@ -250,6 +285,7 @@ class Run:
             raise UserError(f"{self.folder} was trained on other images: the classes or their numbers of images have changed")
         self.watch_signals()
         self.write(lambda: self.write_beginning(args, data))
+        self.trackers = trackers(args) if self.rt.main else []
 
     def watch_signals(self):
         """From now on SIGTERM and SIGINT stop the run at the end of a step; one that came before, in a teacher's run, too."""

@@ -122,7 +122,8 @@ def short_recipe(config):
     """
     if "method" not in config:
         raise engine.UserError("--finetune takes a run of train_student.py")
-    own = ("out", "name", "resume", "overwrite", "force", "device", "amp", "save_every", "compile", "finetune", "skip_bad")
+    own = ("out", "name", "resume", "overwrite", "force", "device", "amp", "save_every", "compile", "finetune", "skip_bad",
+           "tensorboard", "wandb")
     return {k: v for k, v in config.items() if k not in own} | dict(
         epochs=max(1, config["epochs"] // 10), lr=config["lr"] / 10, warmup_epochs=0, weight_decay=1e-8, drw_epoch=0)
 
@@ -132,7 +133,7 @@ def teacher_args(args):
     given = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in
              ("dataset", "imb", "imb-type", "data-dir", "holdout", "train-list", "test-list", "recipe", "seed", "device", "amp",
               "save-every") if getattr(args, k.replace("-", "_")) is not None]
-    given += [f"--{k}" for k in ("compile", "skip-bad") if getattr(args, k.replace("-", "_"))]
+    given += [f"--{k}" for k in ("compile", "skip-bad", "tensorboard", "wandb") if getattr(args, k.replace("-", "_"))]
     return train_teacher.parse(given + ["--loss", OWN_TEACHERS[args.teacher], "--resume"])
 
 

@@ -92,7 +92,7 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        keep = torch.rand(len(x), 1, 1, device=x.device) >= self.p        # (B,1,1)
+        keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.p        # (B,1,1)
         return x * keep.to(x.dtype) / (1 - self.p)
 
 
@@ -179,7 +179,7 @@ class VisionTransformer(nn.Module):
                              "resize them, or the positions with resize_pos_embed")
         x = self.patch_embed((x - self.mean) / self.std)                  # (B,3,S,S) -> (B,N,D)
         tokens = [self.cls_token, self.dist_token] if self.distilled else [self.cls_token]
-        x = torch.cat([t.expand(len(x), -1, -1) for t in tokens] + [x], dim=1) + self.pos_embed      # (1) (B,T,D)
+        x = torch.cat([t.expand(x.shape[0], -1, -1) for t in tokens] + [x], dim=1) + self.pos_embed      # (1) (B,T,D)
         attention = []
         for i, block in enumerate(self.blocks, start=1):
             if return_attention:
