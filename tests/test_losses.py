@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck
 
+import data_lt
 import engine
 import train_teacher
 from losses import (LDAMLoss, PaCo, PaCoLoss, VSLoss, class_balanced_weights, distillation_loss, drw_weights, focal_loss,
@@ -595,14 +596,13 @@ def recorded_training(monkeypatch):
         monkeypatch.setattr(train_teacher, "new_network", lambda args, data, rt: PooledNet(args.img_size))
         g = torch.Generator().manual_seed(0)
         pixels, y = torch.randint(256, (24, 3, 32, 32), generator=g, dtype=torch.uint8), torch.randint(4, (24,), generator=g)
-        data = SimpleNamespace(train_images=pixels, train_labels=y, test_images=pixels, test_labels=y, num_classes=4,
-                               counts=y.bincount().tolist(), class_names=list("abcd"),
-                               groups={"head": [0], "mid": [1], "tail": [2, 3]})
+        data = data_lt.LongTailData("x", "x", pixels, y, pixels, y, list("abcd"), y.bincount().tolist(),
+                                    {"head": [0], "mid": [1], "tail": [2, 3]})
         args, rt = train_teacher.parse(["--dataset", "cifar10", "--loss", "paco", *flags]), engine.Runtime(torch.device("cpu"))
         train_teacher.resolve(args, rt)
-        run = SimpleNamespace(resumed=None, start_epoch=0, begun=lambda epoch, sums: (0.0, sums), log=lambda record: None,
-                              steps=lambda epoch, batches: enumerate(batches), after_step=lambda *place: None,
-                              save=lambda **state: None)
+        run = SimpleNamespace(resumed=None, start_epoch=0, start_step=0, restore=lambda load: None,
+                              begun=lambda epoch, sums: (0.0, sums), steps=lambda epoch, batches: enumerate(batches),
+                              after_step=lambda *place: None, after_epoch=lambda *what: None)
         train_teacher.train(args, data, rt, run)
         return found.whole, found.events
     return train

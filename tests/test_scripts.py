@@ -167,8 +167,8 @@ def test_weight_decay_spares_biases_norms_tokens_and_positions():
     decay, plain = train_student.parameter_groups(net, 0.05)
     names = {id(p): n for n, p in net.named_parameters()}
     spared = {names[id(p)] for p in plain["params"]}
-    plain = ("cls_token", "dist_token", "pos_embed")
-    assert spared == {n for n in names.values() if n.endswith("bias") or "norm" in n or n in plain}
+    tokens = ("cls_token", "dist_token", "pos_embed")
+    assert spared == {n for n in names.values() if n.endswith("bias") or "norm" in n or n in tokens}
     assert len(spared) + len(decay["params"]) == len(names) and plain["weight_decay"] == 0
 
 
