@@ -213,11 +213,11 @@ def draw_photographs(folder, n):
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(os.path.join(folder, str(i % 2), f"{i}.jpg"), quality=90)
 
 
-def bench_files(rt, n, images=512, batch=64):
+def bench_files(rt, n, images=2048, batch=64):
     """Decode, cut a random box to 224 px and mirror: ImageFolder in DataLoader's worker processes, and image_files.Stream."""
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        draw_photographs(folder, images)
+        draw_photographs(folder, 256)
         crop = transforms.RandomResizedCrop(224, interpolation=transforms.InterpolationMode.BICUBIC)
         cropped = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.PILToTensor()])
         kinds = {"torchvision's ImageFolder and transforms": cropped}
@@ -225,20 +225,20 @@ def bench_files(rt, n, images=512, batch=64):
             kinds["ImageFolder and timm's transform"] = timm.data.create_transform(224, is_training=True, color_jitter=None,
                                                                                    interpolation="bicubic")
         loaders = {f"{name}, {threads} worker processes": torch.utils.data.DataLoader(
-            datasets.ImageFolder(folder, transform), batch, shuffle=True, num_workers=threads, persistent_workers=True)
-            for name, transform in kinds.items()}
+            datasets.ImageFolder(folder, transform), batch, num_workers=threads, persistent_workers=True,
+            sampler=torch.arange(images) % 256) for name, transform in kinds.items()}
         files = image_files.list_folder(folder)
         stream = image_files.Stream(files, 224, rt.device)
 
         def ours():
-            steps = enumerate(torch.randperm(images).split(batch))
+            steps = enumerate((torch.arange(images) % 256).split(batch))
             for _ in stream.batches(steps, (0, 0, 0)):
                 pass
         variants = {name: lambda loader=loader: [None for _ in loader] for name, loader in loaders.items()}
         variants[f"image_files.Stream, {image_files.THREADS} threads"] = ours
         times = rounds(variants, n, rt)
         print_rates("JPEG files of 500 x 375 px, a random box of each at 224 px", times, images, baseline=next(iter(variants)))
-        many = image_files.Files(np.tile(files.paths, 40), np.tile(files.labels, 40), files.class_names)
+        many = image_files.Files(np.tile(files.paths, 80), np.tile(files.labels, 80), files.class_names)
         times = rounds({"look at files (beginning and end)": lambda: image_files.check(many)}, n, rt)
         print_rates(f"{len(many):,} files", times, len(many))
 

@@ -308,8 +308,8 @@ class Stream:
     def to(self, device):
         return Stream(self.files, self.size, device, self.pool)
 
-    def read(self, i, box=None, mirror=False):
-        """One image, (3,size,size)."""
+    def read(self, i, out, box=None, mirror=False):
+        """Write one image to out (3,size,size)."""
         path = self.files.paths[i]
         try:
             pixels = read_square(path, self.size, box)
@@ -318,14 +318,22 @@ class Stream:
                 self.failed.add(path)
                 print(f"{shown(path)} cannot be decoded ({error}); gray instead", file=sys.stderr, flush=True)
             pixels = torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
-        return pixels.flip(2) if mirror else pixels
+        out.copy_(pixels.flip(2) if mirror else pixels)                   # here, by one thread: torch's many would spin
 
     def __getitem__(self, index):
         index = index.tolist() if torch.is_tensor(index) else range(*index.indices(len(self)))
-        return self.stacked(list(self.pool.map(self.read, index)))
+        return self.done(self.submit([(i,) for i in index]))
 
-    def stacked(self, images):
-        batch = torch.stack(images)
+    def submit(self, draws):
+        """Begin to read images; draws: (number, and if wanted box, mirror) of each -> (the batch to be, its readers)."""
+        batch = torch.empty(len(draws), 3, self.size, self.size, dtype=torch.uint8)
+        return batch, [self.pool.submit(self.read, i, out, *how) for (i, *how), out in zip(draws, batch)]
+
+    def done(self, submitted):
+        """The batch that was submitted, whole, on the device."""
+        batch, readers = submitted
+        for reader in readers:
+            reader.result()
         return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
 
     def batches(self, steps, key, ahead=4):
@@ -333,20 +341,16 @@ class Stream:
 
         The boxes of a step follow from (*key, step) alone; a generator of this kind holds up to `ahead` decoded batches.
         """
-        def submit(step, index):
-            rng = np.random.default_rng([*key, step])
-            draws = [(i, random_box(rng), rng.random() < 0.5) for i in index.tolist()]
-            return step, index, [self.pool.submit(self.read, *draw) for draw in draws]
         waiting = deque()
         for step, index in steps:
-            waiting.append(submit(step, index))
+            rng = np.random.default_rng([*key, step])
+            draws = [(i, random_box(rng), rng.random() < 0.5) for i in index.tolist()]
+            waiting.append((step, index, self.submit(draws)))
             if len(waiting) > ahead:
-                yield self.done(*waiting.popleft())
-        while waiting:
-            yield self.done(*waiting.popleft())
-
-    def done(self, step, index, images):
-        return step, index, self.stacked([image.result() for image in images])
+                step, index, submitted = waiting.popleft()
+                yield step, index, self.done(submitted)
+        for step, index, submitted in waiting:
+            yield step, index, self.done(submitted)
 
 
 def random_box(rng, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
