@@ -26,6 +26,7 @@ import argparse
 import csv
 import json
 import os
+import sys
 from io import StringIO
 from math import inf
 
@@ -59,13 +60,16 @@ def load(path, rt, options=None):
     dataset = "cifar100" if found.num_classes == 100 else "cifar10"
     assumed = {"dataset": dataset, "imb": 100.0, "imb_type": "exp", "data_dir": "data", "img_size": found.net.img_size,
                "holdout": None, "train_list": None, "test_list": None, "skip_bad": True,
-               "eval_crop": 0.875 if found.net.img_size > 64 else 1.0}
+               "eval_crop": found.net.img_size / predict.decoded_size(found)}
     given = {key: value for key in DATA_FLAGS if (value := getattr(options, key, None)) is not None}
     args = argparse.Namespace(**assumed | found.config | given)
     sizes = (args.img_size, getattr(args, "eval_crop", 1)) if args.dataset in ("folder", *data_lt.LISTS) else ()
     loaded, key = getattr(options, "loaded", {}), (*(getattr(args, key) for key in DATA_FLAGS), *sizes)
     data = loaded[key] = loaded.get(key) or engine.load_data(args, rt)    # several runs on the same data read them once
     match_classes(found, data, path)
+    if found.data and found.data != data.fingerprint and not given:
+        print(f"{path}: its images have changed since it was trained; some that are tested may have been trained on",
+              file=sys.stderr)
     found.net.to(rt.device)
     return found, args, data
 
@@ -222,7 +226,8 @@ def command_eval(options, rt):
     K = data.num_classes
     confusion = torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
     picture = figures.as_png(figures.confusion_figure(confusion, data, f"{figures.name_of(path)} on {data.label}"))
-    print(write(out.replace("per_class", "").removesuffix(".csv") + "confusion.png", picture))
+    stem = os.path.splitext(out)[0]
+    print(write(stem.removesuffix("per_class") + "_" * (not stem.endswith("per_class")) + "confusion.png", picture))
 
 
 def command_predict(options, rt):

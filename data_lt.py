@@ -241,6 +241,7 @@ class LongTailData:
     counts: list                # training images per class
     groups: dict                # {"head": [class numbers], "mid": ..., "tail": ...}
     class_ids: list = None      # the data set's own number of each class; None: the same as here
+    fingerprint: str = ""       # of the names and sizes of all files, or of the numbers of images
 
     def __post_init__(self):
         if self.class_ids is None:
@@ -329,7 +330,7 @@ def own_folder(root, imb, kind, holdout):
     if holdout and split and root_train != root:
         raise DataError(f"{shown(root)} has images to test on in {split}/: leave --holdout out")
     if holdout:
-        train, test = hold_out(train, holdout)
+        train, test = hold_out(train, holdout, root_train)
         test.problems = []                                                # they are the same
     elif split and root_train != root:
         test = list_folder(inside(split))
@@ -341,7 +342,7 @@ def own_folder(root, imb, kind, holdout):
     else:
         raise DataError(f"{shown(root)} has no images to test on: put some into train/<class>/ and some into test/<class>/ (or "
                         "val/), or keep a part of each class for that with --holdout 0.2")
-    if imb:
+    if imb is not None:
         order = by_count(train.counts())
         most = long_tailed_counts(train.counts().max(), len(order), imb, kind)
         counts = train.counts()
@@ -411,19 +412,29 @@ def load_data(dataset, imb=None, kind="exp", data_dir="data", size=32, test_size
     else:
         raise DataError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
     both, problems = [], train.problems + test.problems
+    if others := ", ".join(f"{n} {ending}" for ending, n in sorted((train.passed_over + test.passed_over).items())):
+        say(f"Passed over, not taken for images: {others}")
     for files, side in ((train, size), (test, test_size or size)):
-        if dataset in LISTS:
-            (good, bad), images = check(files), None
+        if dataset in LISTS or len(files) * 3 * side ** 2 > 0.4 * memory():
+            good, bad = check(files, thorough=dataset not in LISTS)
             images = Stream(files.keep(good), side)
         else:
             images, good, bad = read_all(files, side, exact=num_classes is not None)
         both.append((images, files.labels[good]))
         problems += bad
     refuse(problems, skip_bad, say)
-    return in_order(dataset, label, *both, train.class_names)
+    return in_order(dataset, label, *both, train.class_names, train.fingerprint(data_dir) + test.fingerprint(data_dir))
 
 
-def in_order(dataset, label, train, test, class_names):
+def memory():
+    """Bytes of the machine's memory; where that cannot be asked, 16 GiB."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2 ** 34
+
+
+def in_order(dataset, label, train, test, class_names, fingerprint=""):
     """(images, labels) of training and of test -> LongTailData, classes by descending count, those without images left out."""
     (x, y), (test_x, test_y) = train, test
     y, test_y, names = np.asarray(y), np.asarray(test_y), list(class_names)
@@ -439,4 +450,5 @@ def in_order(dataset, label, train, test, class_names):
         test_x = Stream(test_x.files.keep(kept), test_x.size) if isinstance(test_x, Stream) else test_x[torch.as_tensor(kept)]
     counts = counts[ids].tolist()
     return LongTailData(dataset, label, x, torch.from_numpy(number[y]), test_x, torch.from_numpy(number[test_y[known]]),
-                        [names[k] for k in ids], counts, head_mid_tail(dataset, counts), ids.tolist())
+                        [names[k] for k in ids], counts, head_mid_tail(dataset, counts), ids.tolist(),
+                        fingerprint or f"{counts} {len(test_y)}")

@@ -36,11 +36,19 @@ def run_main(main):
     """
     global stop_signal
     before, stop_signal = {number: signal.getsignal(number) for number in STOP_SIGNALS}, 0
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):                                    # a name that the terminal cannot show is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, data_lt.DataError) as error:
+        if int(os.environ.get("RANK", 0)) > 0:                            # most likely all say the same: torchrun ends this one
+            time.sleep(5)                                                 # as soon as the main one has said it
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted before the first step", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except OSError as error:
         if error.filename is None:
             raise
@@ -239,8 +247,12 @@ class EMA:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model):
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - self.decay)
+    def update(self, model, bad=0.0):
+        """After a step; bad: 1 for one that was left out (a number or a tensor), where nothing is averaged either."""
+        mine, theirs = list(self.model.parameters()), list(model.parameters())
+        change = torch._foreach_sub(theirs, mine)
+        torch._foreach_mul_(change, (1 - self.decay) * (1 - bad))
+        torch._foreach_add_(mine, change)
         for mine, theirs in zip(self.model.buffers(), model.buffers()):
             mine.copy_(theirs)
 
@@ -252,7 +264,7 @@ class Guard:
 
     With SAM, backward and check come twice. Nothing here waits for the device: whether the step is `bad` (0 or 1) stays
     there. PyTorch's fused optimizers read it there, as `found_inf`, and leave weights and moments alone; what else a step
-    moves, BatchNorm's statistics and PaCo's queue, is put back from a copy.
+    moves, BatchNorm's statistics, PaCo's queue and key encoder, is put back from a copy.
 
     float16 has no small numbers: under its autocast the loss is multiplied by `scale`, and `check` divides the gradients by
     it. A bad step halves the scale, 2,000 good ones double it. That is the rule of torch.amp.GradScaler, which cannot be
@@ -268,12 +280,12 @@ class Guard:
         self.counts = {"scale": number(2.0 ** 16 if self.scaled else 1.0), "good": number(0), "in_a_row": number(0),
                        "skipped": number(0)}
         self.optimizer, self.params = optimizer, [p for group in optimizer.param_groups for p in group["params"]]
-        kept = net.state_dict(keep_vars=True).values()
-        self.buffers = [b for b in kept if not isinstance(b, torch.nn.Parameter)]
+        trained = set(map(id, self.params))                               # the rest: BatchNorm, PaCo's queue and key encoder
+        self.buffers = [t for t in net.state_dict(keep_vars=True).values() if id(t) not in trained]
         optimizer.found_inf = self.bad
 
     def begin(self):
-        self.before = [b.clone() for b in self.buffers]
+        self.before = [b.detach().clone() for b in self.buffers]
         self.bad.zero_()
 
     def backward(self, loss):
@@ -289,6 +301,7 @@ class Guard:
         self.bad += ~torch.stack(torch._foreach_norm(grads)).isfinite().all()
         all_sum(self.bad, self.rt).clamp_(max=1)
 
+    @torch.no_grad()
     def end(self):
         """Put back what a bad step has moved, and count."""
         for now, before in zip(self.buffers, self.before):
@@ -474,7 +487,7 @@ def data_name(args):
     name = args.dataset
     if name == "folder":
         name = re.sub(r"[^\w.-]+", "-", data_lt.shown(os.path.basename(os.path.abspath(args.data_dir))))
-    return name + (f"_imb{args.imb:g}" if args.imb else "") + ("step" if args.imb and args.imb_type == "step" else "")
+    return name if args.imb is None else f"{name}_imb{args.imb:g}" + ("step" if args.imb_type == "step" else "")
 
 
 def load_data(args, rt):
@@ -505,13 +518,16 @@ def explain(args, data, rt):
              f"classes, mid (20 to 100) {sizes['mid']}, tail (fewer than 20) {sizes['tail']}. "
              + f"Without a test image, so without an accuracy: {', '.join(untested[:10])}. " * bool(untested)
              + f"{coarse} classes have fewer than 10 test images: their accuracies are coarse. " * bool(coarse)
-             + f"Half of the images are at least {seen.side} px on their shorter side: {args.img_size} px are used, of the "
-             f"central square. {args.epochs} epochs make {args.epochs * seen.images:,} samples. Each of these has a flag.")
+             + f"Half of the images are at least {seen.side} px on their shorter side; of the central square "
+             f"{args.img_size} px " + (f"in patches of {args.patch_size} px " if hasattr(args, "patch_size") else "")
+             + f"are used. {args.epochs} epochs make {args.epochs * seen.images:,} samples. (Recipe {args.recipe}; --img-size, "
+             "--epochs and all other settings can be given.)")
 
 
 def describe(data, args):
     """For people: CIFAR-10-LT (imb 100, 12,406 images, 10 classes of 5000 to 50)."""
-    return (f"{data.label} (imb {args.imb or data.imb:.4g}, {len(data.train_labels):,} images, {data.num_classes} classes of "
+    imb = data.imb if args.imb is None else args.imb
+    return (f"{data.label} (imb {imb:.4g}, {len(data.train_labels):,} images, {data.num_classes} classes of "
             f"{max(data.counts)} to {min(data.counts)})")
 
 
@@ -523,7 +539,7 @@ def resolve_data(args):
         raise UserError("--holdout is for --dataset folder")
     if args.dataset not in data_lt.LISTS and (args.train_list or args.test_list):
         raise UserError(f"--train-list and --test-list are for --dataset {' or '.join(data_lt.LISTS)}")
-    if args.dataset in data_lt.LISTS and args.imb:
+    if args.dataset in data_lt.LISTS and args.imb is not None:
         raise UserError(f"--imb: {args.dataset} is as imbalanced as its lists")
     if args.holdout is not None:
         check_ranges(args, holdout=(0.01, 0.9))

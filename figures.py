@@ -32,6 +32,7 @@ import matplotlib.pyplot as plt
 import augment
 import data_lt
 import engine
+import run_folder
 import quantities
 import train_student
 import train_teacher
@@ -66,7 +67,7 @@ class Log:
     def on(self):
         config, finished = read_json(self.path, "config.json"), os.path.exists(os.path.join(self.path, "result.json"))
         dataset = (read_json(self.path, "result.json") if finished else config)["dataset"]            # "CIFAR-10 (JPEG copy)"
-        return f"{dataset} (imb {config['imb']:g}, {sum(config['counts']):,} images)"
+        return f"{dataset} (imb {max(config['counts']) / min(config['counts']):.4g}, {sum(config['counts']):,} images)"
 
 
 @dataclass
@@ -88,7 +89,7 @@ def name_of(path):
 def read_json(folder, name):
     try:
         with open(os.path.join(folder, name)) as f:
-            return json.load(f)
+            return json.load(f, object_hook=run_folder.nan_for_null)
     except (FileNotFoundError, NotADirectoryError):
         raise engine.UserError(f"{folder} has no {name}: it is no run folder, or its run is not finished; continue it with "
                                "--resume") from None
@@ -98,7 +99,7 @@ def read_log(folder):
     """The epochs of a run, a dict each. Raises UserError if there are none."""
     try:
         with open(os.path.join(folder, "log.jsonl")) as f:
-            log = [json.loads(line) for line in f]
+            log = [json.loads(line, object_hook=run_folder.nan_for_null) for line in f]
     except (FileNotFoundError, NotADirectoryError):
         log = []
     if not log:
@@ -120,8 +121,9 @@ def of_classes(labels, classes, n):
 
 
 def rare_classes(data):
-    """The tail, or what comes nearest in data that has none."""
-    return data.groups["tail"] or data.groups["mid"] or data.groups["head"]
+    """The tail classes that have test images, or what comes nearest in data that has none."""
+    tested = set(data.test_labels.tolist())
+    return next(classes for name in ("tail", "mid", "head") if (classes := [k for k in data.groups[name] if k in tested]))
 
 
 def wanted_classes(options, data):
@@ -131,7 +133,10 @@ def wanted_classes(options, data):
     unknown = [name for name in options.classes if name not in data.class_names]
     if unknown:
         raise engine.UserError(f"--classes: there is no {unknown[0]}; the classes are {', '.join(data.class_names[:20])}")
-    return [data.class_names.index(name) for name in options.classes]
+    classes = [data.class_names.index(name) for name in options.classes]
+    if untested := [data.class_names[k] for k in classes if k not in set(data.test_labels.tolist())]:
+        raise engine.UserError(f"--classes: {untested[0]} has no test image")
+    return classes
 
 
 def classes_text(options):

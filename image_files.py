@@ -13,11 +13,12 @@ What people's folders hold, and what becomes of it:
 
 Decoding is C code that leaves Python's lock, so threads share the work: no worker processes, no copies between them.
 """
+import hashlib
 import os
 import re
 import sys
 import warnings
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ from PIL import Image, ImageOps
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # twice its limit is an error, and a problem here
+warnings.filterwarnings("ignore", module="PIL")                           # odd notes in a file, said without its path
 
 
 class DataError(ValueError):
@@ -42,13 +44,26 @@ class Files:
     labels: np.ndarray                                                    # (N,) int64, into class_names
     class_names: list
     problems: list = field(default_factory=list)                          # a line of text each, with the path
+    passed_over: Counter = field(default_factory=Counter)                 # endings of files that are not taken for images
 
     def __len__(self):
         return len(self.paths)
 
     def keep(self, chosen):
         """The same with only the images of an index array or a mask."""
-        return Files(self.paths[chosen], self.labels[chosen], self.class_names, self.problems)
+        return Files(self.paths[chosen], self.labels[chosen], self.class_names, self.problems, self.passed_over)
+
+    def names(self, root):
+        """Paths below root, bytes (so that a folder may be moved)."""
+        return [os.path.relpath(path, os.fsencode(root)) for path in self.paths]
+
+    def fingerprint(self, root):
+        """16 hexadecimal digits that change with any file's name, size or class."""
+        found = hashlib.sha256()
+        for name, path, label in zip(self.names(root), self.paths, self.labels):
+            size = os.path.getsize(path) if os.path.exists(path) else -1
+            found.update(name + f" {size} {self.class_names[label]}\n".encode())
+        return found.hexdigest()[:16]
 
     def counts(self):
         """Images per class, (K,)."""
@@ -92,35 +107,46 @@ def list_folder(root):
     if not classes:
         raise DataError(f"{shown(root)} has no class folders: images are expected as "
                         f"{shown(os.path.join(root, '<class>', '*.jpg'))}")
-    paths, labels, problems, names = [], [], [], [shown(c) for c in classes]
+    paths, labels, problems, names, passed_over = [], [], [], [shown(c) for c in classes], Counter()
+    where = [(s.st_dev, s.st_ino) for s in map(os.stat, [root, *(os.path.join(root, name) for name in classes)])]
     for k, name in enumerate(classes):
-        found = sorted(walk(os.path.join(root, name), problems), key=natural)
+        outside = {place for place in where if place != where[1 + k]}
+        found = sorted(walk(os.path.join(root, name), problems, passed_over, outside), key=natural)
         if not found:
             problems.append(f"class folder {shown(os.path.join(root, name))} has no images")
         paths += map(os.fsencode, found)
         labels += [k] * len(found)
-    return Files(np.array(paths, dtype=np.bytes_), np.array(labels, dtype=np.int64), names, problems)
+    return Files(np.array(paths, dtype=np.bytes_), np.array(labels, dtype=np.int64), names, problems, passed_over)
 
 
-def walk(folder, problems):
-    """Paths of all image files below a folder; a folder that links lead to twice is entered once."""
+def walk(folder, problems, passed_over, outside=frozenset()):
+    """Paths of all image files below a folder; a folder that links lead to twice is entered once.
+
+    outside: (device, inode) of folders that are a problem to come to: the root and the other classes. passed_over: a Counter
+    of the other files' endings.
+    """
     been, found, to_do = set(), [], [folder]
     while to_do:
         folder = to_do.pop()
         try:
             here = os.stat(folder)
+            if (here.st_dev, here.st_ino) in outside:
+                problems.append(f"{shown(folder)} is a link out of its class")
+                continue
             if (here.st_dev, here.st_ino) in been:
                 continue
             been.add((here.st_dev, here.st_ino))
-            for entry in os.scandir(folder):
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    to_do.append(entry.path)
-                elif entry.name.lower().endswith(IMAGE_FILES):
-                    found.append(entry.path)
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             problems.append(f"{shown(folder)}: {error.strerror}")
+            continue
+        for entry in entries:
+            if os.path.isdir(entry.path) and not entry.name.startswith("."):   # False for a link to itself
+                to_do.append(entry.path)
+            elif entry.name.lower().endswith(IMAGE_FILES) and not entry.name.startswith("."):
+                found.append(entry.path)
+            elif not entry.name.startswith("."):
+                passed_over[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
     return found
 
 
@@ -158,15 +184,17 @@ def list_file(path, root, num_classes):
     return Files(np.array(paths, dtype=np.bytes_), np.array(labels, dtype=np.int64), names, problems)
 
 
-def hold_out(files, share):
-    """Split a class at a time: (training, test) Files. The last images of one shuffle seeded 0, the same for every run.
+def hold_out(files, share, root):
+    """Split a class at a time: (training, test) Files, by a hash of every file's name: the same for every run.
 
-    A class gives round(share * n) of its n images to the test set, at least one, but never its last one to train on.
+    A class gives round(share * n) of its n images to the test set, at least one, but never its last one to train on. With more
+    images in the folder the others stay where they are, but for one or two of a class that its larger share takes.
     """
-    rng, test = np.random.RandomState(0), np.zeros(len(files), dtype=bool)
+    rank = np.array([hashlib.sha256(name).hexdigest() for name in files.names(root)])
+    test = np.zeros(len(files), dtype=bool)
     for k, n in enumerate(files.counts()):
-        mine = rng.permutation(np.where(files.labels == k)[0])
-        test[mine[n - min(max(1, round(share * n)), n - 1):] if n > 1 else []] = True
+        mine = np.where(files.labels == k)[0]
+        test[mine[rank[mine].argsort()][:min(max(1, round(share * n)), n - 1)] if n > 1 else []] = True
     return files.keep(~test), files.keep(test)
 
 
@@ -239,7 +267,7 @@ def read_square(path, size, box=None):
     PIL's and differs by rounding.
     """
     with Image.open(path) as image:
-        W, H = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size       # orientations that swap the sides
+        W, H = image.size[::-1] if image.getexif().get(0x0112) in (5, 6, 7, 8) else image.size        # the sides are swapped
         left, top, right, bottom = (box or central_square)(W, H)
         enough = 2 * size / min(right - left, bottom - top)               # twice what is wanted, to be shrunk smoothly
         image.draft(image.mode, [max(1, int(side * enough)) for side in image.size])         # JPEG's; nothing for others

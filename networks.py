@@ -49,6 +49,7 @@ class Network:
     what: str                   # for people
     config: dict                # a run's settings; empty for files from elsewhere
     class_names: list = None    # in the order of the outputs, or None
+    data: str = ""              # fingerprint of the data that a run was trained on
     numbering: str = "own"      # without names, outputs are ordered: "own": as the data set numbers classes; "count": by count
 
     @property
@@ -142,7 +143,7 @@ def own_network(state, path):
     else:
         kind, net, what = "teacher", build_teacher(config, K), f"teacher {config['arch']}, {config['loss']}"
     load_weights(net, weights, path)
-    return Network(net, kind, f"this project's {what}", config, state["class_names"])
+    return Network(net, kind, f"this project's {what}", config, state["class_names"], state.get("data", ""))
 
 
 def paco_network(weights, path):

@@ -9,15 +9,18 @@ classes on purpose.
 """
 import glob
 import importlib.util
+import io
 import json
 import os
 import sys
+from collections import Counter
 
 import torch
 from torch import nn
 
 import engine
 import image_files
+import run_folder
 import train_student
 
 
@@ -27,7 +30,7 @@ def find_images(names):
     for name in names:
         if os.path.isdir(name):
             problems = []
-            found += sorted(image_files.walk(name, problems), key=image_files.natural)
+            found += sorted(image_files.walk(name, problems, Counter()), key=image_files.natural)
         else:
             matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True), key=image_files.natural)
             if not matches:
@@ -50,8 +53,12 @@ class Predictor(nn.Module):
 
 
 def decoded_size(found):
-    """Side of the squares that files are decoded to before the centre is cut out: as the network was tested."""
-    return round(found.net.img_size / found.config.get("eval_crop", 0.875 if found.net.img_size > 64 else 1.0))
+    """Side of the squares that files are decoded to before the centre is cut out: as the network was tested.
+
+    A run says so itself (a teacher's: the whole square); files from elsewhere are tested as usual for their size.
+    """
+    usual = 0.875 if found.net.img_size > 64 and not found.config else 1.0
+    return round(found.net.img_size / found.config.get("eval_crop", usual))
 
 
 @torch.no_grad()
@@ -99,13 +106,16 @@ def export(found, stem):
     dynamic = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
     program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
     names = json.dumps(found.class_names or list(map(str, range(found.num_classes))))
-    torch.export.save(program, f"{stem}.pt2", extra_files={"class_names.json": names})
+    contents = io.BytesIO()
+    torch.export.save(program, contents, extra_files={"class_names.json": names})
+    run_folder.write_atomically(f"{stem}.pt2", lambda f: f.write(contents.getbuffer()))
     lines = [f"{stem}.pt2: {agreement(torch.export.load(f'{stem}.pt2').module()(other), expected, stem)}"]
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]:
         return lines + [f"no {stem}.onnx: pip install {' '.join(missing)} for one"]
     import onnxruntime
-    torch.onnx.export(model, (example,), f"{stem}.onnx", input_names=["images"], output_names=["logits"], dynamo=True,
-                      dynamic_shapes=dynamic, external_data=False, verbose=False)
+    program = torch.onnx.export(model, (example,), input_names=["images"], output_names=["logits"], dynamo=True,
+                                dynamic_shapes=dynamic, verbose=False)
+    run_folder.write_atomically(f"{stem}.onnx", lambda f: f.write(program.model_proto.SerializeToString()))
     session = onnxruntime.InferenceSession(f"{stem}.onnx", providers=["CPUExecutionProvider"])
     logits = torch.from_numpy(session.run(None, {"images": other.numpy()})[0])
     return lines + [f"{stem}.onnx: {agreement(logits, expected, stem)}"]

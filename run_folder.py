@@ -65,8 +65,23 @@ def sync_folder(path):
             os.close(folder)
 
 
+def null_for_nan(data):
+    """The same without NaN, which JSON does not know: an accuracy that nothing was measured for is null in files."""
+    if isinstance(data, dict):
+        return {k: null_for_nan(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [null_for_nan(v) for v in data]
+    return None if isinstance(data, float) and math.isnan(data) else data
+
+
+def nan_for_null(read):
+    """For json's object_hook, the way back: in accuracies and in lists."""
+    return {k: [math.nan if x is None else x for x in v] if isinstance(v, list) else
+            math.nan if v is None and "overall" in read else v for k, v in read.items()}
+
+
 def save_json(path, data):
-    write_atomically(path, lambda f: f.write(json.dumps(data, indent=1).encode() + b"\n"))
+    write_atomically(path, lambda f: f.write(json.dumps(null_for_nan(data), indent=1).encode() + b"\n"))
 
 
 def save_checkpoint(path, previous=None, **state):
@@ -98,7 +113,7 @@ def load_checkpoint(path, keys=("model", "config")):
             except UserError:
                 raise error from None
             print(f"{error}; taking {previous}", file=sys.stderr, flush=True)
-            return state
+            return state | {"fallback": True}
     if not os.path.exists(path):
         raise UserError(f"there is no checkpoint {path}")
     try:
@@ -131,7 +146,7 @@ def load_weights(model, weights, what):
 
 # ---- The run -------------------------------------------------------------------------------------------------------------
 
-def trackers(args):
+def trackers(args, resumed):
     """What else is told of every epoch, functions of (epoch, {name: number}): TensorBoard, Weights & Biases, or nothing."""
     told = []
     if args.tensorboard:
@@ -151,7 +166,15 @@ def trackers(args):
             import wandb
         except ImportError:
             raise UserError("--wandb needs its package: pip install wandb") from None
-        run = wandb.init(project="deit-lt", name=args.name, id=args.name, config=vars(args), dir=args.out, resume="allow")
+        number = os.path.join(args.out, "wandb_id.txt")                   # the same for a resumed run, another for a new one
+        if not (resumed and os.path.exists(number)):
+            write_atomically(number, lambda f: f.write(os.urandom(4).hex().encode()))
+        with open(number) as f:
+            number = f.read()
+        try:
+            run = wandb.init(project="deit-lt", name=args.name, id=number, config=vars(args), dir=args.out, resume="allow")
+        except Exception as error:                                        # not logged in, no network, ...
+            raise UserError(f"--wandb: {' '.join(str(error).split())[:200]}") from None
         told.append(lambda epoch, numbers: run.log(numbers, step=epoch + 1))
     return told
 
@@ -173,11 +196,13 @@ class Run:
         minutes = args.save_every.endswith("m")                           # "10m", else "500": steps
         self.every_steps = math.inf if minutes else int(args.save_every)
         self.every_seconds = 60 * float(args.save_every[:-1]) if minutes else math.inf
-        self.resumed, self.start_epoch, self.start_step, self.forced = None, 0, 0, []
+        self.resumed, self.start_epoch, self.start_step, self.forced, self.fallback = None, 0, 0, [], False
         resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0             # torchrun's restart
         there = folder
         while not os.path.exists(there) and os.path.dirname(there) != there:
             there = os.path.dirname(there) or "."
+        if not os.path.isdir(there):
+            raise UserError(f"{there} is a file: a run needs a folder, --out names another")
         if not os.access(there, os.W_OK):                                 # now, not after hours of a teacher's training
             raise UserError(f"the run folder {folder} cannot be written (read-only, or not yours); --out names another")
         if not any(map(os.path.exists, (self.checkpoint, self.previous))):
@@ -187,6 +212,7 @@ class Run:
                             "another folder")
         if resume:
             self.resumed = state = load_checkpoint(folder, ("model", "config", "epoch"))
+            self.fallback = state.pop("fallback", False)                  # last.pt is damaged: it must not become previous.pt
             self.start_epoch, self.start_step = state["epoch"], state.get("step", 0)                 # done already
             self.sums, self.seconds, self.forced = state.get("sums"), state.get("seconds"), state.get("forced", [])
             self.check_settings(args)
@@ -212,12 +238,18 @@ class Run:
         """Has the run in this folder written its result?"""
         return os.path.exists(os.path.join(self.folder, "result.json"))
 
+    def check_data(self, data):
+        """Raise UserError if the run that is resumed, or asked for its teacher, knows other images."""
+        if self.resumed and self.resumed.get("data", data.fingerprint) != data.fingerprint:
+            raise UserError(f"{self.folder} was trained on other images than these: --overwrite trains it again, --out names "
+                            "another folder")
+
     def say_if_finished(self, args, title):
         """True, after a line that says so and its table, if there is nothing left to resume."""
         if not (self.finished and self.resumed and self.start_epoch >= args.epochs):
             return False
         with open(os.path.join(self.folder, "result.json")) as f:
-            result = json.load(f)
+            result = json.load(f, object_hook=nan_for_null)
         rows = {name: r for name, r in result.items() if isinstance(r, dict) and set(engine.COLUMNS) <= r.keys()}
         self.rt.print(f"{self.folder} is finished ({args.epochs} epochs); its result:\n{engine.table(rows, title)}")
         return True
@@ -274,18 +306,16 @@ class Run:
             except UserError as met:
                 error = met
             except OSError as met:
-                error = UserError(f"cannot write in {self.folder}: {met.strerror}; the last checkpoint is intact")
+                error = UserError(f"cannot write in {self.folder}: {met.strerror}; what was written before is intact")
         failed, = engine.all_max((error is not None,), self.rt)
         if failed:
             engine.end_together(error, self.rt)
 
     def begin(self, args, data):
         """Write config.json and cut the log back to the epochs that the checkpoint has; a new run clears the old one away."""
-        if self.resumed and (self.resumed["counts"], self.resumed["class_names"]) != (data.counts, data.class_names):
-            raise UserError(f"{self.folder} was trained on other images: the classes or their numbers of images have changed")
         self.watch_signals()
         self.write(lambda: self.write_beginning(args, data))
-        self.trackers = trackers(args) if self.rt.main else []
+        self.trackers = trackers(args, self.resumed is not None) if self.rt.main else []
 
     def watch_signals(self):
         """From now on SIGTERM and SIGINT stop the run at the end of a step; one that came before, in a teacher's run, too."""
@@ -317,14 +347,15 @@ class Run:
         def write():
             if record:
                 with open(self.log_path, "a") as f:
-                    f.write(json.dumps(record) + "\n")
+                    f.write(json.dumps(null_for_nan(record)) + "\n")
                     f.flush()
                     os.fsync(f.fileno())                                  # the checkpoint counts on it
             with suppress(FileNotFoundError):
                 os.remove(os.path.join(self.folder, "result.json"))       # of a shorter run, which --force has gone on with
-            save_checkpoint(self.checkpoint, self.previous, world=self.rt.world, forced=self.forced, **state)
+            keep = None if self.fallback else self.previous               # the good one stays until another is there
+            save_checkpoint(self.checkpoint, keep, world=self.rt.world, forced=self.forced, **state)
         self.write(write)
-        self.saved_at = time.time()
+        self.saved_at, self.fallback = time.time(), False
 
     def finish(self, args, data, results, **more):
         """Write result.json: what was run, on what, and each head's accuracies; no process goes on before it is there."""
@@ -336,7 +367,7 @@ class Run:
             launcher = f"torchrun {machines}--nproc_per_node={local}" if self.rt.world > 1 else "python"
             how = ("--resume", "--overwrite", "--force")                  # how the run came about, not what it is
             argv = [a for a in sys.argv if a not in how]
-            result = {"dataset": data.label, "imb": args.imb or round(data.imb, 1), "recipe": args.recipe,
+            result = {"dataset": data.label, "imb": round(data.imb, 1) if args.imb is None else args.imb, "recipe": args.recipe,
                       "epochs": args.epochs, "seed": args.seed, "command": f"{launcher} {shlex.join(argv)}",
                       "hardware": self.rt.hardware(), "seconds": seconds}
             result |= {"forced": self.forced} if self.forced else {}

@@ -128,6 +128,16 @@ def short_recipe(config):
         epochs=max(1, config["epochs"] // 10), lr=config["lr"] / 10, warmup_epochs=0, weight_decay=1e-8, drw_epoch=0)
 
 
+def finetuned_name(args):
+    """Name of a run with --finetune. Raises UserError for settings that the old weights do not fit."""
+    config = run_folder.load_checkpoint(args.finetune)["config"]
+    if changed := [engine.flag(k) for k in ("method", "model", "patch_size") if getattr(args, k) != config[k]]:
+        raise engine.UserError(f"--finetune keeps {', '.join(changed)} of the run")
+    name, short = f"{os.path.basename(os.path.normpath(args.finetune))}_finetuned{args.img_size}", short_recipe(config)
+    return name + "".join(f"_{key.replace('_', '')}{getattr(args, key)}" for key in (*HELP, "seed")
+                          if key not in ("img_size", "eval_every") and getattr(args, key) != short[key])
+
+
 def teacher_args(args):
     """Settings of the recipe's own teacher (`--teacher auto`, ldam, paco): same data, recipe and seed, its folder resumed."""
     given = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in
@@ -144,6 +154,7 @@ def resolve(args, rt):
     """
     engine.resolve_data(args)
     row, changed = engine.resolve_recipe(args, RECIPES, rt)
+    finetuned = finetuned_name(args) if args.finetune else None
     if args.model not in MODELS or args.crop not in ("resized", "padded", "loader"):
         raise engine.UserError(f"--model is one of {', '.join(MODELS)}; --crop resized, padded or loader")
     if (args.crop == "loader") != (row["crop"] == "loader"):
@@ -167,9 +178,7 @@ def resolve(args, rt):
     if distilled and args.teacher != "auto":
         changed += "_by_" + os.path.basename(os.path.normpath(args.teacher))
     changed += "".join(f"_{k.replace('_', '')}{v}" for k, v in about_teacher.items())
-    args.name = f"{args.method}_{args.model}_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
-    if args.finetune:
-        args.name = f"{os.path.basename(os.path.normpath(args.finetune))}_finetuned{args.img_size}"
+    args.name = finetuned or f"{args.method}_{args.model}_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
     args.out = args.out or f"runs/{args.name}"
     if not distilled:
         args.teacher = None
@@ -248,8 +257,8 @@ def train(args, data, teacher, rt, run):
     def state():
         """What a checkpoint holds beside the place in the training."""
         return dict(model=net.state_dict(), ema=ema.model.state_dict() if ema else None, optimizer=optimizer.state_dict(),
-                    guard=guard.counts, config=vars(args), class_names=data.class_names, counts=data.counts,
-                    groups=data.groups)
+                    guard=guard.counts, config=vars(args), data=data.fingerprint, class_names=data.class_names,
+                    counts=data.counts, groups=data.groups)
 
     run.restore(load)
     model = engine.trainable(net, rt, args.compile)
@@ -296,7 +305,7 @@ def train(args, data, teacher, rt, run):
             guard.end()
             sums += guard.unless_bad(seen)
             if ema:
-                ema.update(net)
+                ema.update(net, guard.bad)
             bar.update(len(labels) * rt.world)
             if step % 20 == 0:                                                    # but for saving, the only wait for the device
                 guard.stop_if_lost(epoch, step, args)
@@ -377,22 +386,27 @@ def main():
     own_run = run_folder.Run(own_teacher.out, own_teacher, rt) if own_teacher else None   # refuses another recipe's teacher
     data = engine.load_data(args, rt)
     engine.explain(args, data, rt)
+    run.check_data(data)
+    if own_run:
+        own_run.check_data(data)
     teacher, to_train = None, own_run is not None and not own_run.finished
     if args.teacher and not to_train:
         teacher = read_teacher(args, data, rt)
 
     plan = f"{args.method} {args.model} ({args.img_size} px, patch {args.patch_size}), {args.epochs} epochs"
+    if to_train:                                                                  # its images have a size of their own
+        teacher_data = data if own_teacher.img_size == args.img_size else engine.load_data(own_teacher, rt)
     like_teacher = train_teacher.new_network(own_teacher, data, rt).eval() if to_train else teacher
     seconds = seconds_of_run(args, data, rt, like_teacher, run.start_epoch)
     if to_train:
         plan = f"teacher {own_teacher.arch}, {own_teacher.epochs} epochs, then {plan}"
-        seconds += train_teacher.seconds_of_run(own_teacher, data, rt, own_run.start_epoch)
+        seconds += train_teacher.seconds_of_run(own_teacher, teacher_data, rt, own_run.start_epoch)
     rt.print(f"{plan} on {engine.describe(data, args)}: about {engine.duration(seconds)} on {rt.hardware()}.")
     if args.recipe == "cpu":
         other = "; the paper's is --recipe paper" if args.dataset in RECIPES["paper"] else ""
         rt.print(f"Recipe cpu: a small network and a short training, for a machine without a GPU{other}.")
     if to_train:
-        train_teacher.run(own_teacher, data, rt, own_run)
+        train_teacher.run(own_teacher, teacher_data, rt, own_run)
         teacher = read_teacher(args, data, rt)
 
     run.begin(args, data)

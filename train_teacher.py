@@ -230,7 +230,8 @@ def train(args, data, rt, run):
     def state():
         """What a checkpoint holds beside the place in the training."""
         return dict(model=net.state_dict(), paco=whole.state_dict() if paco else None, optimizer=optimizer.state_dict(),
-                    guard=guard.counts, config=vars(args), class_names=data.class_names, counts=data.counts)
+                    guard=guard.counts, config=vars(args), data=data.fingerprint, class_names=data.class_names,
+                    counts=data.counts)
 
     run.restore(load)
     model = engine.trainable(whole, rt, args.compile)
@@ -380,6 +381,7 @@ def main():
         rt.print(f"There is nothing to resume in {args.out}: beginning")
     data = engine.load_data(args, rt)
     engine.explain(args, data, rt)
+    folder.check_data(data)
     run(args, data, rt, folder)
 
 

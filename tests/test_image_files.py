@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
+import analyze
 import data_lt
 import engine
 import image_files
@@ -180,12 +181,21 @@ def test_a_class_that_loses_all_its_images_leaves(tmp_path):
 
 
 def test_links_in_a_circle_end(tmp_path):
-    """A search that never comes back, or an image that is there forty times."""
+    """A search that never comes back, an image that is there forty times, a class lost for a link to itself."""
     a_folder(tmp_path)
     os.symlink(tmp_path / "train" / "c,3", tmp_path / "train" / "c,3" / "again")
-    os.symlink(tmp_path / "train", tmp_path / "train" / "Bär" / "up")
-    data = load(tmp_path)
-    assert data.counts[data.class_names.index("c,3")] == 4 and len(data.train_labels) == 6 + 15 + 4
+    os.symlink("self", tmp_path / "train" / "c,3" / "self")
+    assert load(tmp_path).counts == [6, 5, 4]
+
+
+@pytest.mark.parametrize("to", ["", "apple pie"])
+def test_a_link_out_of_its_class_is_a_problem(to, tmp_path):
+    """Images of one class that are trained as another's."""
+    a_folder(tmp_path)
+    os.symlink(tmp_path / "train" / to, tmp_path / "train" / "Bär" / "up")
+    with pytest.raises(DataError, match="link out of its class"):
+        load(tmp_path)
+    assert load(tmp_path, [], skip_bad=True).counts == [6, 5, 4]
 
 
 def test_names_that_are_not_utf_8(tmp_path):
@@ -289,12 +299,20 @@ def test_classes_come_in_order_of_count_ties_in_their_own(tmp_path):
 def test_a_held_out_share_is_stratified_seeded_and_leaves_something_to_train_on(tmp_path):
     """A rare class that is all in one part; another test set for another run; an image in both parts."""
     labels = np.repeat([0, 1, 2, 3], [100, 8, 2, 1])
-    files = image_files.Files(np.array([f"{i}".encode() for i in range(111)]), labels, list("abcd"))
-    train, test = image_files.hold_out(files, 0.2)
+    files = image_files.Files(np.array([f"/root/{i}".encode() for i in range(111)]), labels, list("abcd"))
+    train, test = image_files.hold_out(files, 0.2, "/root")
     assert test.counts().tolist() == [20, 2, 1, 0] and train.counts().tolist() == [80, 6, 1, 1]
     assert set(train.paths) | set(test.paths) == set(files.paths) and not set(train.paths) & set(test.paths)
-    assert image_files.hold_out(files, 0.2)[1].paths.tolist() == test.paths.tolist()
-    assert test.paths[:20].tolist() != files.paths[80:100].tolist()
+    places = test.paths[:20].astype("U").tolist()
+    assert max(int(p[6:]) for p in places) > 60 and min(int(p[6:]) for p in places) < 40   # from all over the class
+
+    fewer = files.keep(np.arange(111) != 50)                              # another image in the folder, or one less
+    before, after = (set(image_files.hold_out(f, 0.2, "/root")[1].paths) for f in (fewer, files))
+    assert len(before - {files.paths[50]} - after) <= 1 and len(after - before) <= 1
+    elsewhere = [path.replace(b"/root", b"/elsewhere") for path in files.paths.tolist()]
+    moved = image_files.Files(np.array(elsewhere), files.labels, files.class_names)
+    assert image_files.hold_out(moved, 0.2, "/elsewhere")[1].paths.tolist() == [
+        p.replace(b"/root", b"/elsewhere") for p in test.paths.tolist()]
 
 
 @pytest.mark.parametrize("make, settings, words", [
@@ -435,6 +453,58 @@ def test_training_on_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
     state = run_folder.load_checkpoint(str(run))
     assert state["class_names"] == ["apple pie", "Bär", "c,3"] and state["config"]["img_size"] == 64
     assert json.loads((run / "result.json").read_text())["imb"] == 1.2
+
+
+def test_from_a_folder_to_predictions_and_on(tmp_path, monkeypatch, capsys):
+    """The newcomer's way, every command of it, with what is awkward: a class of one image, none of it to test on; holdout."""
+    root = a_folder(tmp_path / "in", n=12, size=(40, 44)) / "train"
+    (root / "only one").mkdir()
+    picture(40, 44).save(root / "only one" / "x.png")
+    monkeypatch.chdir(tmp_path)
+    short = train_teacher.LDAM_CPU | dict(epochs=2, drw_epoch=1, batch=8, img_size=64)
+    monkeypatch.setitem(train_teacher.RECIPES["cpu"], "folder", lambda seen: short)
+    script(train_student, monkeypatch, "--dataset", "folder", "--data-dir", root, "--holdout", "0.2", "--out", "run", *SHORT)
+    out = capsys.readouterr().out
+    assert "Without a test image, so without an accuracy: only one" in out and "Picture: run/summary.png" in out
+    teacher = run_folder.load_checkpoint("runs/teacher_train_cpu_s0")
+    assert teacher["config"]["img_size"] == 64 and teacher["class_names"][-1] == "only one"
+    assert "NaN" not in (tmp_path / "run" / "result.json").read_text() + (tmp_path / "run" / "log.jsonl").read_text()
+    for command, *flags in (["eval"], ["report"], ["curves"], ["attention"], ["export"]):
+        script(analyze, monkeypatch, command, "run", *flags)
+    script(analyze, monkeypatch, "predict", "--checkpoint", "run", root / "Bär", "--csv", "p.csv")
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 12
+    script(train_student, monkeypatch, "--finetune", "run", "--img-size", "64", "--seed", "3")
+    assert (tmp_path / "runs" / "run_finetuned64_seed3" / "result.json").exists()
+
+    picture(40, 44, seed=99).save(root / "Bär" / "new.png")               # the data change: nobody goes on with them unawares
+    for more in (["--out", "run", "--resume"], ["--out", "another"]):     # the student, and the teacher that it would ask
+        with pytest.raises(SystemExit):
+            script(train_student, monkeypatch, "--dataset", "folder", "--data-dir", root, "--holdout", "0.2", *more, *SHORT,
+                   "--epochs", "3", "--force")
+        assert "was trained on other images" in capsys.readouterr().err
+    script(analyze, monkeypatch, "eval", "run")
+    assert "have changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [(["--model", "mini"], "keeps --model"), (["--patch-size", "4"], "keeps --patch-size"),
+                                          (["--method", "deit-lt"], "keeps --method")])
+def test_finetuning_keeps_the_network(flags, words, tmp_path, monkeypatch, capsys):
+    a_folder(tmp_path / "in")
+    script(train_student, monkeypatch, "--dataset", "folder", "--data-dir", tmp_path / "in", "--method", "vit", "--out",
+           tmp_path / "run", *SHORT)
+    with pytest.raises(SystemExit):
+        script(train_student, monkeypatch, "--finetune", tmp_path / "run", *flags, "--out", tmp_path / "wrong")
+    assert words in capsys.readouterr().err and not (tmp_path / "wrong").exists()
+
+
+def test_a_folder_too_large_for_memory_stays_on_disk(tmp_path, monkeypatch):
+    """The system's killer in place of an epoch."""
+    a_folder(tmp_path)
+    in_memory = load(tmp_path)
+    monkeypatch.setattr(data_lt, "memory", lambda: 0)
+    streamed = load(tmp_path)
+    assert isinstance(streamed.train_images, image_files.Stream) and streamed.fingerprint == in_memory.fingerprint
+    assert torch.equal(streamed.train_images[:4], in_memory.train_images[:4])
 
 
 def test_a_bad_folder_ends_before_anything_is_written(tmp_path, monkeypatch, capsys):

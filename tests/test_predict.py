@@ -28,7 +28,8 @@ def runs(tiny_cifar, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         script(train_teacher, patch, "--data-dir", tiny_cifar, "--imb", 1, "--epochs", 1, "--out", folder / "teacher")
         script(train_student, patch, "--data-dir", tiny_cifar, "--imb", 1, "--method", "vit", "--model", "micro",
-               "--epochs", 12, "--drw-epoch", 0, "--lr", "2e-3", "--batch", 24, "--eval-every", 12, "--magnitude", -1, "--erasing", 0,
+               "--epochs", 12, "--drw-epoch", 0, "--lr", "2e-3", "--batch", 24, "--eval-every", 12,
+               "--magnitude", -1, "--erasing", 0,
                "--out", folder / "student")
     return {name: folder / name for name in ("teacher", "student")}
 
@@ -140,7 +141,7 @@ def test_weights_and_biases_is_told_every_epoch(tiny_cifar, tmp_path, monkeypatc
         log=lambda numbers, step: told.append((step, numbers))))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     script(train_student, monkeypatch, *TINY, "--data-dir", tiny_cifar, "--out", tmp_path / "run", "--wandb")
-    assert [step for step, _ in told] == [1, 2] and begun[0]["id"] == begun[0]["name"] and begun[0]["resume"] == "allow"
+    assert [step for step, _ in told] == [1, 2] and len(begun[0]["id"]) == 8 and begun[0]["resume"] == "allow"
     assert told[1][1]["avg/tail"] >= 0 and all(isinstance(v, float) for v in told[1][1].values())
 
 
@@ -159,4 +160,4 @@ def test_a_tracker_that_is_not_installed_says_so(flag, module, tmp_path, monkeyp
     args = types.SimpleNamespace(wandb=False, tensorboard=False, out=str(tmp_path), name="x")
     setattr(args, flag, True)
     with pytest.raises(engine.UserError, match=f"pip install {flag}"):
-        run_folder.trackers(args)
+        run_folder.trackers(args, False)
