@@ -24,13 +24,13 @@ work out any step of any epoch.
 """
 import functools
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from image_files import (DataError, Files, Stream, check, hold_out, list_file, list_folder, natural, read_all, refuse, shown,
-                         sides)
+from image_files import DataError, Stream, check, hold_out, list_file, list_folder, natural, read_all, refuse, shown, sides
 
 PUBLISHED_GROUPS = {  # classes in head, mid, tail
     "cifar10": (3, 4, 3), "cifar100": (36, 35, 29), "shapes": (3, 4, 3), "imagenet_lt": (390, 445, 165),
@@ -331,14 +331,14 @@ def own_folder(root, imb, kind, holdout):
         raise DataError(f"{shown(root)} has images to test on in {split}/: leave --holdout out")
     if holdout:
         train, test = hold_out(train, holdout, root_train)
-        test.problems = []                                                # they are the same
+        test = replace(test, problems=[], passed_over=Counter())          # training's are the same
     elif split and root_train != root:
         test = list_folder(inside(split))
         known = {name: k for k, name in enumerate(train.class_names)}
         test.problems += [f"class {name} of {shown(inside(split))} is not in {shown(root_train)}"
                           for name in test.class_names if name not in known]
         number = np.array([known.get(name, -1) for name in test.class_names])
-        test = Files(test.paths, number[test.labels], train.class_names, test.problems).keep(number[test.labels] >= 0)
+        test = replace(test, labels=number[test.labels], class_names=train.class_names).keep(number[test.labels] >= 0)
     else:
         raise DataError(f"{shown(root)} has no images to test on: put some into train/<class>/ and some into test/<class>/ (or "
                         "val/), or keep a part of each class for that with --holdout 0.2")

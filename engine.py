@@ -47,7 +47,7 @@ def run_main(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("Interrupted before the first step", file=sys.stderr)
+        print("Interrupted", file=sys.stderr)                             # before a run's first step, or no run at all
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
         if error.filename is None:

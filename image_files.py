@@ -165,19 +165,16 @@ def list_file(path, root, num_classes):
         words = line.rsplit(None, 1)
         if not words:
             continue
-        try:
-            image, label = words[0].lstrip(), int(words[1]) if words[1].isdigit() else -1
-            if not 0 <= label < num_classes:
-                raise ValueError
-        except (ValueError, IndexError):
+        if len(words) < 2 or not words[1].isdigit() or len(words[1]) > 9 or int(words[1]) >= num_classes:
             problems.append(f"{shown(path)}, line {number}: {shown(line[:80])!r} is not a path and a class from 0 to "
                             f"{num_classes - 1}")
             continue
+        image = words[0].lstrip()
         if seen.setdefault(image, number) != number:
             problems.append(f"{shown(path)}, line {number}: {shown(image)} is listed in line {seen[image]} already")
             continue
         paths.append(folder + image)
-        labels.append(label)
+        labels.append(int(words[1]))
     if not paths and not problems:
         raise DataError(f"the list {shown(path)} is empty: lines 'relative/path label' are expected")
     names = list(map(str, range(num_classes)))

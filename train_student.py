@@ -118,7 +118,7 @@ def parse(argv=None):
 def short_recipe(config):
     """What a run's settings (a dict) become for --finetune, as DeiT does it (section 3): 30 of 300 epochs, hardly any decay.
 
-    DeiT takes a hundredth of the learning rate; in the few epochs of a short run that changes nothing.
+    DeiT takes a hundredth of the learning rate, this a tenth, for fewer epochs.
     """
     if "method" not in config:
         raise engine.UserError("--finetune takes a run of train_student.py")
@@ -262,9 +262,9 @@ def train(args, data, teacher, rt, run):
 
     run.restore(load)
     model = engine.trainable(net, rt, args.compile)
-    images = len(epoch_order(args, data, 0))
-    steps, results = data_lt.steps_per_epoch(images, args.batch), None
-    bar = engine.progress_bar(rt, args.epochs * images, run.start_epoch * images + run.start_step * args.batch)
+    n = len(epoch_order(args, data, 0))                                           # images an epoch
+    steps, results = data_lt.steps_per_epoch(n, args.batch), None
+    bar = engine.progress_bar(rt, args.epochs * n, run.start_epoch * n + run.start_step * args.batch)
 
     for epoch in range(run.start_epoch, args.epochs):
         net.train()
@@ -279,7 +279,8 @@ def train(args, data, teacher, rt, run):
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, engine.cosine_lr(epoch + step / steps, args.epochs, args.lr, args.warmup_epochs))
             guard.begin()
-            seen = F.one_hot(torch.tensor(4, device=rt.device), 5).float()            # this step's sums
+            seen = torch.zeros_like(sums)                                         # this step's
+            seen[-1] = 1
             parts = -(-len(labels) // args.micro_batch)                           # micro-batches: their gradients add up
             for i, (x, target) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts))):
                 share = len(x) / len(labels)
@@ -394,8 +395,9 @@ def main():
         teacher = read_teacher(args, data, rt)
 
     plan = f"{args.method} {args.model} ({args.img_size} px, patch {args.patch_size}), {args.epochs} epochs"
-    if to_train:                                                                  # its images have a size of their own
-        teacher_data = data if own_teacher.img_size == args.img_size else engine.load_data(own_teacher, rt)
+    if to_train:                                                                  # where images are cut to size, to its own
+        cut = args.dataset in ("folder", *data_lt.LISTS) and own_teacher.img_size != args.img_size
+        teacher_data = engine.load_data(own_teacher, rt) if cut else data
     like_teacher = train_teacher.new_network(own_teacher, data, rt).eval() if to_train else teacher
     seconds = seconds_of_run(args, data, rt, like_teacher, run.start_epoch)
     if to_train:

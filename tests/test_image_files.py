@@ -198,6 +198,17 @@ def test_a_link_out_of_its_class_is_a_problem(to, tmp_path):
     assert load(tmp_path, [], skip_bad=True).counts == [6, 5, 4]
 
 
+@pytest.mark.parametrize("holdout", [None, 0.2])
+def test_other_files_are_counted_once(holdout, tmp_path):
+    """A folder of .heic passed over without a word; counted for training and test although it is there once."""
+    root = a_folder(tmp_path)
+    for name in ("a.heic", "b.heic", "c.TXT", ".hidden"):
+        (root / "train" / "Bär" / name).touch()
+    said = []
+    load(root / "train" if holdout else root, said, holdout=holdout)
+    assert said == ["Passed over, not taken for images: 2 .heic, 1 .txt"]
+
+
 def test_names_that_are_not_utf_8(tmp_path):
     """Files of an old archive: a UnicodeError when the name is printed, or saved as JSON."""
     folder = os.fsencode(a_folder(tmp_path) / "train")
@@ -210,7 +221,8 @@ def test_names_that_are_not_utf_8(tmp_path):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("line", ["a.jpg", "a.jpg x", "a.jpg -1", "a.jpg 3", "a.jpg 1.5", "7", "a.jpg ١"])
+@pytest.mark.parametrize("line", ["a.jpg", "a.jpg x", "a.jpg -1", "a.jpg 3", "a.jpg 1.5", "7", "a.jpg ١",
+                                  "a.jpg " + "1" * 5000])
 def test_a_list_file_names_its_bad_lines(line, tmp_path):
     """A label that is none; one beyond the classes; a path alone. Blank lines and paths with blanks are fine."""
     (tmp_path / "list.txt").write_text(f"b c.jpg 0\n\n{line}\nd.jpg\t2\r\n")
