@@ -3,7 +3,7 @@ r"""Augmentation of a whole batch on its device, with a different draw for every
     levels (B,3,H,W) --random_crop_flip | random_resized_crop--> --rand_augment--> --random_erasing--> levels (B,3,S,S)
     --to_float--> (B,3,S,S) in [0,1] --mixup_cutmix--> mixed images (B,3,S,S), soft labels (B,K)
 
-    strong_augment     crop, RandAugment, random erasing: the student's images
+    strong_augment     crop, RandAugment or 3-Augment, random erasing: the student's images
     paco_query_view    padded crop, AutoAugment, Cutout: the classified view of a PaCo teacher, 2107.12028
     simclr_view        resized crop, colour jitter, grey, blur (MoCo v2, 2003.04297): the other view, for its contrasts
     three_augment      grey, solarised or blurred, then colour jitter: DeiT-III, 2204.07118
@@ -534,18 +534,20 @@ def random_erasing(images, prob=0.25, area=(0.02, 1 / 3), aspect=0.3):
 
 # ---- Whole recipes -----------------------------------------------------------------------------------------------------
 
-def strong_augment(images, size, crop="padded", magnitude=9.0, erasing=0.25):
-    """Crop and flip, RandAugment (left out if magnitude < 0), erasing: levels (B,3,H,W) -> float (B,3,size,size) in [0,1].
+def strong_augment(images, size, crop="padded", policy="rand", magnitude=9.0, erasing=0.25):
+    """Crop and flip, RandAugment or 3-Augment, erasing: levels (B,3,H,W) -> float (B,3,size,size) in [0,1].
 
     crop: "resized", a random box (ImageNet's way), "padded", padding by an eighth, cropping back, resizing (CIFAR's), or
-    "loader": the images are cropped, resized and mirrored already.
+    "loader": the images are cropped, resized and mirrored already. policy: "rand" (of that magnitude), "three" or "none".
     """
     if crop == "resized":
         images = random_resized_crop(images, size)
     elif crop == "padded":
         images = resize(random_crop_flip(images, images.shape[-1] // 8), size)
-    if magnitude >= 0:
+    if policy == "rand":
         images = rand_augment(images, magnitude=magnitude)
+    elif policy == "three":
+        images = three_augment(images)
     return to_float(random_erasing(images, erasing))
 
 

@@ -482,6 +482,13 @@ def check_ranges(args, **ranges):
             raise UserError(f"{flag(name)} must be {limits}, not {getattr(args, name)}")
 
 
+def check_choices(args, **choices):
+    """Raise UserError for a setting that is none of its possible values."""
+    for name, values in choices.items():
+        if getattr(args, name) not in values:
+            raise UserError(f"{flag(name)} is one of {', '.join(map(str, values))}, not {getattr(args, name)}")
+
+
 def data_name(args):
     """What the data are, for a run's name: cifar10_imb100."""
     name = args.dataset
@@ -545,8 +552,8 @@ def resolve_data(args):
         check_ranges(args, holdout=(0.01, 0.9))
 
 
-def resolve_recipe(args, recipes, rt):
-    """Fill every recipe setting that has no flag from its row.
+def resolve_recipe(args, recipes, rt, method=None):
+    """Fill every recipe setting that has no flag from its row, some of which the method (a dict) may replace.
 
     Returns (the row, the text of what was overridden, for the run's name). A row may be a function of what is known about a
     folder of one's own, a data_lt.Survey.
@@ -560,6 +567,7 @@ def resolve_recipe(args, recipes, rt):
                         + (f"; use --recipe {known[0]}" if known else f" with --loss {args.loss}"))
     row, changed = recipes[args.recipe][args.dataset], ""
     row = row(data_lt.survey(args.data_dir, args.imb, args.imb_type, args.holdout)) if callable(row) else row
+    row = row | (method or {})
     for key, value in row.items():
         given = getattr(args, key)
         if given is None:

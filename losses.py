@@ -8,8 +8,9 @@ Student, DeiT-LT (Rangwani et al., CVPR 2024, arXiv 2404.02900), for one image x
 
 f_c, f_d are the CLS and DIST logits. E_k is the "effective number" of images of class k (Cui et al., CVPR 2019,
 arXiv 1901.05555). Deferred re-weighting (DRW): w = 1 until late in the run, then (2). With w = 1 throughout, (1) is DeiT's
-hard distillation (arXiv 2012.12877). PyTorch's weighted mean divides by the sum of the batch's weights; so did the published
-code, and so does this file.
+hard distillation (arXiv 2012.12877); its soft one has tau^2 KL(g(x) / tau || f_d(x) / tau) for the second term, and a network
+with one token has f_d = f_c. PyTorch's weighted mean divides by the sum of the batch's weights; so did the published code, and
+so does this file.
 
 Teacher, LDAM (Cao et al., NeurIPS 2019, arXiv 1906.07413), with the classifier's logits z_k = s cos(theta_k):
 
@@ -84,20 +85,41 @@ def weighted_cross_entropy(logits, labels, weight=None):
     return F.cross_entropy(full_precision(logits), labels, weight=weight)
 
 
-def soft_distillation(dist_logits, teacher_logits, tau=1.0):
+def binary_cross_entropy(logits, target):
+    """DeiT-III's loss (arXiv 2204.07118): is class k in the image, yes or no? Mean over all B*K answers.
+
+    logits (B,K); target: class numbers (B,), or soft labels (B,K), where every class with a share is a yes.
+    """
+    yes = target > 0 if target.ndim == 2 else F.one_hot(target, logits.shape[1])
+    logits = full_precision(logits)
+    return F.binary_cross_entropy_with_logits(logits, yes.to(logits.dtype))
+
+
+def soft_distillation(dist_logits, teacher_logits, tau=1.0, weight=None):
     """tau^2 KL(softmax(teacher / tau) || softmax(dist / tau)), the mean over all B*K entries, as in DeiT's code.
 
-    Divided by B alone it would be Hinton's (arXiv 1503.02531) loss, K times larger.
+    Divided by B alone it would be Hinton's (arXiv 1503.02531) loss, K times larger. With class weights (K,) the mean over
+    images weighs each by that of the teacher's arg max, as the hard loss would. (The published code weighs log-probabilities
+    and normalises them again, which makes no distribution.)
     """
     p = F.log_softmax(full_precision(teacher_logits) / tau, dim=1)
     q = F.log_softmax(full_precision(dist_logits) / tau, dim=1)
-    return tau ** 2 * F.kl_div(q, p, reduction="sum", log_target=True) / q.numel()
+    kl = F.kl_div(q, p, reduction="none", log_target=True).sum(dim=1)     # (B,)
+    w = torch.ones_like(kl) if weight is None else weight[teacher_logits.argmax(dim=1)]
+    return tau ** 2 * (w * kl).sum() / (w.sum() * q.shape[1])
 
 
-def distillation_loss(cls_logits, dist_logits, target, teacher_labels, alpha=0.5, weight=None):
-    """Equation (1). target: soft labels (B,K) or class numbers (B,). Returns (loss, CLS part, DIST part)."""
-    loss_cls = soft_cross_entropy(cls_logits, target)
-    loss_dist = weighted_cross_entropy(dist_logits, teacher_labels, weight)
+def distillation_loss(cls_logits, dist_logits, target, teacher, alpha=0.5, weight=None, tau=1.0, cls_loss=soft_cross_entropy):
+    """Equation (1). Returns (loss, CLS part, DIST part).
+
+    target: soft labels (B,K) or class numbers (B,), for cls_loss. teacher: its hard labels y_t (B,), or its logits (B,K), which
+    DIST then follows softly, at temperature tau.
+    """
+    loss_cls = cls_loss(cls_logits, target)
+    if teacher.ndim == 1:
+        loss_dist = weighted_cross_entropy(dist_logits, teacher, weight)
+    else:
+        loss_dist = soft_distillation(dist_logits, teacher, tau, weight)
     return (1 - alpha) * loss_cls + alpha * loss_dist, loss_cls, loss_dist                            # (1)
 
 

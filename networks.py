@@ -73,6 +73,7 @@ def build_student(config, num_classes, distilled):
     """The untrained student of a run's settings (a dict), with or without the DIST token."""
     return vit.MODELS[config["model"]](img_size=config["img_size"], patch_size=config["patch_size"], num_classes=num_classes,
                                        drop_path=config["drop_path"], distilled=distilled,
+                                       layer_scale=config.get("layer_scale") or None,
                                        checkpointing=config.get("checkpointing", False))
 
 

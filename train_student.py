@@ -2,7 +2,8 @@ r"""Train a Vision Transformer from scratch on long-tailed images: DeiT-LT (Rang
 
     python train_student.py --dataset shapes                       the whole method in minutes on 2 CPU cores, no download
     python train_student.py --dataset cifar10 --imb 100            CIFAR-10-LT; paper's recipe on a GPU, a small one on a CPU
-    python train_student.py --dataset cifar10 --method vit         the baseline: the same ViT without a teacher
+    python train_student.py --dataset cifar10 --method vit         the baseline: the same ViT without a teacher; also vit-crt,
+                                                                   deit and deit-iii, see METHODS
     torchrun --nproc_per_node=2 train_student.py --dataset cifar10 --recipe paper
 
 Published (CIFAR-10-LT, imb 100): ViT-B 62.6 %, DeiT-LT-B 84.8 % with this teacher (LDAM-DRW-SAM). What this code has
@@ -27,16 +28,18 @@ import data_lt
 import engine
 import run_folder
 import train_teacher
-from losses import distillation_loss, drw_weights, soft_cross_entropy
+from losses import binary_cross_entropy, distillation_loss, drw_weights, soft_cross_entropy
 from networks import NORMALISATIONS, build_student
 from vit import MODELS, resize_pos_embed
 
 # One row per data set. paper: the published scripts, where 2 GPUs x 128 images x 4 accumulated micro-batches make a batch of
 # 1024, the learning rate follows from 2 x 128, and the EMA's decay is that of four micro-batches, 0.99996^4. cpu: the same
 # method at 32 px on a small network, see the README.
-PAPER = dict(model="base", img_size=224, patch_size=16, epochs=1200, batch=1024, micro_batch=128, lr=2.5e-4, warmup_epochs=5,
-             weight_decay=0.05, drop_path=0.1, alpha=0.5, drw_epoch=1100, beta=0.9999, repeats=3, crop="resized", magnitude=9.0,
-             erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, mix_drw=False, ema=0.99984, eval_crop=0.875, eval_every=10)
+PAPER = dict(model="base", img_size=224, patch_size=16, tokens=2, layer_scale=0.0, epochs=1200, batch=1024, micro_batch=128,
+             lr=2.5e-4, warmup_epochs=5, weight_decay=0.05, drop_path=0.1, distill="hard", tau=1.0, teacher_sees="same",
+             alpha=0.5, cls_loss="ce", drw_epoch=1100, beta=0.9999, sampling="shuffled", repeats=3, crop="resized",
+             policy="rand", magnitude=9.0, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, mix_drw=False, trained="all",
+             ema=0.99984, eval_crop=0.875, eval_every=10)
 CPU = PAPER | dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4, drop_path=0.0,
                    drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0, eval_every=5)
 LARGE = PAPER | dict(epochs=1400, batch=2048, lr=5e-4, drw_epoch=1200, mix_drw=True, crop="loader")
@@ -57,10 +60,24 @@ def own_folder_row(row, seen, largest, epochs, drw):
                       eval_crop=1.0)
 
 
+# What a method changes in its recipe's row; everything else is equal, and every change has a flag too. teacher: which one
+# `--teacher auto` is, ldam where nothing is said. after: the method whose network it goes on with.
+NO_TEACHER = dict(distill="none", tokens=1)
+METHODS = {
+    "deit-lt": {},
+    "deit": dict(teacher="strong", beta=0.0),                     # a teacher that knows such images, no re-weighting
+    "deit-iii": NO_TEACHER | dict(policy="three", layer_scale=1e-4, cls_loss="bce", erasing=0.0, smoothing=0.0),
+    "vit": NO_TEACHER,
+    "vit-crt": NO_TEACHER | dict(after="vit", trained="classifier", sampling="balanced", repeats=1),       # arXiv 1910.09217
+}
+OWN_TEACHERS = ("ldam", "paco", "strong")
+
 HELP = {
     "model": "micro, mini, tiny, small or base",
     "img_size": "side of the student's images, pixels",
     "patch_size": "side of a patch, pixels",
+    "tokens": "2: CLS and DIST; 1: CLS alone, for the teacher's labels too",
+    "layer_scale": "LayerScale's first value; 0 = off",
     "epochs": "epochs of about as many samples as there are training images",
     "batch": "images per optimizer step, over all processes and accumulated micro-batches",
     "micro_batch": "images per forward pass and process, at most",
@@ -68,27 +85,33 @@ HELP = {
     "warmup_epochs": "epochs of linear warm-up",
     "weight_decay": "of AdamW; not on biases, norms, tokens and positions",
     "drop_path": "stochastic depth rate of the last block",
+    "distill": "hard: the teacher's labels; soft: its probabilities; none: no teacher",
+    "tau": "temperature of --distill soft",
+    "teacher_sees": "same: the student's images; weak: only cropped and flipped ones (the student's must not be mixed then)",
     "alpha": "weight of the DIST loss; 1 - alpha of the CLS loss",
+    "cls_loss": "ce, or bce: binary cross-entropy, without --smoothing",
     "drw_epoch": "first epoch (0-based) with re-weighted teacher labels (and, unless --mix-drw, without mixing)",
-    "beta": "of the effective number of images, for the class weights",
+    "beta": "of the effective number of images, for the class weights; 0 = all classes alike",
+    "sampling": "shuffled: every image once; balanced: every class as often, images drawn with replacement",
     "repeats": "repeated augmentation: times an image comes up in an epoch that has it; 1 = off",
     "crop": "resized (random area and shape, to img_size), padded (pad by an eighth, shift) or loader (as resized, when the "
             "file is decoded: large sets)",
-    "magnitude": "of RandAugment, 0..10; negative = no RandAugment",
+    "policy": "rand: RandAugment; three: 3-Augment; none",
+    "magnitude": "of RandAugment, 0..10",
     "erasing": "probability of random erasing",
     "mixup": "Beta parameter of mixup; 0 = off",
     "cutmix": "Beta parameter of CutMix; 0 = off",
     "smoothing": "label smoothing while images are mixed",
     "mix_drw": "go on mixing in the DRW stage (published: not on CIFAR, but on ImageNet-LT and iNaturalist)",
+    "trained": "all, or classifier: the rest of --finetune's network stays as it is, the classifier begins anew",
     "ema": "decay per step of the averaged weights, evaluated beside the last ones; 0 = off",
     "eval_crop": "test images are resized to img_size / eval_crop and the centre is cut out",
     "eval_every": "epochs between evaluations on the test set (the last is always evaluated)",
 }
-OWN_TEACHERS = {"auto": "ldam", "ldam": "ldam", "paco": "paco"}           # --teacher -> --loss of train_teacher.py
-METHODS = {  # what the methods differ in; everything else is equal
-    "deit-lt": dict(distilled=True),
-    "vit": dict(distilled=False),
-}
+CHOICES = dict(model=MODELS, tokens=(1, 2), distill=("hard", "soft", "none"), teacher_sees=("same", "weak"),
+               cls_loss=("ce", "bce"), sampling=("shuffled", "balanced"), crop=("resized", "padded", "loader"),
+               policy=("rand", "three", "none"), trained=("all", "classifier"))
+CLS_LOSSES = {"ce": soft_cross_entropy, "bce": binary_cross_entropy}
 
 
 def parse(argv=None):
@@ -96,8 +119,10 @@ def parse(argv=None):
     engine.add_run_flags(parser)
     parser.add_argument("--method", default="deit-lt", choices=METHODS, help="default: %(default)s")
     parser.add_argument("--teacher", default="auto", help="run folder of train_teacher.py, published checkpoint or state dict "
-                        "of a torchvision network; ldam or paco: the recipe's own teacher of that loss and the same seed, "
-                        "trained first if it is missing; auto: " + OWN_TEACHERS["auto"] + " (default: %(default)s)")
+                        "of a torchvision network; ldam, paco or strong (plain, under the student's augmentation): the "
+                        "recipe's own of the same seed, trained first if it is missing; auto: strong for deit, else ldam "
+                        "(default: %(default)s)")
+    parser.add_argument("--teacher-rho", type=float, help="SAM's radius for the recipe's own teacher; 0: without SAM")
     parser.add_argument("--teacher-norm", choices=NORMALISATIONS, help="pixel statistics that the teacher's images are "
                         "normalised with (default: those it was trained on; the published student loop: imagenet)")
     parser.add_argument("--teacher-size", type=int, help="side of the teacher's images, pixels (default: what it is known for: "
@@ -106,45 +131,57 @@ def parse(argv=None):
                         "than keep what it computed: less memory, a third more work, the same numbers")
     parser.add_argument("--finetune", metavar="RUN", help="go on with the student of a run folder at another --img-size (or "
                         "other settings): its data, teacher and recipe, a tenth of its epochs and learning rate, no warm-up or "
-                        "weight decay, re-weighted from the start; all of it unless given")
+                        "weight decay, re-weighted from the start; all of it unless given (vit-crt: its whole learning rate)")
     engine.add_recipe_flags(parser, RECIPES, HELP)
     args = parser.parse_args(argv)
     if args.finetune:
-        parser.set_defaults(**short_recipe(run_folder.load_checkpoint(args.finetune)["config"]))
+        parser.set_defaults(**short_recipe(run_folder.load_checkpoint(args.finetune)["config"], args.method))
         args = parser.parse_args(argv)
     return args
 
 
-def short_recipe(config):
+def changes(method):
+    """The settings of a recipe's row that a method replaces."""
+    return {k: v for k, v in METHODS[method].items() if k not in ("teacher", "after")}
+
+
+def short_recipe(config, method):
     """What a run's settings (a dict) become for --finetune, as DeiT does it (section 3): 30 of 300 epochs, hardly any decay.
 
-    DeiT takes a hundredth of the learning rate, this a tenth, for fewer epochs.
+    DeiT takes a hundredth of the learning rate, this a tenth, for fewer epochs; a classifier that begins anew needs the whole.
     """
     if "method" not in config:
         raise engine.UserError("--finetune takes a run of train_student.py")
     own = ("out", "name", "resume", "overwrite", "force", "device", "amp", "save_every", "compile", "finetune", "skip_bad",
            "tensorboard", "wandb")
-    return {k: v for k, v in config.items() if k not in own} | dict(
+    short = {k: v for k, v in config.items() if k not in own} | dict(
         epochs=max(1, config["epochs"] // 10), lr=config["lr"] / 10, warmup_epochs=0, weight_decay=1e-8, drw_epoch=0)
+    if METHODS[method].get("after") == config["method"]:
+        short |= changes(method) | dict(method=method, lr=config["lr"])
+    return short
 
 
 def finetuned_name(args):
     """Name of a run with --finetune. Raises UserError for settings that the old weights do not fit."""
     config = run_folder.load_checkpoint(args.finetune)["config"]
-    if changed := [engine.flag(k) for k in ("method", "model", "patch_size") if getattr(args, k) != config[k]]:
+    short, keep = short_recipe(config, args.method), ("method", "model", "patch_size", "tokens", "layer_scale")
+    if changed := [engine.flag(k) for k in keep if getattr(args, k) != short.get(k, getattr(args, k))]:
         raise engine.UserError(f"--finetune keeps {', '.join(changed)} of the run")
-    name, short = f"{os.path.basename(os.path.normpath(args.finetune))}_finetuned{args.img_size}", short_recipe(config)
-    return name + "".join(f"_{key.replace('_', '')}{getattr(args, key)}" for key in (*HELP, "seed")
-                          if key not in ("img_size", "eval_every") and getattr(args, key) != short[key])
+    how = "crt" if args.trained == "classifier" else f"finetuned{args.img_size}"
+    changed = "".join(f"_{key.replace('_', '')}{getattr(args, key)}" for key in (*HELP, "seed")
+                      if key not in ("img_size", "eval_every") and getattr(args, key) != short.get(key, getattr(args, key)))
+    return f"{os.path.basename(os.path.normpath(args.finetune))}_{how}{changed}"
 
 
 def teacher_args(args):
-    """Settings of the recipe's own teacher (`--teacher auto`, ldam, paco): same data, recipe and seed, its folder resumed."""
+    """Settings of the recipe's own teacher (`--teacher ldam`, paco, strong): same data, recipe and seed, its folder resumed."""
     given = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in
              ("dataset", "imb", "imb-type", "data-dir", "holdout", "train-list", "test-list", "recipe", "seed", "device", "amp",
               "save-every") if getattr(args, k.replace("-", "_")) is not None]
     given += [f"--{k}" for k in ("compile", "skip-bad", "tensorboard", "wandb") if getattr(args, k.replace("-", "_"))]
-    return train_teacher.parse(given + ["--loss", OWN_TEACHERS[args.teacher], "--resume"])
+    given += [f"--augment={args.crop}" if args.teacher == "strong" else f"--loss={args.teacher}"]
+    given += [f"--rho={args.teacher_rho}"] if args.teacher_rho is not None else []
+    return train_teacher.parse(given + ["--resume"])
 
 
 def resolve(args, rt):
@@ -153,36 +190,26 @@ def resolve(args, rt):
     Returns the settings of the recipe's own teacher with `--teacher auto`, ldam or paco, else None.
     """
     engine.resolve_data(args)
-    row, changed = engine.resolve_recipe(args, RECIPES, rt)
+    row, changed = engine.resolve_recipe(args, RECIPES, rt, changes(args.method))
     finetuned = finetuned_name(args) if args.finetune else None
-    if args.model not in MODELS or args.crop not in ("resized", "padded", "loader"):
-        raise engine.UserError(f"--model is one of {', '.join(MODELS)}; --crop resized, padded or loader")
-    if (args.crop == "loader") != (row["crop"] == "loader"):
-        raise engine.UserError("--crop loader is for data sets that stay on disk, and they have no other")
-    engine.check_ranges(args, epochs=(1, inf), batch=(rt.world, inf), micro_batch=(1, inf), lr=(0, inf), img_size=(1, inf),
-                        patch_size=(1, inf), warmup_epochs=(0, inf), weight_decay=(0, inf), drop_path=(0, 0.99), alpha=(0, 1),
-                        beta=(0, 0.999999), repeats=(1, inf), erasing=(0, 1), mixup=(0, inf), cutmix=(0, inf), smoothing=(0, 1),
-                        ema=(0, 0.999999), eval_crop=(0.1, 1), eval_every=(1, inf))
-    if args.img_size % args.patch_size:
-        raise engine.UserError(f"--img-size {args.img_size} is not a multiple of --patch-size {args.patch_size}")
-    if args.batch % rt.world:
-        raise engine.UserError(f"--batch {args.batch} cannot be shared by {rt.world} processes")
-    distilled = METHODS[args.method]["distilled"]
-    about_teacher = {k: v for k in ("teacher_norm", "teacher_size") if (v := getattr(args, k)) is not None}
-    if not distilled and (about_teacher or args.teacher not in ("auto", None)):
+    check(args, row, rt)
+    about_teacher = {k: v for k in ("teacher_norm", "teacher_size", "teacher_rho") if (v := getattr(args, k)) is not None}
+    if args.distill == "none" and (about_teacher or args.teacher not in ("auto", None)):
         raise engine.UserError(f"--method {args.method} has no teacher")
     if args.teacher == "":
         raise engine.UserError("--teacher is empty")
-    if args.teacher_size is not None:
-        engine.check_ranges(args, teacher_size=(1, inf))
-    if distilled and args.teacher != "auto":
+    engine.check_ranges(args, **{k: (0 if k == "teacher_rho" else 1, inf) for k in about_teacher if k != "teacher_norm"})
+    if args.distill != "none" and args.teacher != "auto":
         changed += "_by_" + os.path.basename(os.path.normpath(args.teacher))
     changed += "".join(f"_{k.replace('_', '')}{v}" for k, v in about_teacher.items())
     args.name = finetuned or f"{args.method}_{args.model}_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
     args.out = args.out or f"runs/{args.name}"
-    if not distilled:
-        args.teacher = None
+    args.teacher = None if args.distill == "none" else args.teacher
+    if args.teacher == "auto":
+        args.teacher = METHODS[args.method].get("teacher", "ldam")
     if args.teacher not in OWN_TEACHERS:
+        if args.teacher_rho is not None:
+            raise engine.UserError(f"--teacher-rho is for --teacher {', '.join(OWN_TEACHERS)}")
         return None
     own = teacher_args(args)
     train_teacher.resolve(own, rt)
@@ -190,48 +217,96 @@ def resolve(args, rt):
     return own
 
 
+def check(args, row, rt):
+    """Raise UserError for settings that cannot be, alone or together."""
+    engine.check_choices(args, **CHOICES)
+    engine.check_ranges(args, epochs=(1, inf), batch=(rt.world, inf), micro_batch=(1, inf), lr=(0, inf), img_size=(1, inf),
+                        patch_size=(1, inf), layer_scale=(0, inf), warmup_epochs=(0, inf), weight_decay=(0, inf),
+                        drop_path=(0, 0.99), tau=(1e-3, inf), alpha=(0, 1), beta=(0, 0.999999), repeats=(1, inf),
+                        magnitude=(0, 10), erasing=(0, 1), mixup=(0, inf), cutmix=(0, inf), smoothing=(0, 1), ema=(0, 0.999999),
+                        eval_crop=(0.1, 1), eval_every=(1, inf))
+    for impossible, why in (
+            ((args.crop == "loader") != (row["crop"] == "loader"), "--crop loader is for data sets that stay on disk, and they "
+             "have no other"),
+            (args.img_size % args.patch_size, f"--img-size {args.img_size} is not a multiple of --patch-size "
+             f"{args.patch_size}"),
+            (args.batch % rt.world, f"--batch {args.batch} cannot be shared by {rt.world} processes"),
+            (args.distill == "none" and args.tokens == 2, "--distill none leaves DIST nothing to learn: --tokens 1"),
+            (args.cls_loss == "bce" and args.smoothing > 0, "--cls-loss bce takes every share for a yes: --smoothing 0"),
+            (args.teacher_sees == "weak" and args.mixup + args.cutmix > 0, "--teacher-sees weak: its images are not mixed, so "
+             "the student's cannot be: --mixup 0 --cutmix 0"),
+            (args.sampling == "balanced" and args.repeats > 1, "--sampling balanced has no --repeats"),
+            (args.trained == "classifier" and not args.finetune, "--trained classifier needs --finetune")):
+        if impossible:
+            raise engine.UserError(why)
+
+
 def new_network(args, data, rt):
-    """An untrained student of these settings on the device."""
-    return build_student(vars(args), data.num_classes, METHODS[args.method]["distilled"]).to(rt.device)
+    """An untrained student of these settings on the device; with --trained classifier all but its heads is frozen."""
+    net = build_student(vars(args), data.num_classes, args.tokens == 2).to(rt.device)
+    if args.trained == "classifier":                                  # cRT, Kang et al., ICLR 2020, arXiv 1910.09217
+        for name, p in net.named_parameters():
+            p.requires_grad_(name.startswith("head"))
+    return net
 
 
-def load_resized(net, path, data):
-    """Fill a student with a run's weights, its positions resized to the new grid of patches. UserError if it does not fit."""
+def load_resized(net, args, data):
+    """Fill a student with the weights of --finetune's run, its positions resized to the new grid of patches.
+
+    A classifier that is to begin anew is left as it is. Raises UserError for a run that does not fit.
+    """
+    path = args.finetune
     state = run_folder.load_checkpoint(path, ("model", "config", "class_names"))
     if state["class_names"] != data.class_names:
         raise engine.UserError(f"--finetune {path}: that run has other classes")
     weights = dict(state["model"])
     weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], net.num_tokens, net.img_size // net.patch_size)
-    run_folder.load_weights(net, weights, path)
+    fresh = {k: v for k, v in net.state_dict().items() if k.startswith("head") and args.trained == "classifier"}
+    run_folder.load_weights(net, weights | fresh, path)
 
 
 def parameter_groups(net, weight_decay):
     """AdamW's groups: decay for matrices, none for biases, norms, layer scales, tokens and positions."""
     decay, plain = [], []
     for name, p in net.named_parameters():
+        if not p.requires_grad:
+            continue
         (plain if p.ndim <= 1 or name in ("cls_token", "dist_token", "pos_embed") else decay).append(p)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def strong_augment(x, args):
     """Levels (B,3,H,W) -> (B,3,S,S) in [0,1], another draw for every image."""
-    return augment.strong_augment(x, args.img_size, args.crop, args.magnitude, args.erasing)
+    return augment.strong_augment(x, args.img_size, args.crop, args.policy, args.magnitude, args.erasing)
 
 
 @torch.no_grad()
-def teacher_labels(teacher, x):
-    """Hard labels (B,) of the teacher for the student's images, brought to the teacher's own size.
+def teacher_logits(teacher, x):
+    """Logits (B,K) of the teacher for the student's images, brought to the teacher's own size.
 
     Without antialiasing, as in the published code: 224 -> 32 px keeps every seventh pixel, noise and all.
     """
     if x.shape[-1] != teacher.img_size:
         x = F.interpolate(x, size=teacher.img_size, mode="bicubic", antialias=False).clamp(0, 1)
-    return teacher(x.contiguous(memory_format=torch.channels_last)).argmax(dim=1)
+    return teacher(x.contiguous(memory_format=torch.channels_last))
+
+
+def teacher_says(teacher, x, levels, args):
+    """y_t: the teacher's hard labels (B,) of the student's images x, or with --distill soft its logits (B,K).
+
+    With --teacher-sees weak, of the images before their strong augmentation, levels (B,3,H,W), cropped and flipped.
+    """
+    if args.teacher_sees == "weak":
+        x = augment.to_float(augment.random_crop_flip(levels, levels.shape[-1] // 8))
+    logits = teacher_logits(teacher, x)
+    return logits if args.distill == "soft" else logits.argmax(dim=1)
 
 
 def epoch_order(args, data, epoch):
     """Which training images an epoch shows, in order."""
     n = len(data.train_labels)
+    if args.sampling == "balanced":
+        return data_lt.class_balanced(data.train_labels, args.seed, epoch)
     if args.repeats > 1:
         return data_lt.repeated_augmentation(n, args.seed, epoch, args.repeats)
     return data_lt.shuffled(n, args.seed, epoch)
@@ -242,7 +317,7 @@ def train(args, data, teacher, rt, run):
     torch.manual_seed(args.seed)
     net = new_network(args, data, rt)
     if args.finetune and not run.resumed:
-        load_resized(net, args.finetune, data)
+        load_resized(net, args, data)
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
     guard = engine.Guard(net, optimizer, rt)
     ema = engine.EMA(net, args.ema) if args.ema > 0 else None
@@ -263,11 +338,11 @@ def train(args, data, teacher, rt, run):
     run.restore(load)
     model = engine.trainable(net, rt, args.compile)
     n = len(epoch_order(args, data, 0))                                           # images an epoch
-    steps, results = data_lt.steps_per_epoch(n, args.batch), None
+    steps, results, cls_loss = data_lt.steps_per_epoch(n, args.batch), None, CLS_LOSSES[args.cls_loss]
     bar = engine.progress_bar(rt, args.epochs * n, run.start_epoch * n + run.start_step * args.batch)
 
     for epoch in range(run.start_epoch, args.epochs):
-        net.train()
+        net.train(args.trained == "all")
         started, sums = run.begun(epoch, torch.zeros(5, device=rt.device))        # loss, CLS, DIST, teacher's accuracy; steps
         weight = drw_weights(data.counts, epoch, args.drw_epoch, args.beta)       # None, or (K,) from the DRW epoch on
         weight = None if weight is None else weight.to(rt.device)
@@ -282,21 +357,22 @@ def train(args, data, teacher, rt, run):
             seen = torch.zeros_like(sums)                                         # this step's
             seen[-1] = 1
             parts = -(-len(labels) // args.micro_batch)                           # micro-batches: their gradients add up
-            for i, (x, target) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts))):
-                share = len(x) / len(labels)
-                x = strong_augment(x, args)                                       # (B,3,S,S) in [0,1]
+            for i, (levels, target) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts))):
+                share = len(levels) / len(labels)
+                x = strong_augment(levels, args)                                  # (B,3,S,S) in [0,1]
                 if mixing:
                     x, target = augment.mixup_cutmix(x, target, data.num_classes, args.mixup, args.cutmix, args.smoothing)
                 last = i == parts - 1                                             # only then do processes average gradients
                 with nullcontext() if last or rt.world == 1 else model.no_sync():
                     with rt.autocast():
-                        y_t = teacher_labels(teacher, x) if teacher else None     # (B,)
+                        y_t = teacher_says(teacher, x, levels, args) if teacher else None         # (B,), or soft (B,K)
                         cls_logits, dist_logits = model(x)                        # (B,K), (B,K)
                         if teacher:
-                            loss, loss_cls, loss_dist = distillation_loss(cls_logits, dist_logits, target, y_t, args.alpha,
-                                                                          weight)
+                            taught = cls_logits if dist_logits is None else dist_logits           # --tokens 1: CLS is both
+                            loss, loss_cls, loss_dist = distillation_loss(cls_logits, taught, target, y_t, args.alpha, weight,
+                                                                          args.tau, cls_loss)
                         else:
-                            loss = soft_cross_entropy(cls_logits, target)
+                            loss = cls_loss(cls_logits, target)
                     guard.backward(share * loss)
                 terms = torch.stack([loss, loss_cls, loss_dist, accuracy(y_t, target)] if teacher else [loss]).detach()
                 seen[:len(terms)] += share * terms
@@ -329,9 +405,9 @@ def train(args, data, teacher, rt, run):
 
 
 def accuracy(y_t, target):
-    """Fraction of teacher labels (B,) that are the true label (B,), or the larger part of the mixed one (B,K)."""
-    truth = target.argmax(dim=1) if target.ndim == 2 else target
-    return (y_t == truth).float().mean()
+    """How often the teacher's labels (B,) or logits (B,K) say the true label (B,), or the larger part of a mixed one (B,K)."""
+    said, truth = (y.argmax(dim=1) if y.ndim == 2 else y for y in (y_t, target))
+    return (said == truth).float().mean()
 
 
 # ---- Evaluation ----------------------------------------------------------------------------------------------------------
@@ -378,6 +454,16 @@ def token_cosine(net, data, args, rt):
 def main():
     args = parse()
     rt = engine.setup(args.device, args.amp)
+    after = METHODS[args.method].get("after")
+    if after and not args.finetune:                                               # first the network that it goes on with
+        first = argparse.Namespace(**vars(args) | dict(method=after, out=None, resume=True, overwrite=False))
+        run_student(first, rt)
+        vars(args).update(short_recipe(vars(first), args.method), finetune=first.out)
+    run_student(args, rt)
+
+
+def run_student(args, rt):
+    """Everything that one run is: its teacher first if it is missing, the student, its result and its picture."""
     own_teacher = resolve(args, rt)
     run = run_folder.Run(args.out, args, rt)
     if run.say_if_finished(args, args.method):
@@ -436,7 +522,7 @@ def seconds_of_run(args, data, rt, teacher, start_epoch):
         x = strong_augment(images[:n], args)
         with rt.autocast():
             if teacher:
-                teacher_labels(teacher, x)
+                teacher_logits(teacher, x)
             return sum(logits.sum() for logits in net(x) if logits is not None)
     to_come, tests = epochs * len(epoch_order(args, data, 0)), -(-epochs // args.eval_every)
     return engine.seconds_of_run(forward, len(images), to_come, tests, len(data.test_labels), rt)

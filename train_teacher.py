@@ -2,6 +2,7 @@ r"""Train the CNN teacher on the long-tailed data: LDAM with deferred re-weighti
 
     python train_teacher.py --dataset cifar10 --imb 100                LDAM-DRW-SAM, ResNet-32
     python train_teacher.py --dataset cifar10 --imb 100 --loss paco    PaCo-SAM, the paper's best teacher
+    python train_teacher.py --dataset cifar10 --augment padded         plain, under the student's augmentation: DeiT's teacher
     python train_teacher.py --dataset shapes                           two to three minutes on 2 CPU threads, no download
 
 Published: ResNet-32 on CIFAR-10-LT and CIFAR-100-LT (imb 100): LDAM-DRW-SAM 81.9 % and 45.4 % (Saddle-LongTail, arXiv
@@ -30,9 +31,9 @@ from quantities import entropy
 from sam import SAM, frozen_batchnorm_statistics
 
 # One row per data set. paper: Saddle-LongTail's run.sh. cpu: the same method in minutes on 2 cores.
-LDAM_PAPER = dict(arch="resnet32", img_size=32, norm="cifar", loss="ldam", epochs=200, batch=128, lr=0.1, weight_decay=2e-4,
-                  schedule="step", decay=0.01, warmup_epochs=5, rho=0.8, rho_schedule="constant", drw_epoch=160, beta=0.9999,
-                  max_margin=0.5, eval_every=1)
+LDAM_PAPER = dict(arch="resnet32", img_size=32, norm="cifar", augment="weak", loss="ldam", epochs=200, batch=128, lr=0.1,
+                  weight_decay=2e-4, schedule="step", decay=0.01, warmup_epochs=5, rho=0.8, rho_schedule="constant",
+                  drw_epoch=160, beta=0.9999, max_margin=0.5, eval_every=1)
 LDAM_LARGE = LDAM_PAPER | dict(arch="resnet50", img_size=224, epochs=90, batch=256, lr=0.2, schedule="cosine", warmup_epochs=0,
                                rho=0.5, rho_schedule="step", drw_epoch=60, max_margin=0.3, norm="imagenet")
 LDAM_CPU = LDAM_PAPER | dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw_epoch=16, eval_every=4)
@@ -66,9 +67,9 @@ def own_folder_row(row, seen, epochs):
 # The rows of --loss paco. paper: PaCo's CIFAR-100 script, also for CIFAR-10, for which none is published; nor is rho (0.05 is
 # what the same authors published for GLMC+SAM). Ten classes have ten times as many positives in the queue as a hundred: a tenth
 # of alpha keeps the balance of pairs and classes. PaCo needs no re-weighting: the log prior in its loss does that work.
-PACO_PAPER = dict(arch="resnet32", img_size=32, norm="cifar", loss="paco", epochs=400, batch=128, lr=0.05, weight_decay=5e-4,
-                  schedule="step", decay=0.1, warmup_epochs=10, rho=0.05, rho_schedule="constant", alpha=0.01, temperature=0.05,
-                  queue=1024, projection=32, key_momentum=0.999, eval_every=1)
+PACO_PAPER = dict(arch="resnet32", img_size=32, norm="cifar", augment="weak", loss="paco", epochs=400, batch=128, lr=0.05,
+                  weight_decay=5e-4, schedule="step", decay=0.1, warmup_epochs=10, rho=0.05, rho_schedule="constant",
+                  alpha=0.01, temperature=0.05, queue=1024, projection=32, key_momentum=0.999, eval_every=1)
 PACO_CPU = PACO_PAPER | dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, eval_every=4)
 PACO_RECIPES = {
     "paper": {"cifar10": PACO_PAPER | dict(alpha=0.001), "cifar100": PACO_PAPER,
@@ -77,9 +78,22 @@ PACO_RECIPES = {
             "folder": lambda seen: own_folder_row(PACO_CPU | dict(alpha=1e-4 * seen.classes), seen, 24),
             "shapes": PACO_CPU | dict(epochs=12, batch=32, lr=0.03, warmup_epochs=1, alpha=0.001, eval_every=2)},
 }
+
+
+def strong(row):
+    """A row as that of an in-distribution teacher (DeiT's): plain cross-entropy, no SAM, so twice the epochs at equal cost."""
+    if callable(row):
+        return lambda seen: strong(row(seen))
+    epochs = 2 * row["epochs"]
+    return row | dict(loss="ce", augment="padded", rho=0.0, epochs=epochs, drw_epoch=epochs, beta=0.0)
+
+
+STRONG_RECIPES = {recipe: {dataset: strong(row) for dataset, row in rows.items()} for recipe, rows in RECIPES.items()}
 HELP = {
     "arch": "network: resnet32, resnet50, or the name of any classification network of torchvision",
     "img_size": "side of the images that the network gets, pixels",
+    "augment": "weak (crop and flip), or, for a teacher that knows what its student will ask about, the student's --crop: its "
+               "strong augmentation and mixing",
     "loss": "ldam (with a cosine classifier), paco, ce, focal, la (logit adjustment) or vs (vector scaling)",
     "epochs": "passes over the training set",
     "batch": "images per step, over all processes together",
@@ -114,7 +128,8 @@ LOSSES = {  # name -> criterion(logits, labels, weight=class weights or None); P
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     engine.add_run_flags(parser)
-    engine.add_recipe_flags(parser, RECIPES | {f"paco {name}": rows for name, rows in PACO_RECIPES.items()}, HELP)
+    more = {"paco": PACO_RECIPES, "strong": STRONG_RECIPES}
+    engine.add_recipe_flags(parser, RECIPES | {f"{kind} {k}": v for kind, rows in more.items() for k, v in rows.items()}, HELP)
     return parser.parse_args(argv)
 
 
@@ -122,23 +137,25 @@ def resolve(args, rt):
     """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be."""
     paco, given = args.loss == "paco", {key for key in HELP if getattr(args, key) is not None}
     engine.resolve_data(args)
-    row, changed = engine.resolve_recipe(args, PACO_RECIPES if paco else RECIPES, rt)
+    strong = args.augment not in (None, "weak")
+    if strong and args.loss not in (None, "ce"):
+        raise engine.UserError(f"--augment {args.augment} mixes images, and --loss {args.loss} needs one label: --loss ce")
+    row, changed = engine.resolve_recipe(args, PACO_RECIPES if paco else STRONG_RECIPES if strong else RECIPES, rt)
     unused = {"max_margin"} if args.loss != "ldam" else set()
     unused |= {"decay"} if args.schedule == "cosine" else set()
     if idle := [engine.flag(key) for key in sorted(given) if key not in row or key in unused]:
         raise engine.UserError(f"{', '.join(idle)} has no meaning with --loss {args.loss} --schedule {args.schedule}")
-    if args.loss not in LOSSES or args.schedule not in ("step", "cosine") or args.rho_schedule not in ("step", "constant"):
-        raise engine.UserError(f"--loss is one of {', '.join(LOSSES)}; --schedule step or cosine; --rho-schedule constant or "
-                               "step")
-    if args.norm not in NORMALISATIONS:
-        raise engine.UserError(f"--norm is one of {', '.join(NORMALISATIONS)}")
+    engine.check_choices(args, loss=LOSSES, schedule=("step", "cosine"), rho_schedule=("constant", "step"),
+                         augment=("weak", "padded", "resized", "loader"), norm=NORMALISATIONS)
+    if strong and (args.augment == "loader") != (args.dataset in data_lt.LISTS):
+        raise engine.UserError("--augment loader is for data sets that stay on disk, and they have no other but weak")
     ranges = dict(epochs=(1, inf), batch=(rt.world, inf), lr=(0, inf), weight_decay=(0, inf), warmup_epochs=(0, inf),
                   rho=(0, inf), decay=(0, 1), img_size=(1, inf), beta=(0, 0.999999), max_margin=(0, 1), alpha=(0, inf),
                   temperature=(1e-3, inf), queue=(1, inf), projection=(1, inf), key_momentum=(0, 1), eval_every=(1, inf))
     engine.check_ranges(args, **{name: limits for name, limits in ranges.items() if name in row})
     if args.batch % rt.world:
         raise engine.UserError(f"--batch {args.batch} cannot be shared by {rt.world} processes")
-    args.name = f"teacher_{'paco_' * paco}{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
+    args.name = f"teacher_{'paco_' * paco}{'strong_' * strong}{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
     args.out = args.out or f"runs/{args.name}"
 
 
@@ -199,6 +216,8 @@ def seconds_of_run(args, data, rt, start_epoch=0):
 
 def views(images, args):
     """What the network sees of a batch, levels (B,3,H,W): one view (B,3,S,S) in [0,1], and for PaCo one for the key encoder."""
+    if args.augment != "weak":
+        return augment.strong_augment(images, args.img_size, args.augment).contiguous(memory_format=torch.channels_last), None
     if args.dataset in data_lt.LISTS:                                             # boxes, mirrored, from the loader
         two = augment.color_jitter(images, 0.4, 0.4, 0.4), None
     elif args.loss == "paco":
@@ -251,6 +270,8 @@ def train(args, data, rt, run):
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, learning_rate(args, epoch + step / steps))
             x, key_view = views(levels, args)                                     # (B,3,S,S) in [0,1] each
+            if args.augment != "weak":
+                x, y = augment.mixup_cutmix(x, y, data.num_classes)               # y (B,K)
             guard.begin()
             if paco:
                 with rt.autocast():

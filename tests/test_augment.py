@@ -624,20 +624,23 @@ def test_simclrs_view_has_the_published_rates_strengths_and_order(monkeypatch):
 def test_strong_augment_is_crop_then_rand_augment_then_erasing(monkeypatch):
     """An argument that does not arrive, a padding other than an eighth, a RandAugment that runs when switched off."""
     calls, pictures = [], noise(4)
-    for name in ("random_resized_crop", "random_crop_flip", "resize", "rand_augment", "random_erasing"):
+    for name in ("random_resized_crop", "random_crop_flip", "resize", "rand_augment", "three_augment", "random_erasing"):
         monkeypatch.setattr(augment, name, lambda x, *args, name=name, **how: (
             calls.append((name, *args, *how.values())) or x + 1))         # 255 + 1 is 0
     torch.testing.assert_close(augment.strong_augment(pictures, 64), (pictures + 4) / 255)
     assert calls == [("random_crop_flip", 4), ("resize", 64), ("rand_augment", 9.0), ("random_erasing", 0.25)]
     calls.clear()
-    torch.testing.assert_close(augment.strong_augment(pictures, 64, "resized", -1.0, 0.1), (pictures + 2) / 255)
+    torch.testing.assert_close(augment.strong_augment(pictures, 64, "resized", "none", erasing=0.1), (pictures + 2) / 255)
     assert calls == [("random_resized_crop", 64), ("random_erasing", 0.1)]
+    calls.clear()
+    torch.testing.assert_close(augment.strong_augment(pictures, 64, "loader", "three"), (pictures + 2) / 255)
+    assert calls == [("three_augment",), ("random_erasing", 0.25)]
 
 
 VIEWS = {  # name: (function, side of what it gives, how many of 64 copies of one picture differ at least)
     "padded": (lambda x: augment.strong_augment(x, 40), 40, 50), "same size": (lambda x: augment.strong_augment(x, 32), 32, 50),
     "resized": (lambda x: augment.strong_augment(x, 40, "resized"), 40, 50), "query": (augment.paco_query_view, 32, 50),
-    "plain": (lambda x: augment.strong_augment(x, 40, magnitude=-1.0), 40, 40), "auto": (augment.auto_augment, 32, 20),
+    "plain": (lambda x: augment.strong_augment(x, 40, policy="none"), 40, 40), "auto": (augment.auto_augment, 32, 20),
     "key": (lambda x: augment.simclr_view(x, 40), 40, 50), "three": (augment.three_augment, 32, 50),
     "rand": (augment.rand_augment, 32, 32), "erasing": (augment.random_erasing, 32, 9),
     "jitter": (lambda x: augment.color_jitter(x, 0.4, 0.4, 0.4, 0.1), 32, 50),

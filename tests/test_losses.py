@@ -12,8 +12,8 @@ from torch.autograd import gradcheck
 import data_lt
 import engine
 import train_teacher
-from losses import (LDAMLoss, PaCo, PaCoLoss, VSLoss, class_balanced_weights, distillation_loss, drw_weights, focal_loss,
-                    soft_cross_entropy, soft_distillation, weighted_cross_entropy)
+from losses import (LDAMLoss, PaCo, PaCoLoss, VSLoss, binary_cross_entropy, class_balanced_weights, distillation_loss,
+                    drw_weights, focal_loss, soft_cross_entropy, soft_distillation, weighted_cross_entropy)
 
 C10_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 C10_50 = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
@@ -124,15 +124,18 @@ def test_weighted_cross_entropy_is_its_formula(weight):
     torch.testing.assert_close(weighted_cross_entropy(LOGITS, TEACHER, equal), weighted_cross_entropy(LOGITS, TEACHER))
 
 
+@pytest.mark.parametrize("weight", [None, WEIGHT])
 @pytest.mark.parametrize("tau", [1.0, 3.0])
-def test_soft_distillation_is_deits(tau):
-    """KL the other way round, a missing tau^2, division by B instead of by B * K."""
-    expected = 0.0
+def test_soft_distillation_is_deits(tau, weight):
+    """KL the other way round, a missing tau^2, division by B instead of by B * K; weights of the student's class."""
+    total = weights = 0.0
     for s, t in zip(LOGITS / tau, OTHER / tau):
         q, p = log_softmax(s), log_softmax(t)
-        expected += sum(math.exp(p[k]) * (p[k] - q[k]) for k in range(3))
-    expected *= tau ** 2 / (4 * 3)
-    assert soft_distillation(LOGITS, OTHER, tau).item() == pytest.approx(expected, abs=1e-12)
+        w = 1.0 if weight is None else weight[p.index(max(p))].item()
+        weights += w
+        total += w * sum(math.exp(p[k]) * (p[k] - q[k]) for k in range(3))
+    expected = total * tau ** 2 / (weights * 3)
+    assert soft_distillation(LOGITS, OTHER, tau, weight).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_soft_distillation_of_equals_is_0_and_of_others_is_not():
@@ -151,6 +154,24 @@ def test_total_is_1_minus_alpha_labels_plus_alpha_teacher(alpha, target):
     expected_dist = looped_cross_entropy(OTHER, TEACHER, WEIGHT)
     assert cls.item() == pytest.approx(expected_cls, abs=1e-12) and dist.item() == pytest.approx(expected_dist, abs=1e-12)
     assert loss.item() == pytest.approx((1 - alpha) * expected_cls + alpha * expected_dist, abs=1e-12)
+
+
+def test_a_teacher_of_logits_is_followed_softly():
+    """Labels taken of them after all, or tau, the weights or the loss of CLS not passed on."""
+    weights, how = WEIGHT, dict(alpha=0.25, tau=3.0, cls_loss=binary_cross_entropy)
+    loss, cls, dist = distillation_loss(LOGITS, OTHER, SOFT, LOGITS.flip(1), weight=weights, **how)
+    assert cls.item() == binary_cross_entropy(LOGITS, SOFT).item()
+    assert dist.item() == soft_distillation(OTHER, LOGITS.flip(1), 3.0, weights).item()
+    assert loss.item() == pytest.approx(0.75 * cls.item() + 0.25 * dist.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("target, yes", [(SOFT, [[1, 1, 1], [0, 1, 0], [1, 1, 1], [1, 0, 1]]),
+                                         (LABELS, [[0, 0, 1], [1, 0, 0], [1, 0, 0], [0, 1, 0]])])
+def test_binary_cross_entropy_asks_each_class_for_yes_or_no(target, yes):
+    """Shares kept as they are, a softmax over the classes, or a sum over them in place of the mean."""
+    p = [[1 / (1 + math.exp(-z)) for z in row] for row in LOGITS.tolist()]
+    expected = sum(-math.log(q if y else 1 - q) for row, ys in zip(p, yes) for q, y in zip(row, ys)) / 12
+    assert binary_cross_entropy(LOGITS, target).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_default_is_deits_half_and_half_without_weights():
@@ -205,6 +226,7 @@ LOSSES = {
     "soft_cross_entropy": lambda z: soft_cross_entropy(z, SOFT.to(z)),
     "soft_cross_entropy, class numbers": lambda z: soft_cross_entropy(z, LABELS),
     "weighted_cross_entropy": lambda z: weighted_cross_entropy(z, TEACHER, WEIGHT.to(z)),
+    "binary_cross_entropy": lambda z: binary_cross_entropy(z, SOFT),
     "soft_distillation, student": lambda z: soft_distillation(z, OTHER.to(z), tau=2.0),
     "soft_distillation, teacher": lambda z: soft_distillation(OTHER.to(z), z, tau=2.0),
     "distillation_loss": lambda z: distillation_loss(z, z.flip(0), SOFT.to(z), TEACHER, weight=WEIGHT.to(z))[0],
@@ -223,6 +245,7 @@ def test_gradients_are_those_of_finite_differences(name):
 HALF_LOSSES = {                                                           # as in a step under autocast: only logits are half
     "soft_cross_entropy": lambda z: soft_cross_entropy(z, SOFT.float()),
     "weighted_cross_entropy": lambda z: weighted_cross_entropy(z, TEACHER, WEIGHT.float()),
+    "binary_cross_entropy": lambda z: binary_cross_entropy(z, SOFT.float()),
     "soft_distillation": lambda z: soft_distillation(z, z.flip(0), tau=2.0),
     "distillation_loss": lambda z: distillation_loss(z, z.flip(0), SOFT.float(), TEACHER, weight=WEIGHT.float())[0],
     "ldam": lambda z: LDAMLoss([160, 10, 30], scale=5.0)(z, LABELS, WEIGHT.float()),

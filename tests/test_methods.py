@@ -1,0 +1,180 @@
+"""The methods and the distillation modes, each from end to end on the built-in shapes: what it learns from and leaves alone."""
+import json
+
+import pytest
+import torch
+
+import augment
+import data_lt
+import engine
+import networks
+import train_student
+import train_teacher
+from conftest import script
+
+SMALL = "--dataset shapes --imb 10 --epochs 2 --drw-epoch 1 --batch 32 --lr 0.001 --eval-every 2".split()
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch, tmp_path):
+    """20 to 2 training images a class, 2 to test on; teachers of one epoch; runs/ in a folder of the test's own."""
+    monkeypatch.setattr(data_lt, "SHAPES_MAX", 20), monkeypatch.setattr(data_lt, "SHAPES_TEST", 2)
+    for recipes in (train_teacher.RECIPES, train_teacher.STRONG_RECIPES):
+        monkeypatch.setitem(recipes["cpu"], "shapes", recipes["cpu"]["shapes"] | dict(epochs=1, warmup_epochs=0))
+    monkeypatch.setattr(train_student, "draw_summary", lambda folder: None)               # drawn in test_scripts.py
+    monkeypatch.chdir(tmp_path)
+
+
+def trained(monkeypatch, folder, *flags):
+    """Run train_student.py -> (result, config, log, last.pt) of its folder."""
+    script(train_student, monkeypatch, *SMALL, *flags)
+    read = lambda name: json.loads((folder / name).read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return read("result.json"), read("config.json"), log, torch.load(folder / "last.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("method", train_student.METHODS)
+def test_every_method_runs_from_one_command(method, tmp_path, monkeypatch, capsys):
+    """A method whose settings do not arrive, which trains another teacher than its own, or has a head too many."""
+    result, config, log, state = trained(monkeypatch, tmp_path / "run", "--method", method, "--out", "run")
+    assert config | train_student.changes(method) == config and result["method"] == method
+    distilled = method in ("deit-lt", "deit")
+    assert set(result) & {"cls", "dist", "avg"} == ({"cls", "dist", "avg"} if distilled else {"cls", "avg"})
+    assert ("teacher_accuracy" in log[-1]) == distilled == ("head_dist.weight" in state["model"])
+    teacher = {"deit-lt": "runs/teacher_shapes_imb10_cpu_s0", "deit": "runs/teacher_strong_shapes_imb10_cpu_s0"}.get(method)
+    assert result["teacher"] == teacher and (teacher is None) != (tmp_path / str(teacher) / "result.json").exists()
+    assert ("blocks.0.gamma_1" in state["model"]) == (method == "deit-iii")
+    found = networks.load_network("run")                                          # its settings say which network it is
+    assert found.net.distilled == distilled and found.config["method"] == method
+
+
+@pytest.mark.parametrize("flags, heads", [
+    ("--tokens 1", 1), ("--tokens 1 --distill soft --tau 3 --alpha 0.1", 1), ("", 2), ("--distill soft", 2),
+    ("--teacher-sees weak --mixup 0 --cutmix 0", 2), ("--cls-loss bce --smoothing 0", 2), ("--policy none", 2)])
+def test_every_mode_of_distillation_learns_from_its_teacher(flags, heads, tmp_path, monkeypatch):
+    """alpha 1: only the teacher is listened to. It says one class, so that the taught head learns it whatever the labels are;
+    a mode that follows the labels, or teaches the wrong head, does not. The other head stays about where it began."""
+    class Stubborn(torch.nn.Module):
+        img_size, calls = 32, 0
+
+        def forward(self, x):
+            assert x.shape[1:] == (3, 32, 32) and 0 <= x.min() and x.max() <= 1
+            Stubborn.calls += 1
+            return torch.eye(10)[torch.full((len(x),), 7)] * 20
+    monkeypatch.setattr(train_student, "read_teacher", lambda *_: Stubborn())
+    length = "--epochs 4 --drw-epoch 4 --warmup-epochs 0 --eval-every 4 --lr 0.01".split()
+    result, _, log, _ = trained(monkeypatch, tmp_path / "run", "--teacher", "a.pth", "--out", "run", *length, *flags.split(),
+                                "--alpha", 1)
+    taught = result["dist" if heads == 2 else "cls"]
+    assert (taught["head"], taught["mid"]) == (0, 0) and taught["tail"] == pytest.approx(100 / 3, abs=1e-3)
+    assert Stubborn.calls >= 4 * 2 and log[-1]["loss"] == pytest.approx(log[-1]["loss_dist"])
+    assert log[-1]["loss_dist"] < 0.5 * log[0]["loss_dist"]
+    if heads == 2:
+        assert log[-1]["loss_cls"] > 0.8 * log[0]["loss_cls"]                     # nobody taught it
+
+
+def test_the_teacher_sees_what_it_is_said_to(tmp_path):
+    """weak: the same images, only shifted and mirrored, however the student's look; same: the student's, bit for bit."""
+    class Spy:
+        img_size = 32
+
+        def __call__(self, x):
+            self.seen = x
+            return torch.arange(3.0).repeat(len(x), 1)
+    torch.manual_seed(0)
+    levels, x = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8), torch.rand(16, 3, 32, 32)
+    args, spy = train_student.parse(["--teacher-sees", "same", "--distill", "hard"]), Spy()
+    assert train_student.teacher_says(spy, x, levels, args).tolist() == [2] * 16 and torch.equal(spy.seen, x)
+    args.teacher_sees, args.distill = "weak", "soft"
+    assert train_student.teacher_says(spy, x, levels, args).shape == (16, 3)
+    whole = augment.to_float(levels)
+    for seen, image in zip(spy.seen, whole):                                      # it, shifted by up to 4 px, or that mirrored
+        padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
+        shifts = [padded[:, i:i + 32, j:j + 32] for i in range(9) for j in range(9)]
+        assert any(torch.equal(seen, s) or torch.equal(seen.flip(2), s) for s in shifts)
+
+
+def test_crt_begins_a_classifier_anew_and_leaves_the_rest_alone(tmp_path, monkeypatch, capsys):
+    """A body that is trained on, a classifier that is not; draws that are not balanced; a ViT trained twice."""
+    drawn = []
+    balanced = data_lt.class_balanced
+    monkeypatch.setattr(data_lt, "class_balanced", lambda *a: drawn.append(balanced(*a)) or drawn[-1])
+    _, config, log, crt = trained(monkeypatch, tmp_path / "run", "--method", "vit-crt", "--out", "run", "--drop-path", 0.1)
+    vit, = (tmp_path / "runs").iterdir()
+    before = torch.load(vit / "last.pt", weights_only=True)["model"]
+    for name, w in crt["model"].items():
+        assert torch.equal(w, before[name]) != name.startswith("head"), name
+    assert (config["epochs"], config["lr"], config["finetune"]) == (1, 1e-3, str(vit.relative_to(tmp_path))) and len(log) == 1
+    assert drawn and all(len(order) == sum(crt["counts"]) for order in drawn)
+    capsys.readouterr()
+    script(train_student, monkeypatch, *SMALL, "--method", "vit-crt", "--drop-path", 0.1, "--out", "again")
+    assert f"{vit.relative_to(tmp_path)} is finished" in capsys.readouterr().out
+    again = torch.load("again/last.pt", weights_only=True)["model"]
+    assert all(torch.equal(w, again[name]) for name, w in crt["model"].items())
+    script(train_student, monkeypatch, "--method", "vit-crt", "--finetune", vit)          # by hand, in a folder named after it
+    assert (tmp_path / "runs" / f"{vit.name}_crt" / "result.json").exists()
+
+
+def test_a_killed_classifier_retraining_goes_on(tmp_path, monkeypatch):
+    """A head drawn anew, or the ViT's weights read again, when the run is resumed."""
+    script(train_student, monkeypatch, *SMALL, "--method", "vit", "--out", "vit")
+    flags = ["--method", "vit-crt", "--finetune", "vit", "--epochs", 2, "--batch", 16]
+    script(train_student, monkeypatch, *flags, "--out", "whole")
+    seed_step = engine.seed_step
+
+    def dying(seed, epoch, step, rank):
+        if (epoch, step) == (1, 2):
+            raise KeyError("killed")
+        seed_step(seed, epoch, step, rank)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "seed_step", dying)
+        with pytest.raises(KeyError):
+            script(train_student, patch, *flags, "--out", "part")
+    script(train_student, monkeypatch, *flags, "--out", "part", "--resume")
+    whole, part = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("whole", "part"))
+    assert all(torch.equal(w, part[name]) for name, w in whole.items())
+
+
+def test_a_strong_teacher_sees_mixed_images(monkeypatch):
+    """Hard labels, weak images, or DRW weights in what is to be DeiT's teacher; its twice as many epochs."""
+    seen = []
+    mix = augment.mixup_cutmix
+    monkeypatch.setattr(augment, "mixup_cutmix", lambda *a, **k: seen.append(mix(*a, **k)) or seen[-1])
+    monkeypatch.setitem(train_teacher.LOSSES, "ce", lambda *_: lambda logits, y, weight=None: (
+        seen.append((y, weight)), torch.nn.functional.cross_entropy(logits.float(), y))[1])
+    script(train_teacher, monkeypatch, "--dataset", "shapes", "--imb", 10, "--augment", "padded", "--out", "strong")
+    (_, target), (y, weight) = seen[:2]
+    assert torch.equal(target, y) and y.shape[1] == 10 and weight is None
+    row, plain = (train_teacher.strong(train_teacher.LDAM_CPU), train_teacher.LDAM_CPU)
+    assert row["epochs"] == row["drw_epoch"] == 2 * plain["epochs"] and (row["rho"], row["beta"], row["loss"]) == (0, 0, "ce")
+
+
+def test_own_teachers_are_found_by_their_radius():
+    """--teacher-rho that is not passed on, or a folder that forgets it."""
+    args = train_student.parse([*SMALL, "--teacher-rho", "0"])
+    own = train_student.resolve(args, engine.Runtime(torch.device("cpu")))
+    assert own.rho == 0 and own.out == args.teacher == "runs/teacher_shapes_imb10_cpu_rho0.0_s0"
+    assert args.out.endswith("_teacherrho0.0_s0")
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--distill none", "--tokens 1"), ("--cls-loss bce", "--smoothing 0"), ("--teacher-sees weak", "--mixup 0 --cutmix 0"),
+    ("--sampling balanced --repeats 3", "--repeats"), ("--trained classifier", "needs --finetune"),
+    ("--distill medium", "--distill is one of hard, soft, none, not medium"), ("--tokens 3", "--tokens is one of 1, 2"),
+    ("--method vit --teacher ldam", "has no teacher"), ("--method deit-iii --teacher-rho 0", "has no teacher"),
+    ("--teacher a.pth --teacher-rho 0", "--teacher-rho is for"), ("--tau 0", "--tau must be"),
+    ("--teacher-rho -1", "--teacher-rho must be"), ("--magnitude 11", "--magnitude must be")])
+def test_settings_that_cannot_be_are_refused(flags, words, monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        script(train_student, monkeypatch, *SMALL, *flags.split())
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and words in error and len(error.splitlines()) == 1 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--augment padded --loss ldam", "--loss ce"), ("--augment loader", "stay on disk"),
+    ("--augment soft", "--augment is one of"), ("--schedule slow", "--schedule is one of step, cosine")])
+def test_teachers_that_cannot_be_are_refused(flags, words, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        script(train_teacher, monkeypatch, "--dataset", "shapes", *flags.split())
+    assert words in capsys.readouterr().err
