@@ -59,7 +59,7 @@ def load(path, rt, options=None):
         raise engine.UserError(f"{path} knows {found.num_classes} classes, neither CIFAR's 10 nor 100: name its --dataset")
     dataset = "cifar100" if found.num_classes == 100 else "cifar10"
     assumed = {"dataset": dataset, "imb": 100.0, "imb_type": "exp", "data_dir": "data", "img_size": found.net.img_size,
-               "holdout": None, "train_list": None, "test_list": None, "skip_bad": True,
+               "holdout": None, "train_list": None, "test_list": None, "skip_bad": True, "policy": "rand",
                "eval_crop": found.net.img_size / predict.decoded_size(found)}
     given = {key: value for key in DATA_FLAGS if (value := getattr(options, key, None)) is not None}
     args = argparse.Namespace(**assumed | found.config | given)

@@ -744,7 +744,7 @@ def augmented(subjects, options, rt):
     args, data, n = subject.args, subject.data, options.columns
     if not hasattr(args, "magnitude"):
         raise engine.UserError(f"{subject.path} does not say how its student was trained; name a run of train_student.py")
-    teacher = train_student.read_teacher(args, data, rt) if subject.net.distilled else None
+    teacher = train_student.read_teacher(args, data, rt) if args.teacher else None
     torch.manual_seed(options.seed)
     index = torch.randperm(len(data.train_labels))[:n].to(rt.device)
     images, labels = data.train_images[index], data.train_labels[index]

@@ -161,6 +161,18 @@ def short_recipe(config, method):
     return short
 
 
+def first_run(args):
+    """Settings of the run that a method like vit-crt goes on with: the same as its own; None if it needs none, or has it."""
+    after = METHODS[args.method].get("after")
+    if after and not args.finetune:
+        return argparse.Namespace(**vars(args) | dict(method=after, out=None, resume=True, overwrite=False))
+
+
+def go_on_with(args, first):
+    """Make of a method's settings those of its second run, after the first (resolved)."""
+    vars(args).update(short_recipe(vars(first), args.method), finetune=first.out)
+
+
 def finetuned_name(args):
     """Name of a run with --finetune. Raises UserError for settings that the old weights do not fit."""
     config = run_folder.load_checkpoint(args.finetune)["config"]
@@ -454,11 +466,9 @@ def token_cosine(net, data, args, rt):
 def main():
     args = parse()
     rt = engine.setup(args.device, args.amp)
-    after = METHODS[args.method].get("after")
-    if after and not args.finetune:                                               # first the network that it goes on with
-        first = argparse.Namespace(**vars(args) | dict(method=after, out=None, resume=True, overwrite=False))
+    if first := first_run(args):
         run_student(first, rt)
-        vars(args).update(short_recipe(vars(first), args.method), finetune=first.out)
+        go_on_with(args, first)
     run_student(args, rt)
 
 

@@ -1,9 +1,12 @@
 """The methods and the distillation modes, each from end to end on the built-in shapes: what it learns from and leaves alone."""
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
+import ablate
 import augment
 import data_lt
 import engine
@@ -178,3 +181,75 @@ def test_teachers_that_cannot_be_are_refused(flags, words, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script(train_teacher, monkeypatch, "--dataset", "shapes", *flags.split())
     assert words in capsys.readouterr().err
+
+
+# ---- Tables of runs --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def ablation(monkeypatch, capsys):
+    """f(*flags) -> (commands that were run, what was printed) of ablate.py, its children run in this process."""
+    def child(command):
+        ran.append(" ".join(command[1:]))
+        module = train_student if "student" in command[1] else train_teacher
+        script(module, monkeypatch, *command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    def run(*flags):
+        ran.clear(), capsys.readouterr()
+        script(ablate, monkeypatch, *flags)
+        return list(ran), capsys.readouterr().out
+    ran = []
+    monkeypatch.setattr(subprocess, "run", child)
+    return run
+
+
+def test_a_table_runs_what_is_missing_and_says_what_there_is(ablation, monkeypatch):
+    """A run that is trained twice, a row that reads another's folder or head, a wrong mean or spread, seeds mixed up."""
+    rows = [("plain", "--method vit", "avg", (12.5, 34.5)), ("again", "--method vit-crt", "avg", None),
+            ("modes", "--method deit --teacher MODES_TEACHER", "dist", (None,))]
+    monkeypatch.setitem(ablate.TABLES, "table1", rows)
+    monkeypatch.setattr(ablate, "MODES_TEACHER", "--loss ce --rho 0 --epochs 1")
+    monkeypatch.setattr(ablate, "PUBLISHED_FOR", (("cifar10", 10), ("shapes", 10)))
+    flags = ["table1", "--seeds", "0", "1", *SMALL]
+    ran, printed = ablation(*flags, "--show")
+    assert ran == [] and printed.splitlines()[2:] == ["| plain | - | - | - | - | - | 0 | 34.5 |",
+                                                      "| again | - | - | - | - | - | 0 | - |",
+                                                      "| modes | - | - | - | - | - | 0 | - |"]
+    first, printed = ablation(*flags)
+    assert len(first) == 8 and sum("train_teacher" in command for command in first) == 2
+    results = {path.parent.name: json.loads(path.read_text()) for path in Path("runs").glob("*/result.json")}
+    for line, (ends, head) in zip(printed.splitlines()[-3:], ((("vit", "s"), "avg"), (("vit", "crt"), "avg"),
+                                                              (("deit", "s"), "dist"))):
+        chosen = [r for n, r in results.items() if (n.split("_")[0], n.split("_")[-1].rstrip("01")) == ends]
+        assert sorted(r["seed"] for r in chosen) == [0, 1]
+        a, b = (r[head]["overall"] for r in chosen)
+        assert f"| {(a + b) / 2:.1f} ± {abs(a - b) / 2 ** 0.5:.1f} |" in line and "| 2 |" in line
+    again, same = ablation(*flags)
+    assert same.splitlines()[-3:] == printed.splitlines()[-3:]
+    assert all("train_teacher" in command for command in again)                           # which says that it is finished
+
+
+def test_a_table_stops_where_a_run_does(ablation, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 143))
+    with pytest.raises(SystemExit) as stop:
+        script(ablate, monkeypatch, "table5", *SMALL)
+    assert stop.value.code == 143
+    with pytest.raises(SystemExit) as stop:
+        script(ablate, monkeypatch, "table5", "--out", "somewhere")
+    assert stop.value.code == 2 and "--seeds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("table", ablate.TABLES)
+def test_commands_of_every_table_parse_and_have_folders_of_their_own(table, ablation):
+    """A flag that was renamed; two rows that are the same run though they should not be."""
+    ran, printed = ablation(table, "--commands")
+    commands = [line.split()[1:] for line in printed.splitlines() if line.startswith("python train_student.py")]
+    rt = engine.Runtime(torch.device("cpu"))
+    folders = set()
+    for command in commands:
+        args = train_student.parse(command[1:])
+        args.teacher = "ldam" if "/" in str(args.teacher) else args.teacher
+        first = train_student.first_run(args)
+        train_student.resolve(first or args, rt)
+        folders.add((first or args).out + "crt" * bool(first))
+    assert not ran and len(folders) == len(commands) == len({flags for _, flags, *_ in ablate.TABLES[table]})
