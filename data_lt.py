@@ -277,10 +277,18 @@ def by_count(counts):
     return np.argsort(-np.asarray(counts), kind="stable")
 
 
-def cifar_folder(root, num_classes, imb, kind, skip_bad, say):
+def set_aside(labels, share):
+    """(kept, held): numbers of the images to train on, and of the last `share` of each class, class by class."""
+    classes = [np.where(labels == k)[0] for k in range(max(labels) + 1)]
+    held = np.concatenate([members[round((1 - share) * len(members)):] for members in classes])
+    return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def cifar_folder(root, num_classes, imb, kind, holdout, skip_bad, say):
     """CIFAR as `root/train/<class>/*` and `root/test/<class>/*`, files in the original order within each class.
 
     The selection needs only the order within a class, so it is the published one. Only the chosen files are decoded.
+    With holdout, that share of each class's training images is the test set, and the long tail is cut from the others.
     """
     train, test = (list_folder(os.path.join(root, split)) for split in ("train", "test"))
     for files, split in ((train, "train"), (test, "test")):
@@ -292,15 +300,18 @@ def cifar_folder(root, num_classes, imb, kind, skip_bad, say):
         raise DataError(f"train and test under {root} have different classes: {', '.join(odd[:5])}")
     if not skip_bad:
         refuse(train.problems + test.problems, False, say)
+    if holdout:
+        kept, held = set_aside(train.labels, holdout)
+        train, test = train.keep(kept), train.keep(held)
     kept = long_tailed_indices(train.labels, long_tailed_counts(len(train) / num_classes, num_classes, imb, kind))
     jpeg = train.paths[0].lower().endswith((b".jpg", b".jpeg"))
-    return train.keep(kept), test, f"CIFAR-{num_classes}" + (" (JPEG copy)" if jpeg else "")
+    return train.keep(kept), test, f"CIFAR-{num_classes}" + " (JPEG copy)" * jpeg + " validation" * bool(holdout)
 
 
-def cifar_torchvision(root, num_classes, imb, kind):
+def cifar_torchvision(root, num_classes, imb, kind, holdout):
     """CIFAR from torchvision's folder under `root`, downloaded there if it is missing. Raises DataError if that fails.
 
-    Returns (images, labels) of training and of test, class names.
+    holdout: see cifar_folder. Returns (images, labels) of training and of test, class names.
     """
     from torchvision import datasets
     was_there = os.path.isdir(root)
@@ -312,10 +323,13 @@ def cifar_torchvision(root, num_classes, imb, kind):
             os.rmdir(root)                                                # torchvision makes it before it tries
         raise DataError(f"CIFAR-{num_classes} is not under {root} and could not be downloaded ({error}); put torchvision's "
                         f"folder or train/<class>/*, test/<class>/* there, or name its place with --data-dir") from None
-    kept = long_tailed_indices(train.targets, long_tailed_counts(len(train.targets) / num_classes, num_classes, imb, kind))
+    (x, y), (test_x, test_y) = ((split.data, np.asarray(split.targets)) for split in (train, test))
+    if holdout:
+        others, held = set_aside(y, holdout)
+        x, y, test_x, test_y = x[others], y[others], x[held], y[held]
+    kept = long_tailed_indices(y, long_tailed_counts(len(y) / num_classes, num_classes, imb, kind))
     to_tensor = lambda a: torch.from_numpy(np.ascontiguousarray(a)).permute(0, 3, 1, 2).contiguous()
-    return ((to_tensor(train.data[kept]), np.asarray(train.targets)[kept]), (to_tensor(test.data), np.asarray(test.targets)),
-            train.classes)
+    return (to_tensor(x[kept]), y[kept]), (to_tensor(test_x), test_y), train.classes
 
 
 def own_folder(root, imb, kind, holdout):
@@ -399,9 +413,10 @@ def load_data(dataset, imb=None, kind="exp", data_dir="data", size=32, test_size
         counts = long_tailed_counts(SHAPES_MAX, len(SHAPES), imb, kind)
         return in_order(dataset, label, draw_shapes(counts, split=0), draw_shapes([SHAPES_TEST] * len(SHAPES), split=1), SHAPES)
     if num_classes and not os.path.isdir(os.path.join(data_dir, "train")):
-        return in_order(dataset, f"CIFAR-{num_classes}", *cifar_torchvision(data_dir, num_classes, imb, kind))
+        label = f"CIFAR-{num_classes}" + " validation" * bool(holdout)
+        return in_order(dataset, label, *cifar_torchvision(data_dir, num_classes, imb, kind, holdout))
     if num_classes:
-        train, test, label = cifar_folder(data_dir, num_classes, imb, kind, skip_bad, say)
+        train, test, label = cifar_folder(data_dir, num_classes, imb, kind, holdout, skip_bad, say)
         size = test_size = 32
     elif dataset == "folder":
         label = shown(os.path.basename(os.path.abspath(data_dir)))

@@ -421,8 +421,9 @@ def add_run_flags(parser):
     parser.add_argument("--data-dir", default="data", help="torchvision's CIFAR folder (downloaded into if empty), or a folder "
                         "with train/<class>/* and test/<class>/* (or val/); imagenet_lt, inat18: what the lists' paths start "
                         "from (default: %(default)s)")
-    parser.add_argument("--holdout", type=float, metavar="SHARE", help="folder: test on this share of each class, for a folder "
-                        "without test/ or val/; the same images for every seed")
+    parser.add_argument("--holdout", type=float, metavar="SHARE", help="test on this share of each class's training images "
+                        "and train on the others, the same for every seed: a folder without test/ or val/; CIFAR, to choose "
+                        "settings without its test set")
     parser.add_argument("--train-list", help="imagenet_lt, inat18: file with lines 'path label' (default: the published name, "
                         "in --data-dir)")
     parser.add_argument("--test-list", help="the same for the test images")
@@ -494,7 +495,8 @@ def data_name(args):
     name = args.dataset
     if name == "folder":
         name = re.sub(r"[^\w.-]+", "-", data_lt.shown(os.path.basename(os.path.abspath(args.data_dir))))
-    return name if args.imb is None else f"{name}_imb{args.imb:g}" + ("step" if args.imb_type == "step" else "")
+    name += "" if args.imb is None else f"_imb{args.imb:g}" + ("step" if args.imb_type == "step" else "")
+    return name + (f"_holdout{args.holdout:g}" if args.holdout and args.dataset != "folder" else "")
 
 
 def load_data(args, rt):
@@ -542,8 +544,8 @@ def resolve_data(args):
     """Fill --imb where it has a default; raises UserError for flags that the data set does not have."""
     if args.imb is None and args.dataset not in ("folder", *data_lt.LISTS):
         args.imb = 100.0
-    if args.dataset != "folder" and args.holdout is not None:
-        raise UserError("--holdout is for --dataset folder")
+    if args.holdout is not None and args.dataset not in ("folder", "cifar10", "cifar100"):
+        raise UserError("--holdout is for --dataset folder, cifar10 and cifar100")
     if args.dataset not in data_lt.LISTS and (args.train_list or args.test_list):
         raise UserError(f"--train-list and --test-list are for --dataset {' or '.join(data_lt.LISTS)}")
     if args.dataset in data_lt.LISTS and args.imb is not None:

@@ -309,6 +309,28 @@ def test_a_folder_loads_the_published_selection_of_its_images(folder):
     assert data.train_labels.dtype == data.test_labels.dtype == torch.int64
 
 
+def test_holding_images_out_of_cifar_leaves_the_test_set_alone(folder):
+    """An image both trained and tested on, the real test set used, a share of the long tail in place of the whole class."""
+    data, labels = data_lt.load_data("cifar10", 3, data_dir=str(folder), holdout=0.25), np.arange(120) % 10
+    assert data.counts[0] == 9 and data.counts[-1] == 3 and torch.bincount(data.test_labels).tolist() == [3] * 10
+    held = np.concatenate([np.where(labels == k)[0][9:] for k in range(10)])
+    as_set = lambda images: {image.numpy().tobytes() for image in images}
+    assert as_set(data.test_images) == as_set(as_tensor(pictures(120, 0)[held]))
+    assert as_set(data.train_images) <= as_set(as_tensor(pictures(120, 0))) - as_set(data.test_images)
+    assert data.label == "CIFAR-10 validation"
+
+
+def test_holding_images_out_of_cifar_leaves_the_test_set_alone(folder):
+    """An image both trained and tested on, the real test set used, a share of the long tail in place of the whole class."""
+    data, labels = data_lt.load_data("cifar10", 3, data_dir=str(folder), holdout=0.25), np.arange(120) % 10
+    assert data.counts[0] == 9 and data.counts[-1] == 3 and torch.bincount(data.test_labels).tolist() == [3] * 10
+    held = np.concatenate([np.where(labels == k)[0][9:] for k in range(10)])
+    as_set = lambda images: {image.numpy().tobytes() for image in images}
+    assert as_set(data.test_images) == as_set(as_tensor(pictures(120, 0)[held]))
+    assert as_set(data.train_images) <= as_set(as_tensor(pictures(120, 0))) - as_set(data.test_images)
+    assert data.label == "CIFAR-10 validation"
+
+
 def write_torchvision(root, K, images, labels, test_images, test_labels, names):
     """The pickled files that torchvision unpacks from the original archives: a row is 1024 reds, greens, blues."""
     def write(file, images, labels):
@@ -325,8 +347,8 @@ def write_torchvision(root, K, images, labels, test_images, test_labels, names):
     (root / meta[0]).write_bytes(pickle.dumps({meta[1]: names}))
 
 
-@pytest.mark.parametrize("K, n", [(10, 12), (100, 3)])
-def test_torchvisions_files_and_a_folder_give_the_same_data(tmp_path, monkeypatch, K, n):
+@pytest.mark.parametrize("K, n, holdout", [(10, 12, None), (100, 3, None), (10, 12, 0.25)])
+def test_torchvisions_files_and_a_folder_give_the_same_data(tmp_path, monkeypatch, K, n, holdout):
     """The order within a class is all that the selection may depend on; the colours must not be read as rows."""
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)               # the checksums
     names = [f"kind{k}" for k in range(K)]
@@ -336,12 +358,13 @@ def test_torchvisions_files_and_a_folder_give_the_same_data(tmp_path, monkeypatc
     write_torchvision(tmp_path / "files", K, *train, *test, names)
     write_folder(tmp_path / "folder", "train", *train, names)
     write_folder(tmp_path / "folder", "test", *test, names)
-    a, b = (data_lt.load_data(f"cifar{K}", 2, data_dir=str(tmp_path / d)) for d in ("files", "folder"))
+    a, b = (data_lt.load_data(f"cifar{K}", 2, data_dir=str(tmp_path / d), holdout=holdout) for d in ("files", "folder"))
     for field in ("train_images", "train_labels", "test_images", "test_labels"):
         assert torch.equal(getattr(a, field), getattr(b, field)), field
-    assert torch.equal(a.train_images, as_tensor(train[0][published_selection(labels, a.counts)]))
+    if not holdout:
+        assert torch.equal(a.train_images, as_tensor(train[0][published_selection(labels, a.counts)]))
     assert (a.counts, a.class_names, a.groups, a.label) == (b.counts, b.class_names, b.groups, b.label)
-    assert a.label == f"CIFAR-{K}" and sum(a.counts) < K * n
+    assert a.label == f"CIFAR-{K}" + " validation" * bool(holdout) and sum(a.counts) < K * n
 
 
 def test_a_train_folder_is_read_instead_of_downloading_and_jpegs_are_labelled_as_a_copy(tmp_path):
