@@ -5,8 +5,9 @@ r"""Tables of runs: each row a command of train_student.py, over several seeds, 
     python ablate.py table1 --show                        only the table of what has been run, nothing is trained
     python ablate.py table2 --commands                    only the commands
 
-Runs that are finished are skipped, one that was stopped goes on, teachers are shared. The table says how many seeds stand
-behind a number; two or more give mean and standard deviation. It is printed as markdown.
+Runs that are finished are skipped, one that was stopped goes on, teachers are shared; a signal reaches the run, which saves.
+The table says how many seeds stand behind a number; two or more give mean and standard deviation. It is printed as markdown.
+"teacher right": how often the teacher's labels were the images' (of mixed ones the larger part's) while images were mixed.
 
 table1   what the teacher is asked about (the paper's Table 1, without re-weighting here)
 table2   the methods that the paper compares on a ViT, from its Table 2
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,7 +52,8 @@ TABLES = {
         (f"DeiT-LT {model}", f"--model {model}", "avg", published) for model, published in
         (("tiny", (80.8, None, 49.3)), ("small", (85.5, None, 54.3)), ("base", (87.5, None, 55.6)))],
 }
-# The modes have one teacher, plain cross-entropy on the same balanced images. Soft: DeiT's temperature and alpha.
+# The modes have one teacher, plain cross-entropy on the same balanced images. "usual" is DeiT's: temperature 3, a tenth of the
+# loss, which divides by images and classes; the report's soft loss (temperature 2, half of it) divides by images alone.
 MODES_TEACHER = "--imb 1 --loss ce --rho 0 --epochs 10 --drw-epoch 10"
 ONE, TWO = (f"--method deit --teacher MODES_TEACHER{tokens}" for tokens in (" --tokens 1", ""))
 TABLES["modes"] = [(title, f"--imb 1 --epochs 20 --drw-epoch 20 {UNMIXED} {flags}", head, (published,)) for
@@ -65,24 +68,33 @@ TABLES["modes"] = [(title, f"--imb 1 --epochs 20 --drw-epoch 20 {UNMIXED} {flags
     ("soft, two tokens: distil embedding", f"{TWO} --distill soft --tau 3", "dist", None),
     ("soft, two tokens: both", f"{TWO} --distill soft --tau 3", "avg", 69.19))]
 PUBLISHED_FOR = (("cifar10", 100), ("cifar10", 50), ("cifar100", 100), ("cifar100", 50))
+PUBLISHED_AS = {"table5": "paper, by PaCo", "table6": "paper, by PaCo-SAM", "modes": "course report"}
 
 
 def folder_of(argv, rt):
-    """(Run folder of a command of train_student.py, its settings); None for a folder that an earlier run must name."""
+    """Run folder of a command of train_student.py; None where the run that it goes on with must be there first."""
     args = train_student.parse(argv)
     if first := train_student.first_run(args):
         train_student.resolve(first, rt)
         if not os.path.exists(os.path.join(first.out, "result.json")):
-            return None, first
+            return None
         train_student.go_on_with(args, first)
     train_student.resolve(args, rt)
-    return args.out, args
+    return args.out
 
 
 def plan(table, common, seeds, rt):
-    """[(title, head, published, [(script, argv), ...])] of a table: every command in full, a teacher's before its students'."""
-    shared, like = [], train_student.parse(common)
-    for flag in ("dataset", "imb", "data_dir", "recipe", "device", "amp"):                # what a teacher must have alike
+    """[(title, head, published, [(script, argv), ...])] of a table: every command in full, a teacher's before its students'.
+
+    Raises UserError for a common flag in which the table's rows differ, or that each run needs of its own.
+    """
+    like, default, *differing = (train_student.parse(argv) for argv in
+                                 (common, [], *(flags.split() for _, flags, *_ in TABLES[table])))
+    own = {"out", "seed"} | {key for key in vars(like) if len({getattr(args, key) for args in differing}) > 1}
+    if mistaken := [engine.flag(key) for key in sorted(own) if getattr(like, key) != getattr(default, key)]:
+        raise engine.UserError(f"{', '.join(mistaken)}: every run has its own here (seeds: --seeds)")
+    shared = []
+    for flag in (*train_student.DATA, "data_dir", "recipe", "device", "amp"):             # what a teacher must have alike
         if (value := getattr(like, flag)) is not None:
             shared.append(f"{engine.flag(flag)}={value}")
     rows = []
@@ -91,7 +103,7 @@ def plan(table, common, seeds, rt):
         for seed in seeds:
             argv = [*flags.split(), *common, "--seed", str(seed)]
             if "MODES_TEACHER" in argv:
-                teacher = [*shared, *MODES_TEACHER.split(), "--seed", str(seed)]
+                teacher = [*MODES_TEACHER.split(), *shared, "--seed", str(seed)]
                 settings = train_teacher.parse(teacher)
                 train_teacher.resolve(settings, rt)
                 commands.append(("train_teacher.py", teacher))
@@ -101,16 +113,34 @@ def plan(table, common, seeds, rt):
     return rows
 
 
+def finished(script, argv, rt):
+    """Run folder of a command if it is finished, else None."""
+    if script == "train_student.py":
+        folder = folder_of(argv, rt)
+    else:
+        args = train_teacher.parse(argv)
+        train_teacher.resolve(args, rt)
+        folder = args.out
+    return folder if folder and os.path.exists(os.path.join(folder, "result.json")) else None
+
+
+def run(script, argv):
+    """Run a command to its end, as a process that gets this one's signals. Exits as it does if it fails."""
+    child = subprocess.Popen([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), *argv,
+                              "--resume"])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: child.send_signal(number))
+    if status := child.wait():                                            # it has said why; the same command goes on
+        sys.exit(abs(status))
+
+
 def read(folder, head):
-    """(Accuracies of a head, how often the teacher was right in the mixed stage or None) of a run; None if not finished."""
-    try:
-        with open(os.path.join(folder, "result.json")) as f:
-            result = json.load(f)
-    except (TypeError, FileNotFoundError):
-        return None
+    """Accuracies of a head in a finished run, and how often the teacher was right in the mixed stage ("teacher", or None)."""
+    with open(os.path.join(folder, "result.json")) as f:
+        accuracies = json.load(f)[head]
     with open(os.path.join(folder, "log.jsonl")) as f:
         right = [r["teacher_accuracy"] for r in map(json.loads, f) if "teacher_accuracy" in r and not r["drw"]]
-    return result[head] | {"teacher": statistics.mean(right) if right else None}
+    return accuracies | {"teacher": statistics.mean(right) if right else None}
 
 
 def spread(values):
@@ -132,33 +162,30 @@ def as_markdown(rows, column, name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     parser.add_argument("--show", action="store_true", help="print the table of what there is; train nothing")
     parser.add_argument("--commands", action="store_true", help="print the commands; train nothing")
     options, common = parser.parse_known_args()
-    if "--out" in common or "--seed" in common:
-        raise engine.UserError("every run has a folder and a seed of its own: --seeds, and no --out")
     like = train_student.parse(common)
-    rt, here = engine.setup(like.device, like.amp), os.path.dirname(os.path.abspath(__file__))
+    rt = engine.setup(like.device, like.amp)
     rows = plan(options.table, common, options.seeds, rt)
-    for script, argv in dict.fromkeys((s, tuple(a)) for *_, commands in rows for s, a in commands):
+    for script, argv in dict.fromkeys((script, tuple(argv)) for *_, commands in rows for script, argv in commands):
         if options.commands:
             print(f"python {script} {shlex.join(argv)}")
-        elif not options.show:
-            done = script == "train_student.py" and read(folder_of(argv, rt)[0], "avg")
-            if not done:
-                status = subprocess.run([sys.executable, os.path.join(here, script), *argv, "--resume"]).returncode
-                if status:                                                    # it has said why; the same command goes on
-                    sys.exit(status)
-    if not options.commands:
-        found = [(title, published, [r for script, argv in commands if script == "train_student.py" and
-                                     (r := read(folder_of(argv, rt)[0], head))]) for title, head, published, commands in rows]
-        engine.resolve_data(like)
-        balanced = options.table == "modes"
-        column = 0 if balanced else next((i for i, k in enumerate(PUBLISHED_FOR) if k == (like.dataset, like.imb)), None)
-        print(as_markdown(found, column, "course report" if balanced else "paper"))
+        elif not options.show and not finished(script, argv, rt):
+            run(script, argv)
+    if options.commands:
+        return
+    found = [(title, published, [read(folder, head) for script, argv in commands if script == "train_student.py" and
+                                 (folder := finished(script, argv, rt))]) for title, head, published, commands in rows]
+    engine.resolve_data(like)
+    as_published = (like.imb_type, like.holdout) == ("exp", None)
+    key = (like.dataset, 100 if options.table == "modes" else like.imb)
+    column = next((i for i, k in enumerate(PUBLISHED_FOR) if k == key and as_published), None)
+    print(as_markdown(found, column, PUBLISHED_AS.get(options.table, "paper")))
 
 
 if __name__ == "__main__":

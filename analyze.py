@@ -218,7 +218,8 @@ def command_eval(options, rt):
     ranges = ", ".join(f"{name} {low[name]:.1f} to {high[name]:.1f}" for name in low)
     print(f"95 % of 1,000 resamplings of the test images: {ranges}")
     error = quantities.calibration_error(confidence, predicted == labels)
-    print(f"mean confidence {100 * confidence.mean():.1f} %, expected calibration error {100 * error:.1f} points")
+    print(f"mean confidence {100 * confidence.mean():.1f} %, expected calibration error {100 * error:.1f} points"
+          + ", by the softmax; it was trained with a yes or no for each class" * (found.config.get("cls_loss") == "bce"))
     if found.kind == "teacher":
         print(train_teacher.say_on_training_images(train_teacher.on_training_images(found.net, data, rt)))
     out = options.out or beside(path, "per_class.csv")

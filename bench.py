@@ -273,7 +273,7 @@ def student_row(model, img_size, patch_size, batch, recipe, device, amp, threads
         x, target = augment.mixup_cutmix(x, labels, 10)
         lap("augment")
         with rt.autocast():
-            y_t = train_student.teacher_labels(teacher, x)
+            y_t = train_student.teacher_logits(teacher, x).argmax(dim=1)
             lap("teacher")
             loss, *_ = distillation_loss(*net(x), target, y_t, 0.5)
         lap("forward")

@@ -735,7 +735,7 @@ def curves(subjects, options, rt):
 # ---- What the student sees -----------------------------------------------------------------------------------------------
 
 def augmented(subjects, options, rt):
-    """What a student trains on, and what its teacher says of it (Figure 2): a row each of clean, strong and mixed images.
+    """What a student trains on, and what its teacher says of it (Figure 2): rows of clean, strong and mixed images.
 
     A batch of --columns training images, augmented and mixed as train_student.py does it, with the run's own settings. Above
     each its label (of mixed images the parts, label smoothing left out) and the teacher's hard label.
@@ -751,11 +751,14 @@ def augmented(subjects, options, rt):
     strong = train_student.strong_augment(images, args)
     mixed, target = augment.mixup_cutmix(strong, labels, data.num_classes, args.mixup, args.cutmix, smoothing=0.0)
     whole = augment.smooth_one_hot(labels, data.num_classes)
-    figure, axes = plt.subplots(3, n, figsize=(1.35 * n + 0.6, 5.6), squeeze=False, layout="constrained")
-    table = []
     views = {"clean": (student_sized(images, args), whole), "strong": (strong, whole), "mixed": (mixed, target)}
+    if args.mixup + args.cutmix == 0:
+        del views["mixed"]
+    rows = len(views)
+    figure, axes = plt.subplots(rows, n, figsize=(1.35 * n + 0.6, 0.2 + 1.8 * rows), squeeze=False, layout="constrained")
+    table = []
     for row, (name, (x, parts)) in zip(axes, views.items()):
-        says = train_student.teacher_labels(teacher, x).tolist() if teacher else [None] * n
+        says = train_student.teacher_logits(teacher, x).argmax(dim=1).tolist() if teacher else [None] * n
         for axis, image, part, said in zip(row, x, parts, says):
             share, kinds = (v.tolist() for v in part.topk(2))
             truth = [f"{100 * v:.0f} % {data.class_names[k]}" if v < 0.995 else data.class_names[k]
@@ -774,6 +777,7 @@ def augmented(subjects, options, rt):
     note = "Above each image its label."
     if teacher:
         note += " In colour the teacher's: bold blue where it names the class with the largest part, orange where it does not."
+        note += " (It was asked about weakly augmented images.)" * (getattr(args, "teacher_sees", "same") == "weak")
     says = f", and what {name_of(args.teacher)} says of it" if teacher else ""
     finish(figure, f"What the student trains on{says}", subjects, note)
     return Analysis(figure, table, table, note)

@@ -5,7 +5,7 @@ r"""Use a trained network on pictures: predictions, and files that other program
 
 The probabilities are the softmax of the prediction's logits: of a student those averaged over CLS and DIST. They are as
 overconfident as the network is: `python analyze.py eval` says how much, and a deferred re-weighting moves them towards rare
-classes on purpose.
+classes on purpose. A network trained with --cls-loss bce never learned a softmax: read its probabilities as an order.
 """
 import glob
 import importlib.util

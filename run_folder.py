@@ -172,7 +172,8 @@ def trackers(args, resumed):
         with open(number) as f:
             number = f.read()
         try:
-            run = wandb.init(project="deit-lt", name=args.name, id=number, config=vars(args), dir=args.out, resume="allow")
+            run = wandb.init(project="deit-lt", name=args.name, id=number, config=vars(args), dir=args.out, resume="allow",
+                             reinit=True)                                 # a teacher's run may have gone before in this process
         except Exception as error:                                        # not logged in, no network, ...
             raise UserError(f"--wandb: {' '.join(str(error).split())[:200]}") from None
         told.append(lambda epoch, numbers: run.log(numbers, step=epoch + 1))
@@ -220,7 +221,7 @@ class Run:
     def check_settings(self, args):
         """Going on with other settings would be neither run: raise UserError with the differences, or with --force say them."""
         free = ("out", "resume", "overwrite", "device", "data_dir", "name", "compile", "checkpointing", "save_every", "force",
-                "skip_bad", "tensorboard", "wandb")
+                "skip_bad", "tensorboard", "wandb", "eval_every")
         old, new = ({k: v for k, v in c.items() if k not in free} for c in (self.resumed["config"], vars(args)))
         old["processes"], new["processes"] = self.resumed.get("world", self.rt.world), self.rt.world
         keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))

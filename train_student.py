@@ -12,7 +12,7 @@ measured is in the README and under results/.
     images --augment--> --mix--> teacher: y_t = argmax g(x)          the same strongly augmented, mixed images
                              \-> student: f_c(x), f_d(x)             L = 1/2 CE(f_c, y) + 1/2 w[y_t] CE(f_d, y_t)
 
-The teacher is trained first when it is missing (`--teacher auto`). Output: runs/<name>/ (see engine.py).
+The teacher is trained first when it is missing (`--teacher auto`). Output: runs/<name>/ (see run_folder.py).
 """
 import argparse
 import os
@@ -68,9 +68,11 @@ METHODS = {
     "deit": dict(teacher="strong", beta=0.0),                     # a teacher that knows such images, no re-weighting
     "deit-iii": NO_TEACHER | dict(policy="three", layer_scale=1e-4, cls_loss="bce", erasing=0.0, smoothing=0.0),
     "vit": NO_TEACHER,
-    "vit-crt": NO_TEACHER | dict(after="vit", trained="classifier", sampling="balanced", repeats=1),       # arXiv 1910.09217
+    "vit-crt": NO_TEACHER | dict(after="vit", trained="classifier", sampling="balanced", repeats=1,        # arXiv 1910.09217
+                                 ema=0.0),
 }
 OWN_TEACHERS = ("ldam", "paco", "strong")
+DATA = ("dataset", "imb", "imb_type", "holdout", "train_list", "test_list")       # what says which images
 
 HELP = {
     "model": "micro, mini, tiny, small or base",
@@ -119,8 +121,8 @@ def parse(argv=None):
     engine.add_run_flags(parser)
     parser.add_argument("--method", default="deit-lt", choices=METHODS, help="default: %(default)s")
     parser.add_argument("--teacher", default="auto", help="run folder of train_teacher.py, published checkpoint or state dict "
-                        "of a torchvision network; ldam, paco or strong (plain, under the student's augmentation): the "
-                        "recipe's own of the same seed, trained first if it is missing; auto: strong for deit, else ldam "
+                        "of a torchvision network; ldam, paco or strong (plain, under the recipe's strong augmentation): "
+                        "the recipe's own of the same seed, trained first if it is missing; auto: strong for deit, else ldam "
                         "(default: %(default)s)")
     parser.add_argument("--teacher-rho", type=float, help="SAM's radius for the recipe's own teacher; 0: without SAM")
     parser.add_argument("--teacher-norm", choices=NORMALISATIONS, help="pixel statistics that the teacher's images are "
@@ -152,8 +154,10 @@ def short_recipe(config, method):
     """
     if "method" not in config:
         raise engine.UserError("--finetune takes a run of train_student.py")
+    if config.get("trained") == "classifier":
+        raise engine.UserError("--finetune cannot go on with a classifier's re-training; name the run that it went on with")
     own = ("out", "name", "resume", "overwrite", "force", "device", "amp", "save_every", "compile", "finetune", "skip_bad",
-           "tensorboard", "wandb")
+           "tensorboard", "wandb", "teacher_rho")
     short = {k: v for k, v in config.items() if k not in own} | dict(
         epochs=max(1, config["epochs"] // 10), lr=config["lr"] / 10, warmup_epochs=0, weight_decay=1e-8, drw_epoch=0)
     if METHODS[method].get("after") == config["method"]:
@@ -176,21 +180,20 @@ def go_on_with(args, first):
 def finetuned_name(args):
     """Name of a run with --finetune. Raises UserError for settings that the old weights do not fit."""
     config = run_folder.load_checkpoint(args.finetune)["config"]
-    short, keep = short_recipe(config, args.method), ("method", "model", "patch_size", "tokens", "layer_scale")
-    if changed := [engine.flag(k) for k in keep if getattr(args, k) != short.get(k, getattr(args, k))]:
+    short = {k: v for k, v in short_recipe(config, args.method).items() if v != getattr(args, k, v)}          # given otherwise
+    if changed := [engine.flag(k) for k in (*DATA, "method", "model", "patch_size", "tokens", "layer_scale") if k in short]:
         raise engine.UserError(f"--finetune keeps {', '.join(changed)} of the run")
-    how = "crt" if args.trained == "classifier" else f"finetuned{args.img_size}"
-    changed = "".join(f"_{key.replace('_', '')}{getattr(args, key)}" for key in (*HELP, "seed")
-                      if key not in ("img_size", "eval_every") and getattr(args, key) != short.get(key, getattr(args, key)))
-    return f"{os.path.basename(os.path.normpath(args.finetune))}_{how}{changed}"
+    crt = args.trained == "classifier"
+    changed = "".join(f"_{key.replace('_', '')}{os.path.basename(str(getattr(args, key)))}" for key in short
+                      if key not in ("eval_every", "data_dir", "checkpointing") and (crt or key != "img_size"))
+    return f"{os.path.basename(os.path.normpath(args.finetune))}_{'crt' if crt else f'finetuned{args.img_size}'}{changed}"
 
 
 def teacher_args(args):
     """Settings of the recipe's own teacher (`--teacher ldam`, paco, strong): same data, recipe and seed, its folder resumed."""
-    given = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in
-             ("dataset", "imb", "imb-type", "data-dir", "holdout", "train-list", "test-list", "recipe", "seed", "device", "amp",
-              "save-every") if getattr(args, k.replace("-", "_")) is not None]
-    given += [f"--{k}" for k in ("compile", "skip-bad", "tensorboard", "wandb") if getattr(args, k.replace("-", "_"))]
+    given = [f"{engine.flag(k)}={value}" for k in (*DATA, "data_dir", "recipe", "seed", "device", "amp", "save_every")
+             if (value := getattr(args, k)) is not None]
+    given += [engine.flag(k) for k in ("compile", "skip_bad", "tensorboard", "wandb") if getattr(args, k)]
     given += [f"--augment={args.crop}" if args.teacher == "strong" else f"--loss={args.teacher}"]
     given += [f"--rho={args.teacher_rho}"] if args.teacher_rho is not None else []
     return train_teacher.parse(given + ["--resume"])
@@ -199,12 +202,13 @@ def teacher_args(args):
 def resolve(args, rt):
     """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be.
 
-    Returns the settings of the recipe's own teacher with `--teacher auto`, ldam or paco, else None.
+    Returns the settings of the recipe's own teacher with `--teacher auto`, ldam, paco or strong, else None.
     """
+    given = set() if args.finetune else {key for key in HELP if getattr(args, key) is not None}
     engine.resolve_data(args)
     row, changed = engine.resolve_recipe(args, RECIPES, rt, changes(args.method))
     finetuned = finetuned_name(args) if args.finetune else None
-    check(args, row, rt)
+    check(args, row, given, rt)
     about_teacher = {k: v for k in ("teacher_norm", "teacher_size", "teacher_rho") if (v := getattr(args, k)) is not None}
     if args.distill == "none" and (about_teacher or args.teacher not in ("auto", None)):
         raise engine.UserError(f"--method {args.method} has no teacher")
@@ -229,14 +233,19 @@ def resolve(args, rt):
     return own
 
 
-def check(args, row, rt):
-    """Raise UserError for settings that cannot be, alone or together."""
+def check(args, row, given, rt):
+    """Raise UserError for settings that cannot be, alone or together, and for a `given` one that has no meaning with others."""
     engine.check_choices(args, **CHOICES)
     engine.check_ranges(args, epochs=(1, inf), batch=(rt.world, inf), micro_batch=(1, inf), lr=(0, inf), img_size=(1, inf),
                         patch_size=(1, inf), layer_scale=(0, inf), warmup_epochs=(0, inf), weight_decay=(0, inf),
                         drop_path=(0, 0.99), tau=(1e-3, inf), alpha=(0, 1), beta=(0, 0.999999), repeats=(1, inf),
                         magnitude=(0, 10), erasing=(0, 1), mixup=(0, inf), cutmix=(0, inf), smoothing=(0, 1), ema=(0, 0.999999),
                         eval_crop=(0.1, 1), eval_every=(1, inf))
+    idle = {"alpha", "beta", "teacher_sees"} if args.distill == "none" else set()
+    idle |= {"tau"} if args.distill != "soft" else set()
+    idle |= {"magnitude"} if args.policy != "rand" else set()
+    if idle := [engine.flag(key) for key in sorted(idle & given)]:
+        raise engine.UserError(f"{', '.join(idle)} has no meaning with --distill {args.distill} --policy {args.policy}")
     for impossible, why in (
             ((args.crop == "loader") != (row["crop"] == "loader"), "--crop loader is for data sets that stay on disk, and they "
              "have no other"),
@@ -245,6 +254,7 @@ def check(args, row, rt):
             (args.batch % rt.world, f"--batch {args.batch} cannot be shared by {rt.world} processes"),
             (args.distill == "none" and args.tokens == 2, "--distill none leaves DIST nothing to learn: --tokens 1"),
             (args.cls_loss == "bce" and args.smoothing > 0, "--cls-loss bce takes every share for a yes: --smoothing 0"),
+            (args.cls_loss == "bce" and args.tokens == 2, "--cls-loss bce: its logits have no mean with DIST's: --tokens 1"),
             (args.teacher_sees == "weak" and args.mixup + args.cutmix > 0, "--teacher-sees weak: its images are not mixed, so "
              "the student's cannot be: --mixup 0 --cutmix 0"),
             (args.sampling == "balanced" and args.repeats > 1, "--sampling balanced has no --repeats"),
@@ -466,19 +476,20 @@ def token_cosine(net, data, args, rt):
 def main():
     args = parse()
     rt = engine.setup(args.device, args.amp)
+    asked = args.resume
     if first := first_run(args):
-        run_student(first, rt)
+        run_student(first, rt, asked)
         go_on_with(args, first)
-    run_student(args, rt)
+    run_student(args, rt, asked)
 
 
-def run_student(args, rt):
-    """Everything that one run is: its teacher first if it is missing, the student, its result and its picture."""
+def run_student(args, rt, asked):
+    """All that one run is: its teacher first if it is missing, the student, its result and its picture. asked: to resume it."""
     own_teacher = resolve(args, rt)
     run = run_folder.Run(args.out, args, rt)
     if run.say_if_finished(args, args.method):
         return
-    if args.resume and not run.resumed:
+    if asked and not run.resumed:
         rt.print(f"There is nothing to resume in {args.out}: beginning")
     own_run = run_folder.Run(own_teacher.out, own_teacher, rt) if own_teacher else None   # refuses another recipe's teacher
     data = engine.load_data(args, rt)

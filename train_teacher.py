@@ -13,7 +13,7 @@ The LDAM teacher sees only weak augmentation, crop and flip; the student will as
 that it never saw. That is meant: it is what makes DeiT-LT's distillation out-of-distribution. At the end the script says how
 right and how sure the teacher is on both kinds of images.
 
-`train_student.py` trains its teacher by itself when it is missing. Output: runs/teacher_.../ (see engine.py).
+`train_student.py` trains its teacher by itself when it is missing. Output: runs/teacher_.../ (see run_folder.py).
 """
 import argparse
 import time
@@ -84,16 +84,15 @@ def strong(row):
     """A row as that of an in-distribution teacher (DeiT's): plain cross-entropy, no SAM, so twice the epochs at equal cost."""
     if callable(row):
         return lambda seen: strong(row(seen))
-    epochs = 2 * row["epochs"]
-    return row | dict(loss="ce", augment="padded", rho=0.0, epochs=epochs, drw_epoch=epochs, beta=0.0)
+    return row | dict(loss="ce", augment="padded", rho=0.0, epochs=2 * row["epochs"], beta=0.0)
 
 
 STRONG_RECIPES = {recipe: {dataset: strong(row) for dataset, row in rows.items()} for recipe, rows in RECIPES.items()}
 HELP = {
     "arch": "network: resnet32, resnet50, or the name of any classification network of torchvision",
     "img_size": "side of the images that the network gets, pixels",
-    "augment": "weak (crop and flip), or, for a teacher that knows what its student will ask about, the student's --crop: its "
-               "strong augmentation and mixing",
+    "augment": "weak (crop and flip), or, for a teacher that knows what its student will ask about, the student's --crop: the "
+               "recipe's strong augmentation and mixing",
     "loss": "ldam (with a cosine classifier), paco, ce, focal, la (logit adjustment) or vs (vector scaling)",
     "epochs": "passes over the training set",
     "batch": "images per step, over all processes together",
@@ -106,7 +105,7 @@ HELP = {
     "rho_schedule": "constant, or step: rho/10, from 1/18 of the epochs rho/5, from 2/3 rho",
     "norm": "pixel statistics to normalise with: cifar, imagenet, inat or none",
     "drw_epoch": "first epoch (0-based) with re-weighted classes; 0: from the start; the number of epochs or more: never",
-    "beta": "of the effective number of images, for the class weights",
+    "beta": "of the effective number of images, for the class weights; 0 = none",
     "max_margin": "LDAM's margin of the rarest class",
     "alpha": "PaCo's weight of an image pair",
     "temperature": "PaCo's T, by which cosines are divided",
@@ -147,6 +146,8 @@ def resolve(args, rt):
         raise engine.UserError(f"{', '.join(idle)} has no meaning with --loss {args.loss} --schedule {args.schedule}")
     engine.check_choices(args, loss=LOSSES, schedule=("step", "cosine"), rho_schedule=("constant", "step"),
                          augment=("weak", "padded", "resized", "loader"), norm=NORMALISATIONS)
+    if strong and args.beta > 0:
+        raise engine.UserError(f"--augment {args.augment} mixes images, which have no one class to be weighted by: no --beta")
     if strong and (args.augment == "loader") != (args.dataset in data_lt.LISTS):
         raise engine.UserError("--augment loader is for data sets that stay on disk, and they have no other but weak")
     ranges = dict(epochs=(1, inf), batch=(rt.world, inf), lr=(0, inf), weight_decay=(0, inf), warmup_epochs=(0, inf),
@@ -261,7 +262,7 @@ def train(args, data, rt, run):
     for epoch in range(run.start_epoch, args.epochs):
         whole.train()
         started, sums = run.begun(epoch, torch.zeros(2, device=rt.device))        # loss, steps
-        weight = None if paco else drw_weights(data.counts, epoch, args.drw_epoch, args.beta)
+        weight = None if paco or args.beta == 0 else drw_weights(data.counts, epoch, args.drw_epoch, args.beta)
         weight = None if weight is None else weight.to(rt.device)                 # (K,) from the DRW epoch on
         order, optimizer.rho = data_lt.shuffled(images, args.seed, epoch), radius(args, epoch)
         shares = run.steps(epoch, data_lt.shard(order, args.batch, rt.rank, rt.world))

@@ -320,17 +320,6 @@ def test_holding_images_out_of_cifar_leaves_the_test_set_alone(folder):
     assert data.label == "CIFAR-10 validation"
 
 
-def test_holding_images_out_of_cifar_leaves_the_test_set_alone(folder):
-    """An image both trained and tested on, the real test set used, a share of the long tail in place of the whole class."""
-    data, labels = data_lt.load_data("cifar10", 3, data_dir=str(folder), holdout=0.25), np.arange(120) % 10
-    assert data.counts[0] == 9 and data.counts[-1] == 3 and torch.bincount(data.test_labels).tolist() == [3] * 10
-    held = np.concatenate([np.where(labels == k)[0][9:] for k in range(10)])
-    as_set = lambda images: {image.numpy().tobytes() for image in images}
-    assert as_set(data.test_images) == as_set(as_tensor(pictures(120, 0)[held]))
-    assert as_set(data.train_images) <= as_set(as_tensor(pictures(120, 0))) - as_set(data.test_images)
-    assert data.label == "CIFAR-10 validation"
-
-
 def write_torchvision(root, K, images, labels, test_images, test_labels, names):
     """The pickled files that torchvision unpacks from the original archives: a row is 1024 reds, greens, blues."""
     def write(file, images, labels):

@@ -1,6 +1,7 @@
 """The methods and the distillation modes, each from end to end on the built-in shapes: what it learns from and leaves alone."""
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import engine
 import networks
 import train_student
 import train_teacher
-from conftest import script
+from conftest import ROOT, script
 
 SMALL = "--dataset shapes --imb 10 --epochs 2 --drw-epoch 1 --batch 32 --lr 0.001 --eval-every 2".split()
 
@@ -53,7 +54,8 @@ def test_every_method_runs_from_one_command(method, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("flags, heads", [
     ("--tokens 1", 1), ("--tokens 1 --distill soft --tau 3 --alpha 0.1", 1), ("", 2), ("--distill soft", 2),
-    ("--teacher-sees weak --mixup 0 --cutmix 0", 2), ("--cls-loss bce --smoothing 0", 2), ("--policy none", 2)])
+    ("--teacher-sees weak --mixup 0 --cutmix 0", 2),
+    ("--tokens 1 --cls-loss bce --smoothing 0", 1), ("--policy none", 2)])
 def test_every_mode_of_distillation_learns_from_its_teacher(flags, heads, tmp_path, monkeypatch):
     """alpha 1: only the teacher is listened to. It says one class, so that the taught head learns it whatever the labels are;
     a mode that follows the labels, or teaches the wrong head, does not. The other head stays about where it began."""
@@ -149,7 +151,7 @@ def test_a_strong_teacher_sees_mixed_images(monkeypatch):
     (_, target), (y, weight) = seen[:2]
     assert torch.equal(target, y) and y.shape[1] == 10 and weight is None
     row, plain = (train_teacher.strong(train_teacher.LDAM_CPU), train_teacher.LDAM_CPU)
-    assert row["epochs"] == row["drw_epoch"] == 2 * plain["epochs"] and (row["rho"], row["beta"], row["loss"]) == (0, 0, "ce")
+    assert row["epochs"] == 2 * plain["epochs"] and (row["rho"], row["beta"], row["loss"]) == (0, 0, "ce")
 
 
 def test_own_teachers_are_found_by_their_radius():
@@ -161,11 +163,14 @@ def test_own_teachers_are_found_by_their_radius():
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--distill none", "--tokens 1"), ("--cls-loss bce", "--smoothing 0"), ("--teacher-sees weak", "--mixup 0 --cutmix 0"),
+    ("--distill none", "--tokens 1"), ("--cls-loss bce", "--smoothing 0"),
+    ("--cls-loss bce --smoothing 0", "--tokens 1"), ("--tau 3", "--tau has no meaning"),
+    ("--method vit --alpha 0.9 --beta 0", "--alpha, --beta has no meaning"),
+    ("--policy three --magnitude 3", "--magnitude has no meaning"), ("--teacher-sees weak", "--mixup 0 --cutmix 0"),
     ("--sampling balanced --repeats 3", "--repeats"), ("--trained classifier", "needs --finetune"),
     ("--distill medium", "--distill is one of hard, soft, none, not medium"), ("--tokens 3", "--tokens is one of 1, 2"),
     ("--method vit --teacher ldam", "has no teacher"), ("--method deit-iii --teacher-rho 0", "has no teacher"),
-    ("--teacher a.pth --teacher-rho 0", "--teacher-rho is for"), ("--tau 0", "--tau must be"),
+    ("--teacher a.pth --teacher-rho 0", "--teacher-rho is for"), ("--distill soft --tau 0", "--tau must be"),
     ("--teacher-rho -1", "--teacher-rho must be"), ("--magnitude 11", "--magnitude must be")])
 def test_settings_that_cannot_be_are_refused(flags, words, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
@@ -176,7 +181,8 @@ def test_settings_that_cannot_be_are_refused(flags, words, monkeypatch, capsys, 
 
 @pytest.mark.parametrize("flags, words", [
     ("--augment padded --loss ldam", "--loss ce"), ("--augment loader", "stay on disk"),
-    ("--augment soft", "--augment is one of"), ("--schedule slow", "--schedule is one of step, cosine")])
+    ("--augment padded --beta 0.9", "no --beta"), ("--augment soft", "--augment is one of"),
+    ("--schedule slow", "--schedule is one of step, cosine")])
 def test_teachers_that_cannot_be_are_refused(flags, words, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script(train_teacher, monkeypatch, "--dataset", "shapes", *flags.split())
@@ -188,18 +194,16 @@ def test_teachers_that_cannot_be_are_refused(flags, words, monkeypatch, capsys):
 @pytest.fixture
 def ablation(monkeypatch, capsys):
     """f(*flags) -> (commands that were run, what was printed) of ablate.py, its children run in this process."""
-    def child(command):
-        ran.append(" ".join(command[1:]))
-        module = train_student if "student" in command[1] else train_teacher
-        script(module, monkeypatch, *command[2:])
-        return subprocess.CompletedProcess(command, 0)
+    def child(script_name, argv):
+        ran.append(" ".join([script_name, *argv]))
+        script(train_student if "student" in script_name else train_teacher, monkeypatch, *argv, "--resume")
 
     def run(*flags):
         ran.clear(), capsys.readouterr()
         script(ablate, monkeypatch, *flags)
         return list(ran), capsys.readouterr().out
     ran = []
-    monkeypatch.setattr(subprocess, "run", child)
+    monkeypatch.setattr(ablate, "run", child)
     return run
 
 
@@ -225,18 +229,36 @@ def test_a_table_runs_what_is_missing_and_says_what_there_is(ablation, monkeypat
         a, b = (r[head]["overall"] for r in chosen)
         assert f"| {(a + b) / 2:.1f} ± {abs(a - b) / 2 ** 0.5:.1f} |" in line and "| 2 |" in line
     again, same = ablation(*flags)
-    assert same.splitlines()[-3:] == printed.splitlines()[-3:]
-    assert all("train_teacher" in command for command in again)                           # which says that it is finished
+    assert again == [] and same.splitlines()[-3:] == printed.splitlines()[-3:]
 
 
-def test_a_table_stops_where_a_run_does(ablation, monkeypatch, capsys):
-    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 143))
+def test_a_table_ends_where_a_run_does_and_hands_signals_on(tmp_path):
+    """A run that is killed where it should save, or that trains on without its table."""
+    (tmp_path / "child.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print('saved'), sys.exit(143)))\n"
+        "print('begun', flush=True)\ntime.sleep(60)\n")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import ablate; ablate.run({str(tmp_path / 'child.py')!r}, [])"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "begun\n"
+    parent.terminate()
+    assert parent.communicate(timeout=30)[0] == "saved\n" and parent.returncode == 143
+
+
+@pytest.mark.parametrize("flags", ["table5 --out=x", "table5 --seed 3", "table6 --model tiny", "table2 --teacher paco",
+                                   "table1 --beta=0"])
+def test_flags_in_which_a_tables_rows_differ_are_refused(flags, ablation, capsys):
     with pytest.raises(SystemExit) as stop:
-        script(ablate, monkeypatch, "table5", *SMALL)
-    assert stop.value.code == 143
-    with pytest.raises(SystemExit) as stop:
-        script(ablate, monkeypatch, "table5", "--out", "somewhere")
-    assert stop.value.code == 2 and "--seeds" in capsys.readouterr().err
+        ablation(*flags.split())
+    assert stop.value.code == 2 and "every run has its own" in capsys.readouterr().err
+
+
+def test_the_modes_teacher_has_its_students_data(ablation):
+    """Images that its students are tested on, or another imbalance than theirs."""
+    ran, printed = ablation("modes", "--holdout", "0.1", "--imb", "20", "--commands")
+    line = next(line for line in printed.splitlines() if "train_teacher" in line)
+    teacher = train_teacher.parse(line.split()[2:])
+    assert (teacher.holdout, teacher.imb, teacher.epochs) == (0.1, 20, 10)
 
 
 @pytest.mark.parametrize("table", ablate.TABLES)

@@ -141,7 +141,7 @@ def test_a_student_run_leaves_its_teacher_alone_and_labels_by_argmax(teacher, ti
     net, _ = train_teacher.load_teacher(str(teacher), data_lt.load_data("cifar10", 4, "exp", tiny_cifar), rt)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     x = torch.rand(16, 3, 32, 32)
-    labels = train_student.teacher_labels(net, x)
+    labels = train_student.teacher_says(net, x, None, train_student.parse(["--teacher-sees", "same", "--distill", "hard"]))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert labels.tolist() == [int(net(image[None]).argmax()) for image in x]
     assert not any(p.requires_grad for p in net.parameters())
@@ -158,7 +158,7 @@ def test_a_224_px_image_reaches_a_32_px_teacher_as_every_seventh_pixel():
             seen.append(x)
             return x.flatten(1)[:, :5]
     x = torch.rand(2, 3, 224, 224)
-    train_student.teacher_labels(Spy(), x)
+    train_student.teacher_logits(Spy(), x)
     assert torch.allclose(seen[0], x[:, :, 3::7, 3::7], atol=1e-5)
 
 
