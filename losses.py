@@ -12,6 +12,10 @@ hard distillation (arXiv 2012.12877); its soft one has tau^2 KL(g(x) / tau || f_
 with one token has f_d = f_c. PyTorch's weighted mean divides by the sum of the batch's weights; so did the published code, and
 so does this file.
 
+Or logit adjustment instead of weights (Menon et al., ICLR 2021, arXiv 2007.07314), where a class k is the label with frequency
+pi_k: CE(f + ln pi, y) in the loss, f alone at test time. By Bayes' rule softmax(f) is then p(y|x) for classes that are equally
+frequent. For DIST they are the frequencies of the teacher's labels, which are not the data's.
+
 Teacher, LDAM (Cao et al., NeurIPS 2019, arXiv 1906.07413), with the classifier's logits z_k = s cos(theta_k):
 
     L_LDAM = w[y] CE(z - s m_y onehot(y), y),    m_k = m_max * (n_min / n_k)^(1/4)                    (3)

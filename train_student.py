@@ -37,9 +37,9 @@ from vit import MODELS, resize_pos_embed
 # method at 32 px on a small network, see the README.
 PAPER = dict(model="base", img_size=224, patch_size=16, tokens=2, layer_scale=0.0, epochs=1200, batch=1024, micro_batch=128,
              lr=2.5e-4, warmup_epochs=5, weight_decay=0.05, drop_path=0.1, distill="hard", tau=1.0, teacher_sees="same",
-             alpha=0.5, cls_loss="ce", drw_epoch=1100, beta=0.9999, sampling="shuffled", repeats=3, crop="resized",
-             policy="rand", magnitude=9.0, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, mix_drw=False, trained="all",
-             ema=0.99984, eval_crop=0.875, eval_every=10)
+             alpha=0.5, cls_loss="ce", adjust="none", drw_epoch=1100, beta=0.9999, sampling="shuffled", repeats=3,
+             crop="resized", policy="rand", magnitude=9.0, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1, mix_drw=False,
+             trained="all", ema=0.99984, eval_crop=0.875, eval_every=10)
 CPU = PAPER | dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4, drop_path=0.0,
                    drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0, eval_every=5)
 LARGE = PAPER | dict(epochs=1400, batch=2048, lr=5e-4, drw_epoch=1200, mix_drw=True, crop="loader")
@@ -92,6 +92,8 @@ HELP = {
     "teacher_sees": "same: the student's images; weak: only cropped and flipped ones (the student's must not be mixed then)",
     "alpha": "weight of the DIST loss; 1 - alpha of the CLS loss",
     "cls_loss": "ce, or bce: binary cross-entropy, without --smoothing",
+    "adjust": "none; cls, dist or both: the loss of that head knows how often each class is its label (logit adjustment), so "
+              "that its logits need not: in place of re-weighting, --beta 0",
     "drw_epoch": "first epoch (0-based) with re-weighted teacher labels (and, unless --mix-drw, without mixing)",
     "beta": "of the effective number of images, for the class weights; 0 = all classes alike",
     "sampling": "shuffled: every image once; balanced: every class as often, images drawn with replacement",
@@ -111,8 +113,8 @@ HELP = {
     "eval_every": "epochs between evaluations on the test set (the last is always evaluated)",
 }
 CHOICES = dict(model=MODELS, tokens=(1, 2), distill=("hard", "soft", "none"), teacher_sees=("same", "weak"),
-               cls_loss=("ce", "bce"), sampling=("shuffled", "balanced"), crop=("resized", "padded", "loader"),
-               policy=("rand", "three", "none"), trained=("all", "classifier"))
+               cls_loss=("ce", "bce"), adjust=("none", "cls", "dist", "both"), sampling=("shuffled", "balanced"),
+               crop=("resized", "padded", "loader"), policy=("rand", "three", "none"), trained=("all", "classifier"))
 CLS_LOSSES = {"ce": soft_cross_entropy, "bce": binary_cross_entropy}
 
 
@@ -255,6 +257,10 @@ def check(args, row, given, rt):
             (args.distill == "none" and args.tokens == 2, "--distill none leaves DIST nothing to learn: --tokens 1"),
             (args.cls_loss == "bce" and args.smoothing > 0, "--cls-loss bce takes every share for a yes: --smoothing 0"),
             (args.cls_loss == "bce" and args.tokens == 2, "--cls-loss bce: its logits have no mean with DIST's: --tokens 1"),
+            (args.adjust in ("dist", "both") and args.distill != "hard", "--adjust dist needs the teacher's labels: --distill "
+             "hard"),
+            (args.adjust in ("cls", "both") and args.sampling == "balanced", "--sampling balanced leaves nothing to --adjust"),
+            (args.adjust in ("cls", "both") and args.cls_loss == "bce", "--adjust cls needs --cls-loss ce"),
             (args.teacher_sees == "weak" and args.mixup + args.cutmix > 0, "--teacher-sees weak: its images are not mixed, so "
              "the student's cannot be: --mixup 0 --cutmix 0"),
             (args.sampling == "balanced" and args.repeats > 1, "--sampling balanced has no --repeats"),
@@ -343,8 +349,11 @@ def train(args, data, teacher, rt, run):
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
     guard = engine.Guard(net, optimizer, rt)
     ema = engine.EMA(net, args.ema) if args.ema > 0 else None
+    prior = torch.tensor(data.counts, device=rt.device) / sum(data.counts)        # pi (K,): how often a class is CLS's label
+    said = torch.full_like(prior, 1 / data.num_classes)                           # and DIST's, over some hundred steps
 
     def load(state):
+        said.copy_(state.get("said", said))
         run_folder.load_weights(net, state["model"], run.checkpoint)
         optimizer.load_state_dict(state["optimizer"])
         guard.load_state_dict(state["guard"])
@@ -354,7 +363,7 @@ def train(args, data, teacher, rt, run):
     def state():
         """What a checkpoint holds beside the place in the training."""
         return dict(model=net.state_dict(), ema=ema.model.state_dict() if ema else None, optimizer=optimizer.state_dict(),
-                    guard=guard.counts, config=vars(args), data=data.fingerprint, class_names=data.class_names,
+                    guard=guard.counts, said=said, config=vars(args), data=data.fingerprint, class_names=data.class_names,
                     counts=data.counts, groups=data.groups)
 
     run.restore(load)
@@ -389,8 +398,13 @@ def train(args, data, teacher, rt, run):
                     with rt.autocast():
                         y_t = teacher_says(teacher, x, levels, args) if teacher else None         # (B,), or soft (B,K)
                         cls_logits, dist_logits = model(x)                        # (B,K), (B,K)
+                        taught = cls_logits if dist_logits is None else dist_logits               # --tokens 1: CLS is both
+                        if args.adjust in ("cls", "both"):
+                            cls_logits = cls_logits + prior.log()
+                        if args.adjust in ("dist", "both"):
+                            said.lerp_(shares_of(y_t, data.num_classes, rt), 0.01)
+                            taught = taught + said.clamp(min=1e-4).log()
                         if teacher:
-                            taught = cls_logits if dist_logits is None else dist_logits           # --tokens 1: CLS is both
                             loss, loss_cls, loss_dist = distillation_loss(cls_logits, taught, target, y_t, args.alpha, weight,
                                                                           args.tau, cls_loss)
                         else:
@@ -424,6 +438,13 @@ def train(args, data, teacher, rt, run):
         run.after_epoch(epoch, state, record, results, started, speed, bar)
     bar.close()
     return results or evaluate(net, ema, data, args, rt)                          # None: there was no epoch left to run
+
+
+def shares_of(labels, num_classes, rt):
+    """Shares (K,) of the classes in labels (B,) of all processes."""
+    counts = torch.zeros(num_classes, device=labels.device).index_add_(0, labels, torch.ones_like(labels, dtype=torch.float))
+    counts = engine.all_sum(counts, rt)
+    return counts / counts.sum()
 
 
 def accuracy(y_t, target):

@@ -1,5 +1,6 @@
 """The methods and the distillation modes, each from end to end on the built-in shapes: what it learns from and leaves alone."""
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,16 @@ def trained(monkeypatch, folder, *flags):
     return read("result.json"), read("config.json"), log, torch.load(folder / "last.pt", weights_only=True)
 
 
+class Stubborn(torch.nn.Module):
+    """A teacher that says class 7 of every image."""
+    img_size, calls = 32, 0
+
+    def forward(self, x):
+        assert x.shape[1:] == (3, 32, 32) and 0 <= x.min() and x.max() <= 1
+        self.calls += 1
+        return torch.eye(10)[torch.full((len(x),), 7)] * 20
+
+
 @pytest.mark.parametrize("method", train_student.METHODS)
 def test_every_method_runs_from_one_command(method, tmp_path, monkeypatch, capsys):
     """A method whose settings do not arrive, which trains another teacher than its own, or has a head too many."""
@@ -59,20 +70,14 @@ def test_every_method_runs_from_one_command(method, tmp_path, monkeypatch, capsy
 def test_every_mode_of_distillation_learns_from_its_teacher(flags, heads, tmp_path, monkeypatch):
     """alpha 1: only the teacher is listened to. It says one class, so that the taught head learns it whatever the labels are;
     a mode that follows the labels, or teaches the wrong head, does not. The other head stays about where it began."""
-    class Stubborn(torch.nn.Module):
-        img_size, calls = 32, 0
-
-        def forward(self, x):
-            assert x.shape[1:] == (3, 32, 32) and 0 <= x.min() and x.max() <= 1
-            Stubborn.calls += 1
-            return torch.eye(10)[torch.full((len(x),), 7)] * 20
-    monkeypatch.setattr(train_student, "read_teacher", lambda *_: Stubborn())
+    stubborn = Stubborn()
+    monkeypatch.setattr(train_student, "read_teacher", lambda *_: stubborn)
     length = "--epochs 4 --drw-epoch 4 --warmup-epochs 0 --eval-every 4 --lr 0.01".split()
     result, _, log, _ = trained(monkeypatch, tmp_path / "run", "--teacher", "a.pth", "--out", "run", *length, *flags.split(),
                                 "--alpha", 1)
     taught = result["dist" if heads == 2 else "cls"]
     assert (taught["head"], taught["mid"]) == (0, 0) and taught["tail"] == pytest.approx(100 / 3, abs=1e-3)
-    assert Stubborn.calls >= 4 * 2 and log[-1]["loss"] == pytest.approx(log[-1]["loss_dist"])
+    assert stubborn.calls >= 4 * 2 and log[-1]["loss"] == pytest.approx(log[-1]["loss_dist"])
     assert log[-1]["loss_dist"] < 0.5 * log[0]["loss_dist"]
     if heads == 2:
         assert log[-1]["loss_cls"] > 0.8 * log[0]["loss_cls"]                     # nobody taught it
@@ -120,10 +125,14 @@ def test_crt_begins_a_classifier_anew_and_leaves_the_rest_alone(tmp_path, monkey
     assert (tmp_path / "runs" / f"{vit.name}_crt" / "result.json").exists()
 
 
-def test_a_killed_classifier_retraining_goes_on(tmp_path, monkeypatch):
-    """A head drawn anew, or the ViT's weights read again, when the run is resumed."""
-    script(train_student, monkeypatch, *SMALL, "--method", "vit", "--out", "vit")
-    flags = ["--method", "vit-crt", "--finetune", "vit", "--epochs", 2, "--batch", 16]
+@pytest.mark.parametrize("method", ["vit-crt", "deit-lt"])
+def test_a_killed_run_goes_on(method, tmp_path, monkeypatch):
+    """A head drawn anew or the ViT's weights read again, when the run is resumed; the teacher's label frequencies forgotten."""
+    flags = [*SMALL, "--batch", 16, "--adjust", "both", "--teacher", "a.pth"]
+    monkeypatch.setattr(train_student, "read_teacher", lambda *_: Stubborn())
+    if method == "vit-crt":
+        script(train_student, monkeypatch, *SMALL, "--method", "vit", "--out", "vit")
+        flags = ["--method", "vit-crt", "--finetune", "vit", "--epochs", 2, "--batch", 16]
     script(train_student, monkeypatch, *flags, "--out", "whole")
     seed_step = engine.seed_step
 
@@ -138,6 +147,21 @@ def test_a_killed_classifier_retraining_goes_on(tmp_path, monkeypatch):
     script(train_student, monkeypatch, *flags, "--out", "part", "--resume")
     whole, part = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("whole", "part"))
     assert all(torch.equal(w, part[name]) for name, w in whole.items())
+
+
+def test_adjusted_losses_know_how_often_a_class_is_a_label(tmp_path, monkeypatch):
+    """Where nothing is learned, at logits of nearly 0, CE(ln pi, y) is the entropy of the data's classes, 2.05 nats, and not
+    ln 10 = 2.30; of a teacher that says one class, minus the log of its running share, 1 - 0.9 * 0.99^step. A prior with the
+    wrong sign, of the other head, or left out."""
+    monkeypatch.setattr(train_student, "read_teacher", lambda *_: Stubborn())
+    flags = "--teacher a.pth --adjust both --lr 0 --drw-epoch 0 --beta 0 --epochs 1 --batch 8".split()
+    _, _, log, state = trained(monkeypatch, tmp_path / "run", "--out", "run", *flags)
+    pi = torch.tensor(state["counts"]) / sum(state["counts"])
+    steps = -(-sum(state["counts"]) // 8)
+    said = [1 - 0.9 * 0.99 ** step for step in range(1, steps + 1)]
+    assert log[0]["loss_cls"] == pytest.approx(-(pi * pi.log()).sum().item(), abs=0.1)
+    assert log[0]["loss_dist"] == pytest.approx(-sum(map(math.log, said)) / steps, abs=0.1)
+    assert state["said"][7].item() == pytest.approx(said[-1], abs=1e-5) and state["said"].sum().item() == pytest.approx(1)
 
 
 def test_a_strong_teacher_sees_mixed_images(monkeypatch):
@@ -166,7 +190,9 @@ def test_own_teachers_are_found_by_their_radius():
     ("--distill none", "--tokens 1"), ("--cls-loss bce", "--smoothing 0"),
     ("--cls-loss bce --smoothing 0", "--tokens 1"), ("--tau 3", "--tau has no meaning"),
     ("--method vit --alpha 0.9 --beta 0", "--alpha, --beta has no meaning"),
-    ("--policy three --magnitude 3", "--magnitude has no meaning"), ("--teacher-sees weak", "--mixup 0 --cutmix 0"),
+    ("--distill soft --adjust both", "--distill hard"), ("--method vit --adjust dist", "--distill hard"),
+    ("--sampling balanced --adjust cls", "leaves nothing"), ("--policy three --magnitude 3", "--magnitude has no meaning"),
+    ("--teacher-sees weak", "--mixup 0 --cutmix 0"),
     ("--sampling balanced --repeats 3", "--repeats"), ("--trained classifier", "needs --finetune"),
     ("--distill medium", "--distill is one of hard, soft, none, not medium"), ("--tokens 3", "--tokens is one of 1, 2"),
     ("--method vit --teacher ldam", "has no teacher"), ("--method deit-iii --teacher-rho 0", "has no teacher"),
