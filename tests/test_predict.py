@@ -29,7 +29,7 @@ def runs(tiny_cifar, tmp_path_factory):
         script(train_teacher, patch, "--data-dir", tiny_cifar, "--imb", 1, "--epochs", 1, "--out", folder / "teacher")
         script(train_student, patch, "--data-dir", tiny_cifar, "--imb", 1, "--method", "vit", "--model", "micro",
                "--epochs", 12, "--drw-epoch", 0, "--lr", "2e-3", "--batch", 24, "--eval-every", 12,
-               "--magnitude", -1, "--erasing", 0,
+               "--policy", "none", "--erasing", 0,
                "--out", folder / "student")
     return {name: folder / name for name in ("teacher", "student")}
 
