@@ -93,10 +93,7 @@ def plan(table, common, seeds, rt):
     own = {"out", "seed"} | {key for key in vars(like) if len({getattr(args, key) for args in differing}) > 1}
     if mistaken := [engine.flag(key) for key in sorted(own) if getattr(like, key) != getattr(default, key)]:
         raise engine.UserError(f"{', '.join(mistaken)}: every run has its own here (seeds: --seeds)")
-    shared = []
-    for flag in (*train_student.DATA, "data_dir", "recipe", "device", "amp"):             # what a teacher must have alike
-        if (value := getattr(like, flag)) is not None:
-            shared.append(f"{engine.flag(flag)}={value}")
+    shared = engine.as_flags(like, (*train_student.DATA, "data_dir", "recipe", "device", "amp"))      # a teacher's too
     rows = []
     for title, flags, head, published in TABLES[table]:
         commands = []

@@ -475,6 +475,11 @@ def flag(key):
     return "--" + key.replace("_", "-")
 
 
+def as_flags(args, keys):
+    """The settings of these names as command-line flags, those that are None left out."""
+    return [f"{flag(key)}={value}" for key in keys if (value := getattr(args, key)) is not None]
+
+
 def check_ranges(args, **ranges):
     """Raise UserError for a setting outside its (lowest, highest) allowed value; NaN is outside."""
     for name, (low, high) in {"seed": (0, 2 ** 62), **ranges}.items():

@@ -193,8 +193,7 @@ def finetuned_name(args):
 
 def teacher_args(args):
     """Settings of the recipe's own teacher (`--teacher ldam`, paco, strong): same data, recipe and seed, its folder resumed."""
-    given = [f"{engine.flag(k)}={value}" for k in (*DATA, "data_dir", "recipe", "seed", "device", "amp", "save_every")
-             if (value := getattr(args, k)) is not None]
+    given = engine.as_flags(args, (*DATA, "data_dir", "recipe", "seed", "device", "amp", "save_every"))
     given += [engine.flag(k) for k in ("compile", "skip_bad", "tensorboard", "wandb") if getattr(args, k)]
     given += [f"--augment={args.crop}" if args.teacher == "strong" else f"--loss={args.teacher}"]
     given += [f"--rho={args.teacher_rho}"] if args.teacher_rho is not None else []
@@ -400,9 +399,10 @@ def train(args, data, teacher, rt, run):
                         cls_logits, dist_logits = model(x)                        # (B,K), (B,K)
                         taught = cls_logits if dist_logits is None else dist_logits               # --tokens 1: CLS is both
                         if args.adjust in ("cls", "both"):
-                            cls_logits = cls_logits + prior.log()
+                            cls_logits = cls_logits + prior.log()                 # f_c + ln pi, Menon et al.
                         if args.adjust in ("dist", "both"):
-                            said.lerp_(shares_of(y_t, data.num_classes, rt), 0.01)
+                            shares = augment.smooth_one_hot(y_t, data.num_classes).mean(dim=0)    # (K,)
+                            said.lerp_(engine.all_sum(shares, rt) / rt.world, 0.01)
                             taught = taught + said.clamp(min=1e-4).log()
                         if teacher:
                             loss, loss_cls, loss_dist = distillation_loss(cls_logits, taught, target, y_t, args.alpha, weight,
@@ -438,13 +438,6 @@ def train(args, data, teacher, rt, run):
         run.after_epoch(epoch, state, record, results, started, speed, bar)
     bar.close()
     return results or evaluate(net, ema, data, args, rt)                          # None: there was no epoch left to run
-
-
-def shares_of(labels, num_classes, rt):
-    """Shares (K,) of the classes in labels (B,) of all processes."""
-    counts = torch.zeros(num_classes, device=labels.device).index_add_(0, labels, torch.ones_like(labels, dtype=torch.float))
-    counts = engine.all_sum(counts, rt)
-    return counts / counts.sum()
 
 
 def accuracy(y_t, target):
