@@ -2,6 +2,7 @@ r"""Look inside a trained network: the paper's figures, from a run folder or a p
 
     python analyze.py eval       RUN             accuracies of every head, overall and per class; of a teacher too
     python analyze.py eval       --checkpoint FILE --dataset cifar10 --imb 100         the same of a file (see networks.py)
+    python analyze.py heads      RUN             ways to make one prediction of CLS and DIST, compared
     python analyze.py summary    RUN             one picture: who knows which classes, the training, where the tokens look
     python analyze.py report     RUN             one HTML page with all of this that applies
     python analyze.py predict    --checkpoint RUN IMAGES ...       classes of your own pictures: files, folders or patterns
@@ -231,6 +232,17 @@ def command_eval(options, rt):
     print(write(stem.removesuffix("per_class") + "_" * (not stem.endswith("per_class")) + "confusion.png", picture))
 
 
+def command_heads(options, rt):
+    path, = options.runs
+    net, args, data = load_student(path, rt, options)
+    if not net.distilled:
+        raise engine.UserError(f"{path} has no DIST token")
+    ways = lambda x: quantities.combinations(*net(train_student.test_images(x, args)), data.counts)
+    results = engine.evaluate(ways, data.test_images, data.test_labels, data.groups, rt)
+    print(engine.table(results, engine.describe(data, args).partition(",")[0] + ")"))
+    print(write(options.out or beside(path, "heads.csv"), as_csv(class_rows(results, data))))
+
+
 def command_predict(options, rt):
     if not options.checkpoint:
         raise engine.UserError("predict needs --checkpoint RUN, then images")
@@ -303,8 +315,8 @@ def command_report(options, rt):
     print(write(options.out or beside(path, "report.html"), page))
 
 
-ONE_RUN = {"eval": command_eval, "summary": command_summary, "report": command_report, "augment": command_analysis,
-           "export": command_export}
+ONE_RUN = {"eval": command_eval, "heads": command_heads, "summary": command_summary, "report": command_report,
+           "augment": command_analysis, "export": command_export}
 
 
 def main():

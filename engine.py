@@ -429,8 +429,9 @@ def add_run_flags(parser):
     parser.add_argument("--test-list", help="the same for the test images")
     parser.add_argument("--skip-bad", action="store_true", help="go on without images that cannot be used, after a list of "
                         "them; otherwise the list is all that happens")
-    parser.add_argument("--recipe", default="auto", choices=["auto", "paper", "cpu"],
-                        help="which row of the recipe table; auto: paper on a GPU, cpu without one (default: %(default)s)")
+    parser.add_argument("--recipe", default="auto", choices=["auto", "paper", "cpu", "best"],
+                        help="which row of the recipe table; best: ours, on top of cpu; auto: paper on a GPU, cpu without one "
+                        "(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "none"],

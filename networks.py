@@ -72,7 +72,7 @@ def build_teacher(config, num_classes):
 def build_student(config, num_classes, distilled):
     """The untrained student of a run's settings (a dict), with or without the DIST token."""
     return vit.MODELS[config["model"]](img_size=config["img_size"], patch_size=config["patch_size"], num_classes=num_classes,
-                                       drop_path=config["drop_path"], distilled=distilled,
+                                       drop_path=config["drop_path"], distilled=distilled, stem=config.get("stem", "patch"),
                                        layer_scale=config.get("layer_scale") or None,
                                        checkpointing=config.get("checkpointing", False))
 

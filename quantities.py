@@ -6,6 +6,7 @@ r"""What the figures measure: tensors in, numbers out. Nothing here draws, print
     feature_rank              Figure 4c            directions that hold 99 % of the features
     reconstruction_error      Figure 1b            what is lost with fewer directions
     entropy                   Figure 3             how unsure a prediction is
+    combinations              (ours)               one prediction out of two heads, the paper's way and others
     loss_along                Section 3.2          how fast the loss rises around the weights
     calibration_error, bootstrap  (ours)           is a network as often right as it says, and how sure are its accuracies?
 
@@ -128,6 +129,24 @@ def entropy(logits):
     """-sum_k p_k ln p_k of p = softmax(logits), in nats: (B,K) -> (B,), from 0 (certain) to ln K (no idea)."""
     log_p = logits.float().log_softmax(dim=1)
     return -(log_p.exp() * log_p.clamp(min=-1e30)).sum(dim=1)             # 0 ln 0 = 0
+
+
+def combinations(cls_logits, dist_logits, counts):
+    """Predictions from two heads' logits (B,K): {name: scores (B,K)}; counts (K,): training images of each class.
+
+    logits: the paper's mean. equal spread: each head's logits divided by their standard deviation over the image's classes, so
+    that neither is louder. probabilities: mean of the softmaxes. balanced CLS: CLS - ln pi, pi_k = n_k / N, which by Bayes'
+    rule is the CLS of equally frequent classes (logit adjustment after training, Menon et al., arXiv 2007.07314).
+    """
+    prior = torch.as_tensor(counts, dtype=torch.double, device=cls_logits.device)
+    cls, dist = cls_logits.double(), dist_logits.double()
+    balanced = cls - (prior / prior.sum()).log()
+    equal = lambda logits: logits / logits.std(dim=1, keepdim=True)
+    return {"CLS": cls, "DIST": dist, "balanced CLS": balanced,
+            "CLS + DIST, logits": cls + dist, "CLS + DIST, equal spread": equal(cls) + equal(dist),
+            "CLS + DIST, probabilities": cls.softmax(dim=1) + dist.softmax(dim=1),
+            "balanced CLS + DIST, logits": balanced + dist, "balanced CLS + DIST, equal spread": equal(balanced) + equal(dist),
+            "balanced CLS + DIST, probabilities": balanced.softmax(dim=1) + dist.softmax(dim=1)}
 
 
 # ---- Weights -------------------------------------------------------------------------------------------------------------

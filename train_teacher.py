@@ -136,6 +136,7 @@ def resolve(args, rt):
     """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be."""
     paco, given = args.loss == "paco", {key for key in HELP if getattr(args, key) is not None}
     engine.resolve_data(args)
+    args.recipe = "cpu" if args.recipe == "best" else args.recipe         # the best student has the same teacher
     strong = args.augment not in (None, "weak")
     if strong and args.loss not in (None, "ce"):
         raise engine.UserError(f"--augment {args.augment} mixes images, and --loss {args.loss} needs one label: --loss ce")

@@ -36,6 +36,32 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)                    # (B,3,H,W) -> (B,D,H/P,W/P) -> (B,N,D)
 
 
+class ConvStem(nn.Module):
+    """The same grid of patches from log2(P) overlapping 3 x 3 convolutions of stride 2, and a 1 x 1 one (arXiv 2106.14881).
+
+    Widths double up to D. What neighbouring pixels have in common need not be learned from few images then.
+    Raises ValueError for a patch size that is not a power of two, or from 2 on.
+    """
+
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        halvings = patch_size.bit_length() - 1
+        if patch_size != 2 ** halvings or halvings < 1 or embed_dim % 2 ** (halvings - 1):
+            raise ValueError(f"a convolutional stem cannot make patches of {patch_size} px, {embed_dim} wide")
+        widths = [3] + [embed_dim >> i for i in reversed(range(halvings))]                            # 3, D/4, D/2, D for P = 8
+        layers = []
+        for before, after in zip(widths, widths[1:]):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
+
+    def forward(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.layers(x).flatten(2).transpose(1, 2)                  # (B,3,H,W) -> (B,D,H/P,W/P) -> (B,N,D)
+
+
+STEMS = {"patch": PatchEmbed, "conv": ConvStem}
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(q k^T / sqrt(d)) v in each of H heads, then one linear layer."""
 
@@ -123,6 +149,7 @@ class VisionTransformer(nn.Module):
         img_size, patch_size: side of the square image and of a patch, in pixels; img_size % patch_size must be 0.
         num_classes: K.    embed_dim, depth, num_heads, mlp_ratio: D, number of blocks, H, MLP width / D.
         distilled: with the DIST token and its own head (DeiT) or without (ViT).
+        stem: what makes the patches' tokens, "patch" (ViT's) or "conv".
         drop_path: stochastic-depth rate of the last block; block i of `depth` has drop_path * i / (depth - 1).
         layer_scale: initial value of the per-channel branch scales (DeiT-III uses 1e-4); None for no scales.
         checkpointing: keep only what enters each block and compute the rest again in the backward pass: much less memory for a
@@ -132,7 +159,8 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(self, img_size=224, patch_size=16, num_classes=1000, embed_dim=768, depth=12, num_heads=12, mlp_ratio=4,
-                 distilled=True, drop_path=0.0, layer_scale=None, checkpointing=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                 distilled=True, stem="patch", drop_path=0.0, layer_scale=None, checkpointing=False, mean=IMAGENET_MEAN,
+                 std=IMAGENET_STD):
         super().__init__()
         if img_size % patch_size or embed_dim % num_heads:
             raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}, "
@@ -144,7 +172,7 @@ class VisionTransformer(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
         num_patches = (img_size // patch_size) ** 2
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.patch_embed = STEMS[stem](patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         if distilled:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))

@@ -320,6 +320,17 @@ def test_distance_does_not_depend_on_the_batches(runs, tmp_path, monkeypatch):
     assert whole == pytest.approx(again, abs=2e-3) and len(set(whole)) > 1
 
 
+def test_heads_are_those_of_the_run(runs, tmp_path, monkeypatch):
+    """Another head, mean or image than what the run reported."""
+    script(analyze, monkeypatch, "heads", runs["deit-lt"], "--out", tmp_path / "heads.csv")
+    rows, result = rows_of(tmp_path / "heads.csv"), json.loads((runs["deit-lt"] / "result.json").read_text())["per_class"]
+    for way, head in (("CLS", "cls"), ("DIST", "dist"), ("CLS + DIST, logits", "avg")):
+        assert [float(row[way]) for row in rows] == pytest.approx(result[head], abs=17)      # one image of six: bfloat16
+        assert sum(abs(float(row[way]) - r) for row, r in zip(rows, result[head])) < 50
+    with pytest.raises(SystemExit):
+        script(analyze, monkeypatch, "heads", runs["vit"])
+
+
 CLASSES = [f"class{k}" for k in range(5)]
 
 

@@ -125,10 +125,10 @@ def test_crt_begins_a_classifier_anew_and_leaves_the_rest_alone(tmp_path, monkey
     assert (tmp_path / "runs" / f"{vit.name}_crt" / "result.json").exists()
 
 
-@pytest.mark.parametrize("method", ["vit-crt", "deit-lt"])
+@pytest.mark.parametrize("method", ["vit-crt", "deit-lt", "deit-lt --stem conv --ema 0.9"])
 def test_a_killed_run_goes_on(method, tmp_path, monkeypatch):
     """A head drawn anew or the ViT's weights read again, when the run is resumed; the teacher's label frequencies forgotten."""
-    flags = [*SMALL, "--batch", 16, "--adjust", "both", "--teacher", "a.pth"]
+    flags = [*SMALL, "--method", *method.split(), "--batch", 16, "--adjust", "both", "--teacher", "a.pth"]
     monkeypatch.setattr(train_student, "read_teacher", lambda *_: Stubborn())
     if method == "vit-crt":
         script(train_student, monkeypatch, *SMALL, "--method", "vit", "--out", "vit")
@@ -147,6 +147,7 @@ def test_a_killed_run_goes_on(method, tmp_path, monkeypatch):
     script(train_student, monkeypatch, *flags, "--out", "part", "--resume")
     whole, part = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("whole", "part"))
     assert all(torch.equal(w, part[name]) for name, w in whole.items())
+    assert ("patch_embed.layers.1.running_mean" in whole) == ("conv" in method)
 
 
 def test_adjusted_losses_know_how_often_a_class_is_a_label(tmp_path, monkeypatch):
@@ -178,6 +179,22 @@ def test_a_strong_teacher_sees_mixed_images(monkeypatch):
     assert row["epochs"] == 2 * plain["epochs"] and (row["rho"], row["beta"], row["loss"]) == (0, 0, "ce")
 
 
+def test_our_recipe_has_the_cpu_recipes_teacher():
+    """A teacher trained again for another recipe's name; a row that is not cpu's but for ours; a ViT that wants a teacher."""
+    rt = engine.Runtime(torch.device("cpu"))
+    args = train_student.parse("--dataset shapes --recipe best".split())
+    own = train_student.resolve(args, rt)
+    assert own.out == "runs/teacher_shapes_imb100_cpu_s0" and args.out == "runs/deit-lt_micro_shapes_imb100_best_s0"
+    cpu = train_student.parse("--dataset shapes --recipe cpu".split())
+    train_student.resolve(cpu, rt)
+    assert {k: v for k, v in vars(args).items() if v != getattr(cpu, k)} == train_student.BEST | {
+        "recipe": "best", "name": args.name, "out": args.out}
+    for method in ("vit", "deit", "deit-iii"):
+        args = train_student.parse(["--dataset", "shapes", "--recipe", "best", "--method", method])
+        train_student.resolve(args, rt)
+        assert args.stem == "conv"
+
+
 def test_own_teachers_are_found_by_their_radius():
     """--teacher-rho that is not passed on, or a folder that forgets it."""
     args = train_student.parse([*SMALL, "--teacher-rho", "0"])
@@ -190,9 +207,10 @@ def test_own_teachers_are_found_by_their_radius():
     ("--distill none", "--tokens 1"), ("--cls-loss bce", "--smoothing 0"),
     ("--cls-loss bce --smoothing 0", "--tokens 1"), ("--tau 3", "--tau has no meaning"),
     ("--method vit --alpha 0.9 --beta 0", "--alpha, --beta has no meaning"),
-    ("--distill soft --adjust both", "--distill hard"), ("--method vit --adjust dist", "--distill hard"),
+    ("--distill soft --adjust both", "--distill hard"), ("--method vit --adjust dist", "a teacher's labels"),
     ("--sampling balanced --adjust cls", "leaves nothing"), ("--policy three --magnitude 3", "--magnitude has no meaning"),
     ("--teacher-sees weak", "--mixup 0 --cutmix 0"),
+    ("--stem conv --img-size 30 --patch-size 6", "--patch-size 2, 4"), ("--stem pool", "--stem is one of patch, conv"),
     ("--sampling balanced --repeats 3", "--repeats"), ("--trained classifier", "needs --finetune"),
     ("--distill medium", "--distill is one of hard, soft, none, not medium"), ("--tokens 3", "--tokens is one of 1, 2"),
     ("--method vit --teacher ldam", "has no teacher"), ("--method deit-iii --teacher-rho 0", "has no teacher"),

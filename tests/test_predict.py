@@ -116,6 +116,29 @@ def test_the_calibration_error_of_known_cases():
     assert quantities.calibration_error(torch.ones(4), torch.zeros(4, dtype=torch.bool)) == 1
 
 
+def test_a_balanced_head_is_the_likelihood_of_bayes_rule():
+    """The prior added, or another's: p(y|x) = p(x|y) pi_y / p(x), so CLS - ln pi is ln p(x|y) but for a constant."""
+    torch.manual_seed(0)
+    likelihood, counts = torch.rand(6, 3, dtype=torch.double), [70, 20, 10]
+    cls = (likelihood * torch.tensor([0.7, 0.2, 0.1])).log() + torch.randn(6, 1, dtype=torch.double)
+    ways = quantities.combinations(cls, torch.zeros(6, 3), counts)
+    right = likelihood / likelihood.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(ways["balanced CLS"].softmax(dim=1), right)
+    torch.testing.assert_close(ways["balanced CLS + DIST, logits"].softmax(dim=1), right)
+    torch.testing.assert_close(ways["balanced CLS + DIST, probabilities"], right + 1 / 3)
+
+
+def test_heads_are_combined_as_their_names_say():
+    """CLS is loud and wrong about all that DIST knows: logits follow the loud one, probabilities are bounded."""
+    cls, dist = torch.tensor([[30.0, 0.0, 29.0]]), torch.tensor([[-2.0, 1.0, 3.0]])
+    ways = quantities.combinations(cls, dist, [1, 1, 1])
+    torch.testing.assert_close(ways["CLS + DIST, logits"], torch.tensor([[28.0, 1, 32]], dtype=torch.double))
+    louder = quantities.combinations(100 * cls, dist, [1, 1, 1])["CLS + DIST, equal spread"]
+    torch.testing.assert_close(ways["CLS + DIST, equal spread"], louder)
+    assert 0 < ways["CLS + DIST, probabilities"].min() and ways["CLS + DIST, probabilities"].sum() == pytest.approx(2)
+    torch.testing.assert_close(ways["balanced CLS"].softmax(dim=1), cls.double().softmax(dim=1))      # nothing to balance
+
+
 def test_the_bootstrap_is_as_wide_as_the_binomial():
     """Resampled labels (too wide), or percentiles of something else: a class of n images scatters by sqrt(p (1 - p) / n)."""
     labels = torch.arange(4).repeat_interleave(torch.tensor([400, 400, 100, 0]))

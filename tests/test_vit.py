@@ -286,6 +286,58 @@ def test_sizes_that_do_not_fit_are_refused():
         small_vit(num_heads=4)
 
 
+# ---- convolutional stem ----
+
+def stem_by_loops(stem, image):
+    """[(3x3 of stride 2, BatchNorm with its running statistics, ReLU) ..., 1x1] of one image, number by number -> (N,D)."""
+    *convolutions, last = [m for m in stem.layers if isinstance(m, torch.nn.Conv2d)]
+    norms = [m for m in stem.layers if isinstance(m, torch.nn.BatchNorm2d)]
+    x = image.tolist()
+    for conv, norm in zip(convolutions, norms, strict=True):
+        w, side = conv.weight.tolist(), len(x[0])
+        pixel = lambda c, i, j: x[c][i][j] if 0 <= i < side and 0 <= j < side else 0.0
+        out = []
+        for k in range(len(w)):
+            mean, var, gamma, beta = (t[k].item() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+            out.append([[max(0.0, beta + gamma * (sum(w[k][c][r][s] * pixel(c, 2 * i + r - 1, 2 * j + s - 1) for c in
+                         range(len(x)) for r in range(3) for s in range(3)) - mean) / math.sqrt(var + 1e-5))
+                         for j in range(side // 2)] for i in range(side // 2)])
+        x = out
+    w, bias, G = last.weight[:, :, 0, 0].tolist(), last.bias.tolist(), len(x[0])
+    return [[bias[k] + sum(w[k][c] * x[c][i][j] for c in range(len(x))) for k in range(len(w))]
+            for i in range(G) for j in range(G)]                          # patches row by row
+
+
+@pytest.mark.parametrize("P, widths", [(2, [8]), (4, [4, 8]), (8, [2, 4, 8])])
+def test_the_convolutional_stem_makes_the_same_grid(P, widths):
+    """A grid of another size or order, widths that do not double, BatchNorm left out or after the ReLU, a missing border."""
+    torch.manual_seed(0)
+    stem = vit.ConvStem(P, 8).double()
+    assert [m.num_features for m in stem.layers if isinstance(m, torch.nn.BatchNorm2d)] == widths
+    for norm in stem.layers:
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            for t, (low, high) in zip((norm.running_mean, norm.running_var, norm.weight, norm.bias),
+                                      ((-0.2, 0.2), (0.5, 2), (0.5, 2), (-0.2, 0.2))):
+                t.data.uniform_(low, high)
+    image = torch.rand(3, 16, 16, dtype=torch.float64)
+    out = stem.eval()(image[None])[0]
+    assert out.shape == ((16 // P) ** 2, 8)
+    torch.testing.assert_close(out, torch.tensor(stem_by_loops(stem, image), dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+def test_a_network_with_a_convolutional_stem_learns_all_of_it():
+    """A stem that the patches do not pass through, or that no gradient reaches."""
+    model = small_vit(stem="conv").train()
+    assert "patch_embed.proj.weight" not in model.state_dict()
+    before = model.patch_embed.layers[1].running_mean.clone()
+    sum(logits.square().sum() for logits in model(torch.rand(2, 3, 8, 8))).backward()
+    assert all(p.grad.abs().max() > 0 for p in model.patch_embed.parameters() if p.ndim > 1)
+    assert (model.patch_embed.layers[1].running_mean != before).any()
+    for P, D in ((1, 6), (6, 6), (8, 6)):
+        with pytest.raises(ValueError, match="stem"):
+            vit.ConvStem(P, D)
+
+
 # ---- stochastic depth ----
 
 def test_drop_path_drops_whole_images_and_keeps_the_expectation():
