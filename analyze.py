@@ -16,6 +16,7 @@ r"""Look inside a trained network: the paper's figures, from a run folder or a p
     python analyze.py diversity  RUN ...         how CLS and DIST part during the training                       Figure 4a
     python analyze.py imbalance  RUN ...         tail accuracy against the imbalance                             Figure 1c
     python analyze.py curves     RUN ...         loss, learning rate and accuracies over the training
+    python analyze.py runs       RUN ...         a line of markdown for each finished run: accuracies, seed, time, command
     python analyze.py augment    RUN             what the student trains on, with the teacher's labels           Figure 2
 
 RUN, TEACHER: run folder or checkpoint file; `...`: several make one picture. diversity, imbalance, curves need no checkpoint.
@@ -167,6 +168,17 @@ ANALYSES = {  # command -> what draws it, how its runs are loaded
     "curves": (figures.curves, logs),
     "augment": (figures.augmented, students),
 }
+
+
+def command_runs(options, rt):
+    cells = ["run", "data", *engine.COLUMNS, "epochs", "seed", "minutes", "hardware", "date", "command"]
+    print(f"| {' | '.join(cells)} |\n{'| --- ' * len(cells)}|")
+    for path in options.runs:
+        r = figures.read_json(path, "result.json")
+        accuracies = [f"{r['avg'][c]:.1f}" for c in engine.COLUMNS]
+        print("|", " | ".join([f"`{figures.name_of(path)}`", f"{r['dataset']}, imb {r['imb']:g}", *accuracies, str(r["epochs"]),
+                               str(r["seed"]), f"{r['seconds'] / 60:.0f}", r["hardware"], r.get("date", ""),
+                               f"`{r['command']}`"]), "|")
 
 
 def analyse(name, options, rt):
@@ -321,7 +333,7 @@ ONE_RUN = {"eval": command_eval, "heads": command_heads, "summary": command_summ
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = dict.fromkeys(ANALYSES, command_analysis) | ONE_RUN | {"predict": command_predict}
+    commands = dict.fromkeys(ANALYSES, command_analysis) | ONE_RUN | {"predict": command_predict, "runs": command_runs}
     parser.add_argument("command", choices=commands)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or checkpoint file (summary: a finished run folder)")
     parser.add_argument("--checkpoint", help="the same, as a flag")

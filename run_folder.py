@@ -370,7 +370,7 @@ class Run:
             argv = [a for a in sys.argv if a not in how]
             result = {"dataset": data.label, "imb": round(data.imb, 1) if args.imb is None else args.imb, "recipe": args.recipe,
                       "epochs": args.epochs, "seed": args.seed, "command": f"{launcher} {shlex.join(argv)}",
-                      "hardware": self.rt.hardware(), "seconds": seconds}
+                      "hardware": self.rt.hardware(), "seconds": seconds, "date": time.strftime("%Y-%m-%d")}
             result |= {"forced": self.forced} if self.forced else {}
             result |= more | {name: {c: r[c] for c in engine.COLUMNS} for name, r in results.items()}
             result |= {"by_count": other} if (other := engine.by_count(results, data)) else {}

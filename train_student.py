@@ -88,7 +88,8 @@ HELP = {
     "model": "micro, mini, tiny, small or base",
     "img_size": "side of the student's images, pixels",
     "patch_size": "side of a patch, pixels",
-    "stem": "patch: each patch is projected by itself; conv: a few overlapping convolutions make the same grid",
+    "stem": "patch: each patch is projected by itself; conv, conv2: one or two overlapping convolutions at each size that the "
+            "image is halved to, down to the same grid",
     "tokens": "2: CLS and DIST; 1: CLS alone, for the teacher's labels too",
     "layer_scale": "LayerScale's first value; 0 = off",
     "epochs": "epochs of about as many samples as there are training images",
@@ -264,14 +265,13 @@ def check(args, row, given, rt):
              "have no other"),
             (args.img_size % args.patch_size, f"--img-size {args.img_size} is not a multiple of --patch-size "
              f"{args.patch_size}"),
-            (args.stem == "conv" and args.patch_size not in (2, 4, 8, 16, 32), f"--stem conv halves the image a few times: "
+            (args.stem != "patch" and args.patch_size not in (2, 4, 8, 16, 32), f"--stem {args.stem} halves the image: "
              f"--patch-size 2, 4, 8, 16 or 32, not {args.patch_size}"),
             (args.batch % rt.world, f"--batch {args.batch} cannot be shared by {rt.world} processes"),
             (args.distill == "none" and args.tokens == 2, "--distill none leaves DIST nothing to learn: --tokens 1"),
             (args.cls_loss == "bce" and args.smoothing > 0, "--cls-loss bce takes every share for a yes: --smoothing 0"),
             (args.cls_loss == "bce" and args.tokens == 2, "--cls-loss bce: its logits have no mean with DIST's: --tokens 1"),
             (args.adjust == "dist" and args.distill == "none", "--adjust dist needs a teacher's labels"),
-            (args.adjust in ("dist", "both") and args.distill == "soft", "--adjust dist needs --distill hard"),
             (args.adjust in ("cls", "both") and args.sampling == "balanced", "--sampling balanced leaves nothing to --adjust"),
             (args.adjust in ("cls", "both") and args.cls_loss == "bce", "--adjust cls needs --cls-loss ce"),
             (args.teacher_sees == "weak" and args.mixup + args.cutmix > 0, "--teacher-sees weak: its images are not mixed, so "
@@ -341,6 +341,12 @@ def teacher_says(teacher, x, levels, args):
         x = augment.to_float(augment.random_crop_flip(levels, levels.shape[-1] // 8))
     logits = teacher_logits(teacher, x)
     return logits if args.distill == "soft" else logits.argmax(dim=1)
+
+
+def label_shares(y_t, num_classes, tau):
+    """How much of the teacher's hard labels (B,), or of its probabilities from logits (B,K), each class has: (K,), sum 1."""
+    p = augment.smooth_one_hot(y_t, num_classes) if y_t.ndim == 1 else (y_t.float() / tau).softmax(dim=1)
+    return p.mean(dim=0)
 
 
 def epoch_order(args, data, epoch):
@@ -415,9 +421,8 @@ def train(args, data, teacher, rt, run):
                         if args.adjust in ("cls", "both"):
                             cls_logits = cls_logits + prior.log()                 # f_c + ln pi, Menon et al.
                         if teacher and args.adjust in ("dist", "both"):
-                            shares = augment.smooth_one_hot(y_t, data.num_classes).mean(dim=0)    # (K,)
-                            said.lerp_(engine.all_sum(shares, rt) / rt.world, 0.01)
-                            taught = taught + said.clamp(min=1e-4).log()
+                            said.lerp_(engine.all_sum(label_shares(y_t, data.num_classes, args.tau), rt) / rt.world, 0.01)
+                            taught = taught + args.tau * said.clamp(min=1e-4).log()               # soft: f_d / tau + ln pi
                         if teacher:
                             loss, loss_cls, loss_dist = distillation_loss(cls_logits, taught, target, y_t, args.alpha, weight,
                                                                           args.tau, cls_loss)

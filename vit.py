@@ -1,7 +1,7 @@
 r"""Vision Transformer with a class token and a distillation token.
 
 ViT:    Dosovitskiy et al., ICLR 2021, arXiv 2010.11929.    DeiT (second token): Touvron et al., ICML 2021, arXiv 2012.12877.
-Extras: stochastic depth, arXiv 1603.09382; LayerScale, arXiv 2103.17239.
+Extras: stochastic depth, arXiv 1603.09382; LayerScale, arXiv 2103.17239; a convolutional stem, arXiv 2106.14881.
 
     z_0     = [cls; dist; patch_1 E; ...; patch_N E] + pos                 (1)
     z'_l    = z_{l-1} + gamma_1 * MSA(LN(z_{l-1}))                         (2)    gamma = 1 without LayerScale
@@ -17,6 +17,8 @@ Parameters at K = 1000, 224 px, patch 16, two tokens: tiny 5,910,800, small 22,4
 State-dict keys and layouts are those of timm and facebookresearch/deit, so published checkpoints load with strict=True.
 One difference from them: images come in as [0, 1] and the network normalises them itself (`mean`, `std`).
 """
+from functools import partial
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -37,21 +39,25 @@ class PatchEmbed(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """The same grid of patches from log2(P) overlapping 3 x 3 convolutions of stride 2, and a 1 x 1 one (arXiv 2106.14881).
+    """The same grid of patches from overlapping 3 x 3 convolutions: each of log2(P) sizes has one of stride 2, which halves
+    the image, and depth - 1 of stride 1; a 1 x 1 convolution ends it.
 
-    Widths double up to D. What neighbouring pixels have in common need not be learned from few images then.
+    Depth 1: early convolutions (Xiao et al., NeurIPS 2021, arXiv 2106.14881); deeper is ours. Widths double up to D. What all
+    pictures have in common, edges and their like anywhere, need not be learned patch by patch from few images then.
     Raises ValueError for a patch size that is not a power of two, or from 2 on.
     """
 
-    def __init__(self, patch_size, embed_dim):
+    def __init__(self, patch_size, embed_dim, depth=1):
         super().__init__()
         halvings = patch_size.bit_length() - 1
         if patch_size != 2 ** halvings or halvings < 1 or embed_dim % 2 ** (halvings - 1):
             raise ValueError(f"a convolutional stem cannot make patches of {patch_size} px, {embed_dim} wide")
-        widths = [3] + [embed_dim >> i for i in reversed(range(halvings))]                            # 3, D/4, D/2, D for P = 8
-        layers = []
-        for before, after in zip(widths, widths[1:]):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        layers, width = [], 3
+        for i in reversed(range(halvings)):                               # D/4, D/2, D for P = 8
+            for stride in [2] + [1] * (depth - 1):
+                layers += [nn.Conv2d(width, embed_dim >> i, 3, stride, padding=1, bias=False),
+                           nn.BatchNorm2d(embed_dim >> i), nn.ReLU()]
+                width = embed_dim >> i
         self.layers = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
 
     def forward(self, x):
@@ -59,7 +65,7 @@ class ConvStem(nn.Module):
         return self.layers(x).flatten(2).transpose(1, 2)                  # (B,3,H,W) -> (B,D,H/P,W/P) -> (B,N,D)
 
 
-STEMS = {"patch": PatchEmbed, "conv": ConvStem}
+STEMS = {"patch": PatchEmbed, "conv": ConvStem, "conv2": partial(ConvStem, depth=2)}
 
 
 class Attention(nn.Module):
@@ -149,7 +155,7 @@ class VisionTransformer(nn.Module):
         img_size, patch_size: side of the square image and of a patch, in pixels; img_size % patch_size must be 0.
         num_classes: K.    embed_dim, depth, num_heads, mlp_ratio: D, number of blocks, H, MLP width / D.
         distilled: with the DIST token and its own head (DeiT) or without (ViT).
-        stem: what makes the patches' tokens, "patch" (ViT's) or "conv".
+        stem: what makes the patches' tokens, "patch" (ViT's projection), "conv" or "conv2" (ConvStem, depth 1 or 2).
         drop_path: stochastic-depth rate of the last block; block i of `depth` has drop_path * i / (depth - 1).
         layer_scale: initial value of the per-channel branch scales (DeiT-III uses 1e-4); None for no scales.
         checkpointing: keep only what enters each block and compute the rest again in the backward pass: much less memory for a

@@ -331,6 +331,16 @@ def test_heads_are_those_of_the_run(runs, tmp_path, monkeypatch):
         script(analyze, monkeypatch, "heads", runs["vit"])
 
 
+def test_runs_are_listed_as_they_ended(runs, monkeypatch, capsys):
+    """Another head or run than the average of each; a column that slips."""
+    script(analyze, monkeypatch, "runs", runs["teacher"], runs["deit-lt"])
+    title, _, *lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    for name, line in zip(("teacher", "deit-lt"), lines, strict=True):
+        row, result = dict(zip(title, line, strict=True)), json.loads((runs[name] / "result.json").read_text())
+        assert row["run"] == f"`{name}`" and row["command"] == f"`{result['command']}`" and row["date"] == result["date"]
+        assert float(row["tail"]) == pytest.approx(result["avg"]["tail"], abs=0.05) and row["seed"] == "0"
+
+
 CLASSES = [f"class{k}" for k in range(5)]
 
 

@@ -65,7 +65,7 @@ def test_a_run_folder_holds_what_the_contract_says(student):
     assert {"last.pt", "log.jsonl", "config.json", "result.json", "summary.png"} <= set(os.listdir(student))
     result = json.loads((student / "result.json").read_text())
     assert {"dataset", "imb", "method", "model", "teacher", "recipe", "epochs", "seed", "command", "hardware", "seconds",
-            "cls", "dist", "avg", "ema"} <= set(result)
+            "date", "cls", "dist", "avg", "ema"} <= set(result)
     for head in ("cls", "dist", "avg"):
         assert set(result[head]) == {"overall", "head", "mid", "tail"}
         groups = result[head]["head"] * 3 + result[head]["mid"] * 4 + result[head]["tail"] * 3

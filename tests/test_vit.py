@@ -288,31 +288,32 @@ def test_sizes_that_do_not_fit_are_refused():
 
 # ---- convolutional stem ----
 
-def stem_by_loops(stem, image):
-    """[(3x3 of stride 2, BatchNorm with its running statistics, ReLU) ..., 1x1] of one image, number by number -> (N,D)."""
+def stem_by_loops(stem, image, depth):
+    """[(3x3 of stride 2 or 1, BatchNorm's running statistics, ReLU) ..., 1x1] of one image, number by number -> (N,D)."""
     *convolutions, last = [m for m in stem.layers if isinstance(m, torch.nn.Conv2d)]
     norms = [m for m in stem.layers if isinstance(m, torch.nn.BatchNorm2d)]
     x = image.tolist()
-    for conv, norm in zip(convolutions, norms, strict=True):
-        w, side = conv.weight.tolist(), len(x[0])
+    for n, (conv, norm) in enumerate(zip(convolutions, norms, strict=True)):
+        w, side, stride = conv.weight.tolist(), len(x[0]), 1 if depth == 2 and n % 2 else 2
         pixel = lambda c, i, j: x[c][i][j] if 0 <= i < side and 0 <= j < side else 0.0
         out = []
         for k in range(len(w)):
             mean, var, gamma, beta = (t[k].item() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
-            out.append([[max(0.0, beta + gamma * (sum(w[k][c][r][s] * pixel(c, 2 * i + r - 1, 2 * j + s - 1) for c in
+            out.append([[max(0.0, beta + gamma * (sum(w[k][c][r][s] * pixel(c, stride * i + r - 1, stride * j + s - 1) for c in
                          range(len(x)) for r in range(3) for s in range(3)) - mean) / math.sqrt(var + 1e-5))
-                         for j in range(side // 2)] for i in range(side // 2)])
+                         for j in range(side // stride)] for i in range(side // stride)])
         x = out
     w, bias, G = last.weight[:, :, 0, 0].tolist(), last.bias.tolist(), len(x[0])
     return [[bias[k] + sum(w[k][c] * x[c][i][j] for c in range(len(x))) for k in range(len(w))]
             for i in range(G) for j in range(G)]                          # patches row by row
 
 
-@pytest.mark.parametrize("P, widths", [(2, [8]), (4, [4, 8]), (8, [2, 4, 8])])
-def test_the_convolutional_stem_makes_the_same_grid(P, widths):
+@pytest.mark.parametrize("kind, P, widths", [("conv", 2, [8]), ("conv", 4, [4, 8]), ("conv", 8, [2, 4, 8]),
+                                             ("conv2", 4, [4, 4, 8, 8]), ("conv2", 8, [2, 2, 4, 4, 8, 8])])
+def test_the_convolutional_stem_makes_the_same_grid(kind, P, widths):
     """A grid of another size or order, widths that do not double, BatchNorm left out or after the ReLU, a missing border."""
     torch.manual_seed(0)
-    stem = vit.ConvStem(P, 8).double()
+    stem = vit.STEMS[kind](P, 8).double()
     assert [m.num_features for m in stem.layers if isinstance(m, torch.nn.BatchNorm2d)] == widths
     for norm in stem.layers:
         if isinstance(norm, torch.nn.BatchNorm2d):
@@ -322,7 +323,8 @@ def test_the_convolutional_stem_makes_the_same_grid(P, widths):
     image = torch.rand(3, 16, 16, dtype=torch.float64)
     out = stem.eval()(image[None])[0]
     assert out.shape == ((16 // P) ** 2, 8)
-    torch.testing.assert_close(out, torch.tensor(stem_by_loops(stem, image), dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    expected = torch.tensor(stem_by_loops(stem, image, 1 + (kind == "conv2")), dtype=torch.float64)
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_network_with_a_convolutional_stem_learns_all_of_it():
