@@ -19,14 +19,15 @@ r"""Look inside a trained network: the paper's figures, from a run folder or a p
     python analyze.py runs       RUN ...         a line of markdown for each finished run: accuracies, seed, time, command
     python analyze.py augment    RUN             what the student trains on, with the teacher's labels           Figure 2
 
-RUN, TEACHER: run folder or checkpoint file; `...`: several make one picture. diversity, imbalance, curves need no checkpoint.
-Each prints a table and writes a PNG of its name and, with its numbers, a CSV (rank: JSON) beside it, into the first run's
-folder or beside the file, unless --out says where. What is measured is in quantities.py, how it is drawn in figures.py, which
-needs matplotlib.
+RUN, TEACHER: run folder or checkpoint file; `...`: several make one picture. diversity, imbalance, curves, runs need no
+checkpoint. Each prints a table (runs: no more) and writes a PNG of its name (heads: none) and, with its numbers, a CSV (rank:
+JSON) beside it, into the first run's folder or beside the file, unless --out says where. What is measured is in quantities.py,
+how it is drawn in figures.py, which needs matplotlib.
 """
 import argparse
 import csv
 import json
+import math
 import os
 import sys
 from io import StringIO
@@ -174,8 +175,11 @@ def command_runs(options, rt):
     cells = ["run", "data", *engine.COLUMNS, "epochs", "seed", "minutes", "hardware", "date", "command"]
     print(f"| {' | '.join(cells)} |\n{'| --- ' * len(cells)}|")
     for path in options.runs:
+        if not os.path.exists(os.path.join(path, "result.json")):
+            print(f"{path}: no finished run", file=sys.stderr)
+            continue
         r = figures.read_json(path, "result.json")
-        accuracies = [f"{r['avg'][c]:.1f}" for c in engine.COLUMNS]
+        accuracies = ["-" if math.isnan(r["avg"][c]) else f"{r['avg'][c]:.1f}" for c in engine.COLUMNS]
         print("|", " | ".join([f"`{figures.name_of(path)}`", f"{r['dataset']}, imb {r['imb']:g}", *accuracies, str(r["epochs"]),
                                str(r["seed"]), f"{r['seconds'] / 60:.0f}", r["hardware"], r.get("date", ""),
                                f"`{r['command']}`"]), "|")
@@ -249,7 +253,8 @@ def command_heads(options, rt):
     net, args, data = load_student(path, rt, options)
     if not net.distilled:
         raise engine.UserError(f"{path} has no DIST token")
-    ways = lambda x: quantities.combinations(*net(train_student.test_images(x, args)), data.counts)
+    counts = None if getattr(args, "adjust", "none") in ("cls", "both") else data.counts
+    ways = lambda x: quantities.combinations(*net(train_student.test_images(x, args)), counts)
     results = engine.evaluate(ways, data.test_images, data.test_labels, data.groups, rt)
     print(engine.table(results, engine.describe(data, args).partition(",")[0] + ")"))
     print(write(options.out or beside(path, "heads.csv"), as_csv(class_rows(results, data))))

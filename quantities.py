@@ -136,17 +136,20 @@ def combinations(cls_logits, dist_logits, counts):
 
     logits: the paper's mean. equal spread: each head's logits divided by their standard deviation over the image's classes, so
     that neither is louder. probabilities: mean of the softmaxes. balanced CLS: CLS - ln pi, pi_k = n_k / N, which by Bayes'
-    rule is the CLS of equally frequent classes (logit adjustment after training, Menon et al., arXiv 2007.07314).
+    rule is the CLS of equally frequent classes (logit adjustment after training, Menon et al., arXiv 2007.07314); with counts
+    None, for a CLS whose loss was adjusted and which is so already, these are left out.
     """
-    prior = torch.as_tensor(counts, dtype=torch.double, device=cls_logits.device)
     cls, dist = cls_logits.double(), dist_logits.double()
-    balanced = cls - (prior / prior.sum()).log()
     equal = lambda logits: logits / logits.std(dim=1, keepdim=True)
-    return {"CLS": cls, "DIST": dist, "balanced CLS": balanced,
-            "CLS + DIST, logits": cls + dist, "CLS + DIST, equal spread": equal(cls) + equal(dist),
-            "CLS + DIST, probabilities": cls.softmax(dim=1) + dist.softmax(dim=1),
-            "balanced CLS + DIST, logits": balanced + dist, "balanced CLS + DIST, equal spread": equal(balanced) + equal(dist),
-            "balanced CLS + DIST, probabilities": balanced.softmax(dim=1) + dist.softmax(dim=1)}
+    heads = {"CLS": cls}
+    if counts is not None:
+        prior = torch.as_tensor(counts, dtype=torch.double, device=cls.device)
+        heads["balanced CLS"] = cls - (prior / prior.sum()).log()
+    means = {}
+    for name, logits in heads.items():
+        means |= {f"{name} + DIST, logits": logits + dist, f"{name} + DIST, equal spread": equal(logits) + equal(dist),
+                  f"{name} + DIST, probabilities": logits.softmax(dim=1) + dist.softmax(dim=1)}
+    return heads | {"DIST": dist} | means
 
 
 # ---- Weights -------------------------------------------------------------------------------------------------------------

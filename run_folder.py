@@ -136,6 +136,9 @@ def load_checkpoint(path, keys=("model", "config")):
     return state
 
 
+LATER = {"stem": "patch"}                                                 # settings that older runs lack, as they were then
+
+
 def load_weights(model, weights, what):
     """load_state_dict with strict=True; a mismatch becomes a UserError that says what differs."""
     try:
@@ -222,7 +225,8 @@ class Run:
         """Going on with other settings would be neither run: raise UserError with the differences, or with --force say them."""
         free = ("out", "resume", "overwrite", "device", "data_dir", "name", "compile", "checkpointing", "save_every", "force",
                 "skip_bad", "tensorboard", "wandb", "eval_every")
-        old, new = ({k: v for k, v in c.items() if k not in free} for c in (self.resumed["config"], vars(args)))
+        later = {k: v for k, v in LATER.items() if k in vars(args)}
+        old, new = ({k: v for k, v in c.items() if k not in free} for c in (later | self.resumed["config"], vars(args)))
         old["processes"], new["processes"] = self.resumed.get("world", self.rt.world), self.rt.world
         keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         if keys:

@@ -42,9 +42,9 @@ class ConvStem(nn.Module):
     """The same grid of patches from overlapping 3 x 3 convolutions: each of log2(P) sizes has one of stride 2, which halves
     the image, and depth - 1 of stride 1; a 1 x 1 convolution ends it.
 
-    Depth 1: early convolutions (Xiao et al., NeurIPS 2021, arXiv 2106.14881); deeper is ours. Widths double up to D. What all
-    pictures have in common, edges and their like anywhere, need not be learned patch by patch from few images then.
-    Raises ValueError for a patch size that is not a power of two, or from 2 on.
+    Depth 1: early convolutions (Xiao et al., NeurIPS 2021, arXiv 2106.14881); depth 2 is ours. Widths double up to D. An edge
+    is the same edge wherever in its patch it lies, which a projection of whole patches must learn place by place.
+    Raises ValueError for a patch size that is not a power of two and at least 2, or a width that cannot be halved that often.
     """
 
     def __init__(self, patch_size, embed_dim, depth=1):
@@ -159,7 +159,7 @@ class VisionTransformer(nn.Module):
         drop_path: stochastic-depth rate of the last block; block i of `depth` has drop_path * i / (depth - 1).
         layer_scale: initial value of the per-channel branch scales (DeiT-III uses 1e-4); None for no scales.
         checkpointing: keep only what enters each block and compute the rest again in the backward pass: much less memory for a
-            third more arithmetic, the same numbers.
+            third more arithmetic, the same numbers. Not the stem: a second pass would move its BatchNorm's statistics twice.
         mean, std: of the RGB channels in [0, 1]; applied first in forward, not saved in the state dict.
     Raises ValueError for sizes that do not fit together.
     """

@@ -126,7 +126,7 @@ def test_crt_begins_a_classifier_anew_and_leaves_the_rest_alone(tmp_path, monkey
 
 
 @pytest.mark.parametrize("method", ["vit-crt", "deit-lt", "deit-lt --stem conv2 --ema 0.9"])
-def test_a_killed_run_goes_on(method, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on(method, tmp_path, monkeypatch, capsys):
     """A head drawn anew or the ViT's weights read again, when the run is resumed; the teacher's label frequencies forgotten."""
     flags = [*SMALL, "--method", *method.split(), "--batch", 16, "--adjust", "both", "--teacher", "a.pth"]
     monkeypatch.setattr(train_student, "read_teacher", lambda *_: Stubborn())
@@ -148,6 +148,38 @@ def test_a_killed_run_goes_on(method, tmp_path, monkeypatch):
     whole, part = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("whole", "part"))
     assert all(torch.equal(w, part[name]) for name, w in whole.items())
     assert ("patch_embed.layers.1.running_mean" in whole) == ("conv" in method)
+    if "conv" in method:
+        with pytest.raises(SystemExit):
+            script(train_student, monkeypatch, "--finetune", "whole", "--stem", "patch")
+        assert "--finetune keeps --stem" in capsys.readouterr().err
+        script(train_student, monkeypatch, "--finetune", "whole", "--img-size", 64, "--out", "larger")
+        assert Path("larger/result.json").exists()
+
+
+def test_a_teacher_that_fails_once_costs_one_step(tmp_path, monkeypatch):
+    """Shares of labels that stay NaN after it, and with them every later loss."""
+    class Failing(Stubborn):
+        def forward(self, x):
+            return super().forward(x) * (math.nan if self.calls == 6 else 1)                 # three calls measure the time
+    failing = Failing()
+    monkeypatch.setattr(train_student, "read_teacher", lambda *_: failing)
+    flags = "--teacher a.pth --adjust both --distill soft --beta 0 --epochs 1 --batch 8 --drw-epoch 0".split()
+    _, _, log, state = trained(monkeypatch, tmp_path / "run", "--out", "run", *flags)
+    assert log[0]["skipped"] == 1 and state["said"].sum().item() == pytest.approx(1) and 0 < log[0]["loss_dist"] < 10
+
+
+def test_every_process_tests_with_the_same_statistics(monkeypatch):
+    """--stem conv has BatchNorm, whose statistics each process gathers from its own images; so has its average, --ema."""
+    shared = []
+    monkeypatch.setattr(engine, "share_buffers", lambda net, rt: shared.append(net))
+    rt, args = engine.Runtime(torch.device("cpu")), train_student.parse(
+        "--dataset shapes --imb 10 --method vit --stem conv".split())
+    train_student.resolve(args, rt)
+    data = engine.load_data(args, rt)
+    net = train_student.new_network(args, data, rt)
+    ema = engine.EMA(net, 0.9)
+    train_student.evaluate(net, ema, data, args, rt)
+    assert shared == [net, ema.model]
 
 
 def test_adjusted_soft_labels_are_compared_at_their_temperature(tmp_path, monkeypatch):
@@ -203,6 +235,9 @@ def test_our_recipe_has_the_cpu_recipes_teacher():
     train_student.resolve(cpu, rt)
     ours = train_student.BEST | {"alpha": 0.909, "recipe": "best", "name": args.name, "out": args.out}
     assert {k: v for k, v in vars(args).items() if v != getattr(cpu, k)} == {k: v for k, v in ours.items() if k != "lr"}
+    assert train_student.RECIPES["best"]["cifar100"]["alpha"] == 0.99
+    many = train_student.RECIPES["best"]["folder"](data_lt.Survey(images=9000, classes=8142, side=64))
+    assert 0.9998 < many["alpha"] < 1                                             # of so many classes too, CLS is trained
     for method in ("vit", "deit", "deit-iii"):
         args = train_student.parse(["--dataset", "shapes", "--recipe", "best", "--method", method])
         train_student.resolve(args, rt)
@@ -224,6 +259,7 @@ def test_own_teachers_are_found_by_their_radius():
     ("--method vit --adjust dist", "a teacher's labels"),
     ("--sampling balanced --adjust cls", "leaves nothing"), ("--policy three --magnitude 3", "--magnitude has no meaning"),
     ("--teacher-sees weak", "--mixup 0 --cutmix 0"),
+    ("--recipe best --distill hard", "--alpha of soft labels"),
     ("--stem conv --img-size 30 --patch-size 6", "--patch-size 2, 4"), ("--stem pool", "--stem is one of patch, conv, conv2"),
     ("--sampling balanced --repeats 3", "--repeats"), ("--trained classifier", "needs --finetune"),
     ("--distill medium", "--distill is one of hard, soft, none, not medium"), ("--tokens 3", "--tokens is one of 1, 2"),
@@ -304,7 +340,7 @@ def test_a_table_ends_where_a_run_does_and_hands_signals_on(tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["table5 --out=x", "table5 --seed 3", "table6 --model tiny", "table2 --teacher paco",
-                                   "table1 --beta=0"])
+                                   "table1 --beta=0", "search --recipe best"])
 def test_flags_in_which_a_tables_rows_differ_are_refused(flags, ablation, capsys):
     with pytest.raises(SystemExit) as stop:
         ablation(*flags.split())

@@ -137,6 +137,9 @@ def test_heads_are_combined_as_their_names_say():
     torch.testing.assert_close(ways["CLS + DIST, equal spread"], louder)
     assert 0 < ways["CLS + DIST, probabilities"].min() and ways["CLS + DIST, probabilities"].sum() == pytest.approx(2)
     torch.testing.assert_close(ways["balanced CLS"].softmax(dim=1), cls.double().softmax(dim=1))      # nothing to balance
+    adjusted = quantities.combinations(cls, dist, None)                   # balanced by its loss, not twice
+    assert set(adjusted) == {name for name in ways if "balanced" not in name}
+    assert all(torch.equal(scores, ways[name]) for name, scores in adjusted.items())
 
 
 def test_the_bootstrap_is_as_wide_as_the_binomial():
