@@ -1,5 +1,6 @@
 r"""Tables of runs: each row a command of train_student.py, over several seeds, beside the published numbers.
 
+    python ablate.py main --seeds 0 1 2                   ViT, DeiT-LT and ours, with the means over three seeds
     python ablate.py table2                               the methods, CIFAR-10-LT, imbalance 100, seed 0
     python ablate.py table5 --imb 50 --seeds 0 1 2        further flags go to every run
     python ablate.py table1 --show                        only the table of what has been run, nothing is trained
@@ -9,6 +10,7 @@ Runs that are finished are skipped, one that was stopped goes on, teachers are s
 The table says how many seeds stand behind a number; two or more give mean and standard deviation. It is printed as markdown.
 "teacher right": how often the teacher's labels were the images' (of mixed ones the larger part's) while images were mixed.
 
+main     ViT, DeiT-LT (LDAM-DRW-SAM) and ours, at the cpu recipe's length
 table1   what the teacher is asked about (the paper's Table 1, without re-weighting here)
 table2   the methods that the paper compares on a ViT, from its Table 2
 table5   the parts of DeiT-LT, one after the other
@@ -31,7 +33,13 @@ import train_teacher
 
 # A row: title, flags, the head that is read, published: overall accuracy on (CIFAR-10 imb 100, 50, CIFAR-100 imb 100, 50).
 UNMIXED = "--mixup 0 --cutmix 0"
+HEADS = (("CLS", "cls"), ("DIST", "dist"), ("average", "avg"))
 TABLES = {
+    "main": [
+        ("ViT", "--method vit --recipe cpu", "avg", (62.6, 70.1, 35.0, 39.0)),
+        *((f"DeiT-LT, {title}", "--recipe cpu", head, (84.8, 87.5, 52.0, 54.1) * (head == "avg")) for title, head in HEADS),
+        *((f"ours, {title}", "--recipe best", head, ()) for title, head in HEADS),
+        ("ours without a teacher", "--method vit --recipe best", "avg", ())],
     "table1": [
         ("in-distribution teacher, mixed", "--method deit", "avg", (70.2,)),
         ("DeiT-LT's teacher, sees weak images, not mixed", f"--beta 0 --teacher-sees weak {UNMIXED}", "avg", (54.2,)),
