@@ -42,8 +42,8 @@ COLORS = {"cls": "#0072B2", "dist": "#D55E00", "avg": "#000000", "ema": "#009E73
           "overall": "#000000", "head": "#56B4E9", "mid": "#009E73", "tail": "#E69F00",
           "clean": "#0072B2", "strong": "#E69F00", "mixed": "#D55E00"}
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-NAMES = {"cls": "CLS (head expert)", "dist": "DIST (tail expert)", "avg": "average"}
 TOKENS = {"cls": "CLS", "dist": "DIST"}
+NAMES = TOKENS | {"avg": "average"}
 
 
 # ---- What is looked at -------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def draw_attention(axes, subject, index, image_row=True):
             show_map(axis, image, heat)
             weight, color = ("bold", "black") if predicted == true else ("normal", "#777777")
             axis.set_title(data.class_names[predicted], fontsize=8, fontweight=weight, color=color)
-        row_label(row[0], f"{subject.label} {TOKENS[token] if subject.label else NAMES[token]}".strip())
+        row_label(row[0], f"{subject.label} {NAMES[token]}".strip())
 
 
 @torch.no_grad()
@@ -327,7 +327,7 @@ def attention_table(subject, options):
     for token in seen[0]:
         of = {key: torch.cat([s[token][key] for s in seen]).cpu() for key in seen[0][token]}
         mean = {key: float(values.double().mean()) for key, values in of.items()}
-        table.append({"run": subject.name, "token": TOKENS[token], "images": len(index),
+        table.append({"run": subject.name, "token": NAMES[token], "images": len(index),
                       "right %": round(100 * float((of["predicted"] == truth).double().mean()), 1),
                       "patches": round(mean["patches"], 2), "of": (subject.net.img_size // subject.net.patch_size) ** 2,
                       "like CLS": round(mean["like CLS"], 3), "drop, marked": round(100 * mean["marked"], 1) + 0.0,
@@ -551,7 +551,7 @@ def draw_classes(axis, per_class, data):
 
 
 def draw_curves(axis, log, head="avg"):
-    """Test accuracy of the average by group over training, with the DRW switch."""
+    """Test accuracy of the average by group over training, with the switch to the last stage."""
     shown = [r for r in log if head in r]
     epochs = [r["epoch"] + 1 for r in shown]
     for group in engine.COLUMNS:
@@ -612,12 +612,12 @@ def summary(subject, result, log):
 # ---- From a run's log ----------------------------------------------------------------------------------------------------
 
 def mark_drw(axis, log, color="#888888", text=False):
-    """A vertical line where re-weighting began."""
+    """A vertical line where the last stage began: --drw-epoch, whether the method weighs classes from then on or not."""
     switch = next((r["epoch"] for r in log if r["drw"]), None)
     if switch is not None and switch > 0:
         axis.axvline(switch, color=color, linestyle="--", linewidth=1)
         if text:
-            axis.text(switch, 0.98, " DRW", fontsize=8, color="#666666", va="top", transform=axis.get_xaxis_transform())
+            axis.text(switch, 0.98, " drw-epoch", fontsize=8, color="#666666", va="top", transform=axis.get_xaxis_transform())
 
 
 def diversity(subjects, options, rt):
