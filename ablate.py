@@ -108,7 +108,7 @@ def plan(table, common, seeds, rt):
     like, default, *differing = (train_student.parse(argv) for argv in
                                  (common, [], *(flags.split() for _, flags, *_ in TABLES[table])))
     own = {"out", "seed"} | {key for key in vars(like) if len({getattr(args, key) for args in differing}) > 1}
-    own |= {"recipe"} if differing[0].recipe != default.recipe else set()
+    own |= {"recipe"} if differing[0].recipe != default.recipe else set()                             # search is about one
     if mistaken := [engine.flag(key) for key in sorted(own) if getattr(like, key) != getattr(default, key)]:
         raise engine.UserError(f"{', '.join(mistaken)}: every run has its own here (seeds: --seeds)")
     shared = engine.as_flags(like, (*train_student.DATA, "data_dir", "recipe", "device", "amp"))      # a teacher's too

@@ -14,7 +14,8 @@ so does this file.
 
 Or logit adjustment instead of weights (Menon et al., ICLR 2021, arXiv 2007.07314), where a class k is the label with frequency
 pi_k: CE(f + ln pi, y) in the loss, f alone at test time. By Bayes' rule softmax(f) is then p(y|x) for classes that are equally
-frequent. For DIST they are the frequencies of the teacher's labels, which are not the data's.
+frequent. For DIST they are the frequencies of the teacher's labels, which are not the data's; at temperature tau, the mean of
+its probabilities, and f_d + tau ln pi.
 
 Teacher, LDAM (Cao et al., NeurIPS 2019, arXiv 1906.07413), with the classifier's logits z_k = s cos(theta_k):
 

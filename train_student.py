@@ -421,9 +421,10 @@ def train(args, data, teacher, rt, run):
                         if args.adjust in ("cls", "both"):
                             cls_logits = cls_logits + prior.log()                 # f_c + ln pi, Menon et al.
                         if teacher and args.adjust in ("dist", "both"):
-                            labels_now = label_shares(y_t, data.num_classes, args.tau)            # (K,), of all processes:
-                            said.lerp_(engine.all_sum(labels_now, rt) / rt.world, 0.01 * share)
-                            taught = taught + (args.tau if y_t.ndim == 2 else 1) * said.clamp(min=1e-4).log()
+                            pi_t = engine.all_sum(label_shares(y_t, data.num_classes, args.tau), rt) / rt.world       # (K,)
+                            said.lerp_(pi_t, 0.01 * share)
+                            tau = args.tau if y_t.ndim == 2 else 1                # a soft loss divides by it
+                            taught = taught + tau * said.clamp(min=1e-4).log()    # f_d + tau ln pi_t
                         if teacher:
                             loss, loss_cls, loss_dist = distillation_loss(cls_logits, taught, target, y_t, args.alpha, weight,
                                                                           args.tau, cls_loss)
