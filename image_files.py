@@ -280,6 +280,7 @@ def read_square(path, size, box=None):
 
 def workers():
     """Threads for decoding; torch must not start as many again in each of them."""
+    torch.get_num_threads()             # settles this thread's own number: not yet asked for, it would become 1 with theirs
     return ThreadPoolExecutor(THREADS, initializer=lambda: torch.set_num_threads(1))
 
 

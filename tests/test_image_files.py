@@ -3,6 +3,8 @@ import io
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import image_files
 import run_folder
 import train_student
 import train_teacher
-from conftest import script
+from conftest import ROOT, script
 from image_files import DataError
 
 
@@ -343,6 +345,18 @@ def test_the_validation_folder_may_be_called_val_and_imb_makes_a_tail(tmp_path):
     os.rename(tmp_path / "test", tmp_path / "val")
     data = load(tmp_path, imb=4)
     assert data.counts == [12, 6, 3] and len(data.test_labels) == 6
+
+
+def test_reading_leaves_the_main_thread_its_threads(tmp_path):
+    """The decoders' "one thread each" becoming the number of a process that has not used its own yet: a training on one core."""
+    root = a_folder(tmp_path)
+    code = f"""if True:
+        import torch, image_files
+        image_files.read_all(image_files.list_folder({os.fspath(root / "train")!r}), 32)
+        print(torch.get_num_threads())"""
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"},
+                         capture_output=True, text=True)
+    assert out.stdout.split() == ["2"], out.stdout + out.stderr
 
 
 # ---- Streams -------------------------------------------------------------------------------------------------------------
