@@ -273,9 +273,9 @@ def student_row(model, img_size, patch_size, batch, recipe, device, amp, threads
         x, target = augment.mixup_cutmix(x, labels, 10)
         lap("augment")
         with rt.autocast():
-            y_t = train_student.teacher_logits(teacher, x).argmax(dim=1)
+            y_t = train_student.teacher_says(teacher, x, images, args)
             lap("teacher")
-            loss, *_ = distillation_loss(*net(x), target, y_t, 0.5)
+            loss, *_ = distillation_loss(*net(x), target, y_t, args.alpha, tau=args.tau)
         lap("forward")
         loss.backward()
         lap("backward")

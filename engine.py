@@ -240,7 +240,10 @@ def set_lr(optimizer, lr):
 
 
 class EMA:
-    """Exponential moving average of a network's weights: e <- d e + (1 - d) w; buffers are copied. Evaluate `.model`."""
+    """Exponential moving average of a network's weights, BatchNorm's statistics among them: e <- d e + (1 - d) w.
+
+    Evaluate `.model`.
+    """
 
     def __init__(self, model, decay):
         self.decay = decay
@@ -249,12 +252,10 @@ class EMA:
     @torch.no_grad()
     def update(self, model, bad=0.0):
         """After a step; bad: 1 for one that was left out (a number or a tensor), where nothing is averaged either."""
-        mine, theirs = list(self.model.parameters()), list(model.parameters())
+        mine, theirs = ([t for t in m.state_dict().values() if t.is_floating_point()] for m in (self.model, model))
         change = torch._foreach_sub(theirs, mine)
         torch._foreach_mul_(change, (1 - self.decay) * (1 - bad))
         torch._foreach_add_(mine, change)
-        for mine, theirs in zip(self.model.buffers(), model.buffers()):
-            mine.copy_(theirs)
 
 
 class Guard:

@@ -116,8 +116,7 @@ HELP = {
     "smoothing": "label smoothing while images are mixed",
     "mix_drw": "go on mixing in the DRW stage (published: not on CIFAR, but on ImageNet-LT and iNaturalist)",
     "trained": "all, or classifier: the rest of --finetune's network stays as it is, the classifier begins anew",
-    "ema": "decay per step of the averaged weights, evaluated beside the last ones (where a stem has BatchNorm, with the last "
-           "ones' statistics: right at the end of the schedule only); 0 = off",
+    "ema": "decay per step of the averaged weights, evaluated beside the last ones; 0 = off",
     "eval_crop": "test images are resized to img_size / eval_crop and the centre is cut out",
     "eval_every": "epochs between evaluations on the test set (the last is always evaluated)",
 }

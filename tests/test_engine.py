@@ -37,17 +37,20 @@ def test_step_seeds_replay_and_differ_in_every_part_of_the_key():
     assert len({tuple(d) for d in draws}) == len(keys)
 
 
-def test_ema_is_the_running_average_of_weights_and_a_copy_of_buffers():
+def test_ema_is_the_running_average_of_weights_and_of_batchnorms_statistics():
+    """Another decay, a decay of the wrong one; the last weights' statistics beside the mean of the weights."""
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    ema, by_hand = engine.EMA(net, 0.9), net[0].weight.detach().clone()
+    ema = engine.EMA(net, 0.9)
+    by_hand = {"0.weight": net[0].weight.detach().clone(), "1.running_mean": torch.zeros(2)}
     for step in range(3):
         with torch.no_grad():
             net[0].weight.add_(step + 1.0)
-            net[1].running_mean.fill_(step)
+            net[1].running_mean.fill_(step + 1.0)
         ema.update(net)
-        by_hand = 0.9 * by_hand + 0.1 * net[0].weight.detach()
-    assert torch.allclose(ema.model[0].weight, by_hand)
-    assert torch.equal(ema.model[1].running_mean, net[1].running_mean)
+        by_hand = {name: 0.9 * mean + 0.1 * net.state_dict()[name] for name, mean in by_hand.items()}
+    ema.update(net, torch.tensor(1.0))                                    # a bad step: nothing
+    for name, mean in by_hand.items():
+        torch.testing.assert_close(ema.model.state_dict()[name], mean)
 
 
 def test_evaluation_equals_a_loop_over_images():
