@@ -131,9 +131,9 @@ def parse(argv=None):
     engine.add_run_flags(parser)
     parser.add_argument("--method", default="deit-lt", choices=METHODS, help="default: %(default)s")
     parser.add_argument("--teacher", default="auto", help="run folder of train_teacher.py, published checkpoint or state dict "
-                        "of a torchvision network; ldam, paco or strong (plain, under the recipe's strong augmentation): "
-                        "the recipe's own of the same seed, trained first if it is missing; auto: strong for deit, else ldam "
-                        "(default: %(default)s)")
+                        "of a torchvision network, or several of them joined by commas, whose probabilities are averaged; "
+                        "ldam, paco or strong (plain, under the recipe's strong augmentation): the recipe's own of the same "
+                        "seed, trained first if it is missing; auto: strong for deit, else ldam (default: %(default)s)")
     parser.add_argument("--teacher-rho", type=float, help="SAM's radius for the recipe's own teacher; 0: without SAM")
     parser.add_argument("--teacher-norm", choices=NORMALISATIONS, help="pixel statistics that the teacher's images are "
                         "normalised with (default: those it was trained on; the published student loop: imagenet)")
@@ -226,7 +226,7 @@ def resolve(args, rt):
         raise engine.UserError("--teacher is empty")
     engine.check_ranges(args, **{k: (0 if k == "teacher_rho" else 1, inf) for k in about_teacher if k != "teacher_norm"})
     if args.distill != "none" and args.teacher != "auto":
-        changed += "_by_" + os.path.basename(os.path.normpath(args.teacher))
+        changed += "_by_" + "+".join(os.path.basename(os.path.normpath(file)) for file in train_teacher.members(args.teacher))
     changed += "".join(f"_{k.replace('_', '')}{v}" for k, v in about_teacher.items())
     args.name = finetuned or f"{args.method}_{args.model}_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
     args.out = args.out or f"runs/{args.name}"

@@ -16,8 +16,9 @@ right and how sure the teacher is on both kinds of images.
 `train_student.py` trains its teacher by itself when it is missing. Output: runs/teacher_.../ (see run_folder.py).
 """
 import argparse
+import os
 import time
-from math import inf
+from math import inf, log
 
 import torch
 
@@ -173,17 +174,39 @@ def new_network(args, data, rt):
     return net.to(rt.device, memory_format=torch.channels_last)
 
 
+class Committee(torch.nn.Module):
+    """Several teachers as one, which says the log of the mean of their probabilities, (B,K)."""
+
+    def __init__(self, nets):
+        super().__init__()
+        self.nets, self.img_size = torch.nn.ModuleList(nets), nets[0].img_size
+
+    def forward(self, x):
+        log_p = torch.stack([net(x).float().log_softmax(dim=1) for net in self.nets])         # (n,B,K)
+        return log_p.logsumexp(dim=0) - log(len(self.nets))
+
+
+def members(path):
+    """The files of a teacher: one, or several joined by commas."""
+    return [path] if os.path.exists(path) else path.split(",")
+
+
 def load_teacher(path, data, rt, norm=None, size=None):
     """A teacher from a run folder or any file that networks.py understands, ready to label data's classes: (network, text).
 
-    On the device, in evaluation mode, without gradients, its outputs in the order of the data's classes. norm, size: see
-    networks.load_network. Raises UserError if the file is none, or knows other classes.
+    On the device, in evaluation mode, without gradients, its outputs in the order of the data's classes. Several files joined
+    by commas are a Committee. norm, size: see networks.load_network. Raises UserError if a file is no teacher, knows other
+    classes, or takes images of another size than the others.
     """
-    found = load_network(path, norm, size)
-    if found.kind != "teacher":
-        raise engine.UserError(f"{path} is not a teacher: it is {found.what}")
-    match_classes(found, data, f"the teacher {path}")
-    return found.net.to(rt.device, memory_format=torch.channels_last), found.what
+    found = [load_network(file, norm, size) for file in members(path)]
+    for file, one in zip(members(path), found):
+        if one.kind != "teacher":
+            raise engine.UserError(f"{file} is not a teacher: it is {one.what}")
+        match_classes(one, data, f"the teacher {file}")
+    if len(sizes := {one.net.img_size for one in found}) > 1:
+        raise engine.UserError(f"--teacher {path}: one --teacher-size for all, not {sorted(sizes)} px")
+    net = found[0].net if len(found) == 1 else Committee([one.net for one in found]).eval()
+    return net.to(rt.device, memory_format=torch.channels_last), ", and ".join(one.what for one in found)
 
 
 def learning_rate(args, t):

@@ -348,7 +348,7 @@ def test_the_validation_folder_may_be_called_val_and_imb_makes_a_tail(tmp_path):
 
 
 def test_reading_leaves_the_main_thread_its_threads(tmp_path):
-    """The decoders' "one thread each" becoming the number of a process that has not used its own yet: a training on one core."""
+    """The decoders' "one thread each" becoming that of a process which has not used its own yet: a training on one core."""
     root = a_folder(tmp_path)
     code = f"""if True:
         import torch, image_files

@@ -83,6 +83,31 @@ def test_every_mode_of_distillation_learns_from_its_teacher(flags, heads, tmp_pa
         assert log[-1]["loss_cls"] > 0.8 * log[0]["loss_cls"]                     # nobody taught it
 
 
+def test_several_teachers_say_the_mean_of_their_probabilities(tmp_path, monkeypatch, capsys):
+    """A mean of logits, the first teacher's word alone, classes of a file in another's order. Against a loop in float64."""
+    data, files, images = data_lt.load_data("shapes", 10), [], torch.rand(5, 3, 32, 32)
+    expected = torch.zeros(5, 10, dtype=torch.double)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = networks.build_teacher(dict(arch="resnet32", loss="ce"), 10).eval()
+        torch.nn.init.normal_(net.classifier.weight, std=0.5)                             # so that they are sure, and differ
+        own = torch.randperm(10)
+        files.append(f"{seed}.pth")
+        torch.save({"model": net.state_dict(), "class_names": [data.class_names[k] for k in own],
+                    "config": dict(arch="resnet32", loss="ce"), "counts": data.counts}, files[-1])
+        expected[:, own] += net(images).double().softmax(dim=1).detach() / 3
+    teacher, what = train_teacher.load_teacher(",".join(files), data, engine.setup("cpu"))
+    torch.testing.assert_close(teacher(images).double().exp(), expected, rtol=1e-3, atol=1e-4)
+    assert what.count("resnet32") == 3 and not any(p.requires_grad for p in teacher.parameters())
+
+    result, config, log, _ = trained(monkeypatch, tmp_path / "run", "--teacher", "0.pth,1.pth", "--out", "run")
+    assert config["teacher"] == "0.pth,1.pth" and config["name"].endswith("_by_0.pth+1.pth_s0") and "dist" in result
+    for flags in (["--teacher", "0.pth,no.pth"], ["--teacher", "0.pth,run"]):
+        with pytest.raises(SystemExit):
+            script(train_student, monkeypatch, *SMALL, *flags, "--out", "bad")
+    assert "no.pth" in (said := capsys.readouterr().err) and "run is not a teacher" in said
+
+
 def test_the_teacher_sees_what_it_is_said_to(tmp_path):
     """weak: the same images, only shifted and mirrored, however the student's look; same: the student's, bit for bit."""
     class Spy:
