@@ -476,6 +476,7 @@ def process_step(rank, world, threads, port, n):
     rt.print(f"  {world} process{'es' * (world > 1)} of {threads} threads: {128 / seconds:.0f} images/s")
     if world > 1:
         torch.distributed.destroy_process_group()
+        engine.leave()
 
 
 def main():

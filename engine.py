@@ -3,6 +3,7 @@ r"""What every run needs, once: device and processes, signals, seeds, schedules,
 Nothing here knows the method; if you must read this file to follow DeiT-LT, something is in the wrong place.
 """
 import argparse
+import atexit
 import copy
 import ctypes
 import math
@@ -39,26 +40,41 @@ def run_main(main):
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):                                    # a name that the terminal cannot show is escaped
             stream.reconfigure(errors="backslashreplace")
+    code = 0
     try:
         main()
     except (UserError, data_lt.DataError) as error:
         if int(os.environ.get("RANK", 0)) > 0:                            # most likely all say the same: torchrun ends this one
             time.sleep(5)                                                 # as soon as the main one has said it
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)                             # before a run's first step, or no run at all
-        sys.exit(128 + signal.SIGINT)
+        code = 128 + signal.SIGINT
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except SystemExit as error:
+        code = error.code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if dist.is_available() and dist.is_initialized():
+        if grouped := dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+    if grouped:
+        leave(code or 0)
+    if code:
+        sys.exit(code)
+
+
+def leave(code=0):
+    """End one of several processes without Python's own ending, which gloo's threads, alive after DDP, abort now and then:
+    torchrun would call a finished run a failure."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)

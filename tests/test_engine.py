@@ -37,6 +37,23 @@ def test_step_seeds_replay_and_differ_in_every_part_of_the_key():
     assert len({tuple(d) for d in draws}) == len(keys)
 
 
+@pytest.mark.parametrize("ending, code", [(None, 0), (engine.UserError("no"), 2), (SystemExit(143), 143), (SystemExit(), 0)])
+def test_one_of_several_processes_ends_at_once_with_its_code(ending, code, monkeypatch):
+    """Python's own ending of a process, which gloo's threads now and then abort (tried with two processes: 11 times of 25), or
+    a code that is lost on the way."""
+    def main():
+        if ending:
+            raise ending
+
+    def leave(code):
+        raise RuntimeError(f"left with {code}")
+    monkeypatch.setattr(engine.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(engine.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(engine, "leave", leave)
+    with pytest.raises(RuntimeError, match=f"left with {code}"):
+        engine.run_main(main)
+
+
 def test_ema_is_the_running_average_of_weights_and_of_batchnorms_statistics():
     """Another decay, a decay of the wrong one; the last weights' statistics beside the mean of the weights."""
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
