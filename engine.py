@@ -33,7 +33,7 @@ class UserError(Exception):
 def run_main(main):
     """Run a script: a UserError, a DataError or a file that cannot be read or written ends it with one line and exit code 2.
 
-    Anything else is a bug and keeps its traceback.
+    Anything else is a bug and keeps its traceback. One of several processes ends here, see leave().
     """
     global stop_signal
     before, stop_signal = {number: signal.getsignal(number) for number in STOP_SIGNALS}, 0
@@ -63,10 +63,12 @@ def run_main(main):
             signal.signal(number, handler)
         if grouped := dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    if grouped:
-        leave(code or 0)
-    if code:
-        sys.exit(code)
+    try:
+        if code:
+            sys.exit(code)                                                # wandb listens to it
+    finally:
+        if grouped:
+            leave(code or 0)
 
 
 def leave(code=0):

@@ -778,7 +778,7 @@ def augmented(subjects, options, rt):
     if teacher:
         note += " In colour the teacher's: bold blue where it names the class with the largest part, orange where it does not."
         note += " (It was asked about weakly augmented images.)" * (getattr(args, "teacher_sees", "same") == "weak")
-    says = f", and what {' + '.join(map(name_of, train_teacher.members(args.teacher)))} says of it" if teacher else ""
+    says = f", and what {train_teacher.name_of(args.teacher)} says of it" if teacher else ""
     finish(figure, f"What the student trains on{says}", subjects, note)
     return Analysis(figure, table, table, note)
 

@@ -195,7 +195,8 @@ def finetuned_name(args):
     if changed := [engine.flag(k) for k in kept if k in short]:
         raise engine.UserError(f"--finetune keeps {', '.join(changed)} of the run")
     crt = args.trained == "classifier"
-    changed = "".join(f"_{key.replace('_', '')}{os.path.basename(str(getattr(args, key)))}" for key in short
+    value = lambda key: train_teacher.name_of(args.teacher) if key == "teacher" and args.teacher else getattr(args, key)
+    changed = "".join(f"_{key.replace('_', '')}{os.path.basename(str(value(key)))}" for key in short
                       if key not in ("eval_every", "data_dir", "checkpointing") and (crt or key != "img_size"))
     return f"{os.path.basename(os.path.normpath(args.finetune))}_{'crt' if crt else f'finetuned{args.img_size}'}{changed}"
 
@@ -222,14 +223,19 @@ def resolve(args, rt):
     about_teacher = {k: v for k in ("teacher_norm", "teacher_size", "teacher_rho") if (v := getattr(args, k)) is not None}
     if args.distill == "none" and (about_teacher or args.teacher not in ("auto", None)):
         raise engine.UserError(f"--method {args.method} has no teacher")
-    if args.teacher == "":
-        raise engine.UserError("--teacher is empty")
+    if args.teacher is None:                                          # --finetune of a run that had none
+        args.teacher = "auto"
+    several = train_teacher.members(args.teacher)
+    if len(several) > 1 and not set(several).isdisjoint(OWN_TEACHERS):
+        raise engine.UserError(f"--teacher {args.teacher}: of several each is a run folder or a file")
     engine.check_ranges(args, **{k: (0 if k == "teacher_rho" else 1, inf) for k in about_teacher if k != "teacher_norm"})
     if args.distill != "none" and args.teacher != "auto":
-        changed += "_by_" + "+".join(os.path.basename(os.path.normpath(file)) for file in train_teacher.members(args.teacher))
+        changed += "_by_" + train_teacher.name_of(args.teacher)
     changed += "".join(f"_{k.replace('_', '')}{v}" for k, v in about_teacher.items())
     args.name = finetuned or f"{args.method}_{args.model}_{engine.data_name(args)}_{args.recipe}{changed}_s{args.seed}"
     args.out = args.out or f"runs/{args.name}"
+    if len(os.fsencode(os.path.basename(args.out))) > 255:
+        raise engine.UserError(f"{args.name} is too long for the name of a folder: give another by --out")
     args.teacher = None if args.distill == "none" else args.teacher
     if args.teacher == "auto":
         args.teacher = METHODS[args.method].get("teacher", "ldam")

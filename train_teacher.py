@@ -175,7 +175,7 @@ def new_network(args, data, rt):
 
 
 class Committee(torch.nn.Module):
-    """Several teachers as one, which says the log of the mean of their probabilities, (B,K)."""
+    """Several teachers as one, which says the log of the mean of their probabilities (at temperature 1), (B,K)."""
 
     def __init__(self, nets):
         super().__init__()
@@ -187,8 +187,16 @@ class Committee(torch.nn.Module):
 
 
 def members(path):
-    """The files of a teacher: one, or several joined by commas."""
-    return [path] if os.path.exists(path) else path.split(",")
+    """The files of a teacher: one, or several joined by commas. Raises UserError for an empty one."""
+    files = [path] if os.path.exists(path) else [file.strip() for file in path.split(",")]
+    if not all(files):
+        raise engine.UserError(f"--teacher '{path}': a name is empty")
+    return files
+
+
+def name_of(path):
+    """A teacher's name in those of its students and in pictures."""
+    return "+".join(os.path.basename(os.path.normpath(file)) for file in members(path))
 
 
 def load_teacher(path, data, rt, norm=None, size=None):

@@ -1,6 +1,8 @@
 """engine.py: schedules, averages, evaluation, checkpoints and the run folder against formulas and loops."""
 import argparse
 import os
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 
 import engine
 import run_folder
+from conftest import ROOT
 
 CPU = engine.Runtime(torch.device("cpu"))
 
@@ -52,6 +55,13 @@ def test_one_of_several_processes_ends_at_once_with_its_code(ending, code, monke
     monkeypatch.setattr(engine, "leave", leave)
     with pytest.raises(RuntimeError, match=f"left with {code}"):
         engine.run_main(main)
+
+
+def test_leaving_loses_neither_words_nor_code():
+    """Output that is still in Python's hands, what others want done at the end, or the exit code."""
+    code = "import atexit, engine; atexit.register(print, 'last'); print('first'); engine.leave(3)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.split(), done.returncode) == (["first", "last"], 3), done.stderr
 
 
 def test_ema_is_the_running_average_of_weights_and_of_batchnorms_statistics():
@@ -176,6 +186,7 @@ def gather_a_share(rank, folder):
     rt = engine.Runtime(torch.device("cpu"), rank, 2)
     torch.save({name: engine.gather(rows, rt) for name, rows in share_of(rank).items()}, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
+    engine.leave()
 
 
 def test_one_process_gathers_its_own_rows():

@@ -98,14 +98,22 @@ def test_several_teachers_say_the_mean_of_their_probabilities(tmp_path, monkeypa
         expected[:, own] += net(images).double().softmax(dim=1).detach() / 3
     teacher, what = train_teacher.load_teacher(",".join(files), data, engine.setup("cpu"))
     torch.testing.assert_close(teacher(images).double().exp(), expected, rtol=1e-3, atol=1e-4)
+    teacher_mean = teacher.nets[1].mean
     assert what.count("resnet32") == 3 and not any(p.requires_grad for p in teacher.parameters())
 
     result, config, log, _ = trained(monkeypatch, tmp_path / "run", "--teacher", "0.pth,1.pth", "--out", "run")
     assert config["teacher"] == "0.pth,1.pth" and config["name"].endswith("_by_0.pth+1.pth_s0") and "dist" in result
-    for flags in (["--teacher", "0.pth,no.pth"], ["--teacher", "0.pth,run"]):
+    for teacher, said in (("0.pth,no.pth", "no.pth"), ("0.pth,run", "run is not a teacher"), ("0.pth,", "a name is empty"),
+                          ("ldam,paco", "a run folder or a file"), (",".join(["teacher"] * 40), "--out")):
         with pytest.raises(SystemExit):
-            script(train_student, monkeypatch, *SMALL, *flags, "--out", "bad")
-    assert "no.pth" in (said := capsys.readouterr().err) and "run is not a teacher" in said
+            script(train_student, monkeypatch, *SMALL, "--teacher", teacher, *["--out", "bad"] * (said != "--out"))
+        assert said in capsys.readouterr().err
+    torch.save(torch.load("2.pth") | {"config": dict(arch="resnet32", loss="ce", img_size=40)}, "40.pth")
+    with pytest.raises(engine.UserError, match="--teacher-size"):
+        train_teacher.load_teacher("0.pth,40.pth", data, engine.setup("cpu"))
+    alike, _ = train_teacher.load_teacher("0.pth,40.pth", data, engine.setup("cpu"), norm="imagenet", size=32)
+    assert all(net.img_size == 32 and torch.equal(net.mean, alike.nets[0].mean) for net in alike.nets)
+    assert not torch.equal(alike.nets[1].mean, teacher_mean)
 
 
 def test_the_teacher_sees_what_it_is_said_to(tmp_path):

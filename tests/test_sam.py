@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import engine
 from sam import SAM, frozen_batchnorm_statistics
 
 
@@ -296,6 +297,7 @@ def train_on_a_share(rank, world, folder):
         sam_step(net, sam, x[rank::world], y[rank::world])
     torch.save(net.module.state_dict(), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
+    engine.leave()
 
 
 def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path):
