@@ -182,7 +182,7 @@ class Committee(torch.nn.Module):
         self.nets, self.img_size = torch.nn.ModuleList(nets), nets[0].img_size
 
     def forward(self, x):
-        log_p = torch.stack([net(x).float().log_softmax(dim=1) for net in self.nets])         # (n,B,K)
+        log_p = torch.stack([net(x).log_softmax(dim=1, dtype=torch.float32) for net in self.nets])         # (n,B,K)
         return log_p.logsumexp(dim=0) - log(len(self.nets))
 
 
