@@ -141,7 +141,7 @@ class PretendedGPU(TorchFunctionMode):
             others = [t for t in tensors_in(args[2:]) if t.ndim > 0 and not self.has(t)]
         if name in ("data.__set__", "_has_compatible_shallow_copy_type"):  # how Module.to moves a parameter
             return
-        in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i") and name != "__invert__"
+        in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i")
         if others or in_place and into is not None and not self.has(into):
             raise RuntimeError(f"{name}: tensors on {GPU} and on the CPU, of shapes {[tuple(t.shape) for t in tensors]}")
 
