@@ -347,10 +347,42 @@ def teacher_says(teacher, x, levels, args):
     return logits if args.distill == "soft" else logits.argmax(dim=1)
 
 
-def label_shares(y_t, num_classes, tau):
-    """How much of the teacher's hard labels (B,), or of its probabilities from logits (B,K), each class has: (K,), sum 1."""
-    p = augment.smooth_one_hot(y_t, num_classes) if y_t.ndim == 1 else (y_t.float() / tau).softmax(dim=1)
-    return p.mean(dim=0)
+class Objective:
+    """The loss of a micro-batch: equation (1) of losses.py, of logits adjusted by the frequencies of their labels (--adjust).
+
+    prior: pi (K,), how often a class is CLS's label, from the training images; said: how often it is DIST's, pi_t (K,), as the
+    teacher has said over some hundred steps.
+    """
+
+    def __init__(self, teacher, data, args, rt):
+        self.teacher, self.args, self.rt, self.cls_loss = teacher, args, rt, CLS_LOSSES[args.cls_loss]
+        self.prior = torch.tensor(data.counts, device=rt.device) / sum(data.counts)
+        self.said = torch.full_like(self.prior, 1 / data.num_classes)
+
+    def __call__(self, net, x, levels, target, weight, share):
+        """[L, CLS's part, DIST's part, how often the teacher is right], without a teacher [L].
+
+        x (B,3,S,S): the student's images; levels (B,3,H,W): before augmentation; target: labels (B,), of mixed images (B,K);
+        weight: class weights (K,) or None; share: of the batch that this micro-batch is.
+        """
+        y_t = teacher_says(self.teacher, x, levels, self.args) if self.teacher else None              # (B,), or soft (B,K)
+        cls_logits, dist_logits = net(x)                                          # f_c (B,K), f_d (B,K)
+        dist_logits = cls_logits if dist_logits is None else dist_logits          # --tokens 1: CLS is both
+        if self.args.adjust in ("cls", "both"):
+            cls_logits = cls_logits + self.prior.log()                            # f_c + ln pi, Menon et al.
+        if not self.teacher:
+            return [self.cls_loss(cls_logits, target)]
+        if self.args.adjust in ("dist", "both"):
+            dist_logits = dist_logits + self.log_said(y_t, share)                 # f_d + tau ln pi_t
+        terms = distillation_loss(cls_logits, dist_logits, target, y_t, self.args.alpha, weight, self.args.tau, self.cls_loss)
+        return [*terms, accuracy(y_t, target)]
+
+    def log_said(self, y_t, share):
+        """tau ln pi_t (K,), after the teacher has said y_t: hard labels (B,), or logits (B,K) of a loss that divides by tau."""
+        hard, tau = y_t.ndim == 1, self.args.tau
+        p = augment.smooth_one_hot(y_t, len(self.said)) if hard else (y_t.float() / tau).softmax(dim=1)              # (B,K)
+        self.said.lerp_(engine.all_sum(p.mean(dim=0), self.rt) / self.rt.world, 0.01 * share)
+        return (1 if hard else tau) * self.said.clamp(min=1e-4).log()
 
 
 def epoch_order(args, data, epoch):
@@ -372,11 +404,10 @@ def train(args, data, teacher, rt, run):
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
     guard = engine.Guard(net, optimizer, rt)
     ema = engine.EMA(net, args.ema) if args.ema > 0 else None
-    prior = torch.tensor(data.counts, device=rt.device) / sum(data.counts)        # pi (K,): how often a class is CLS's label
-    said = torch.full_like(prior, 1 / data.num_classes)                           # and DIST's, over some hundred steps
+    objective = Objective(teacher, data, args, rt)
 
     def load(state):
-        said.copy_(state.get("said", said))
+        objective.said.copy_(state.get("said", objective.said))
         run_folder.load_weights(net, state["model"], run.checkpoint)
         optimizer.load_state_dict(state["optimizer"])
         guard.load_state_dict(state["guard"])
@@ -386,13 +417,13 @@ def train(args, data, teacher, rt, run):
     def state():
         """What a checkpoint holds beside the place in the training."""
         return dict(model=net.state_dict(), ema=ema.model.state_dict() if ema else None, optimizer=optimizer.state_dict(),
-                    guard=guard.counts, said=said, config=vars(args), data=data.fingerprint, class_names=data.class_names,
-                    counts=data.counts, groups=data.groups)
+                    guard=guard.counts, said=objective.said, config=vars(args), data=data.fingerprint,
+                    class_names=data.class_names, counts=data.counts, groups=data.groups)
 
     run.restore(load)
     model = engine.trainable(net, rt, args.compile)
     n = len(epoch_order(args, data, 0))                                           # images an epoch
-    steps, results, cls_loss = data_lt.steps_per_epoch(n, args.batch), None, CLS_LOSSES[args.cls_loss]
+    steps, results = data_lt.steps_per_epoch(n, args.batch), None
     bar = engine.progress_bar(rt, args.epochs * n, run.start_epoch * n + run.start_step * args.batch)
 
     for epoch in range(run.start_epoch, args.epochs):
@@ -408,7 +439,7 @@ def train(args, data, teacher, rt, run):
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, engine.cosine_lr(epoch + step / steps, args.epochs, args.lr, args.warmup_epochs))
             guard.begin()
-            said_before = said.clone()
+            said_before = objective.said.clone()
             seen = torch.zeros_like(sums)                                         # this step's
             seen[-1] = 1
             parts = -(-len(labels) // args.micro_batch)                           # micro-batches: their gradients add up
@@ -420,36 +451,21 @@ def train(args, data, teacher, rt, run):
                 last = i == parts - 1                                             # only then do processes average gradients
                 with nullcontext() if last or rt.world == 1 else model.no_sync():
                     with rt.autocast():
-                        y_t = teacher_says(teacher, x, levels, args) if teacher else None         # (B,), or soft (B,K)
-                        cls_logits, dist_logits = model(x)                        # (B,K), (B,K)
-                        taught = cls_logits if dist_logits is None else dist_logits               # --tokens 1: CLS is both
-                        if args.adjust in ("cls", "both"):
-                            cls_logits = cls_logits + prior.log()                 # f_c + ln pi, Menon et al.
-                        if teacher and args.adjust in ("dist", "both"):
-                            pi_t = engine.all_sum(label_shares(y_t, data.num_classes, args.tau), rt) / rt.world       # (K,)
-                            said.lerp_(pi_t, 0.01 * share)
-                            tau = args.tau if y_t.ndim == 2 else 1                # a soft loss divides by it
-                            taught = taught + tau * said.clamp(min=1e-4).log()    # f_d + tau ln pi_t
-                        if teacher:
-                            loss, loss_cls, loss_dist = distillation_loss(cls_logits, taught, target, y_t, args.alpha, weight,
-                                                                          args.tau, cls_loss)
-                        else:
-                            loss = cls_loss(cls_logits, target)
-                    guard.backward(share * loss)
-                terms = torch.stack([loss, loss_cls, loss_dist, accuracy(y_t, target)] if teacher else [loss]).detach()
-                seen[:len(terms)] += share * terms
+                        terms = objective(model, x, levels, target, weight, share)
+                    guard.backward(share * terms[0])
+                seen[:len(terms)] += share * torch.stack(terms).detach()
             guard.check()
             optimizer.step()                                                      # nothing, where a number is not finite
             optimizer.zero_grad()
             guard.end()
-            torch.where(guard.bad > 0, said_before, said, out=said)
+            torch.where(guard.bad > 0, said_before, objective.said, out=objective.said)
             sums += guard.unless_bad(seen)
             if ema:
                 ema.update(net, guard.bad)
             bar.update(len(labels) * rt.world)
             if step % 20 == 0:                                                    # but for saving, the only wait for the device
                 guard.stop_if_lost(epoch, step, args)
-                bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {loss.item():.3f}", refresh=False)
+                bar.set_postfix_str(f"epoch {epoch + 1}/{args.epochs}, loss {terms[0].item():.3f}", refresh=False)
             run.after_step(epoch, step, state, sums, started)                     # saves now and then, and when asked to stop
 
         guard.stop_if_lost(epoch, steps - 1, args)

@@ -103,7 +103,8 @@ HELP = {
     "decay": "factor of the step schedule",
     "warmup_epochs": "epochs of linear warm-up",
     "rho": "radius of SAM's perturbation; 0 is plain SGD at half the cost",
-    "rho_schedule": "constant, or step: rho/10, from 1/18 of the epochs rho/5, from 2/3 rho",
+    "rho_schedule": "constant; step: rho/10, from 1/18 of the epochs rho/5, from 2/3 rho; or late: 0, so at half the cost, and "
+                    "from 2/3 rho",
     "norm": "pixel statistics to normalise with: cifar, imagenet, inat or none",
     "drw_epoch": "first epoch (0-based) with re-weighted classes; 0: from the start; the number of epochs or more: never",
     "beta": "of the effective number of images, for the class weights; 0 = none",
@@ -146,7 +147,7 @@ def resolve(args, rt):
     unused |= {"decay"} if args.schedule == "cosine" else set()
     if idle := [engine.flag(key) for key in sorted(given) if key not in row or key in unused]:
         raise engine.UserError(f"{', '.join(idle)} has no meaning with --loss {args.loss} --schedule {args.schedule}")
-    engine.check_choices(args, loss=LOSSES, schedule=("step", "cosine"), rho_schedule=("constant", "step"),
+    engine.check_choices(args, loss=LOSSES, schedule=("step", "cosine"), rho_schedule=("constant", "step", "late"),
                          augment=("weak", "padded", "resized", "loader"), norm=NORMALISATIONS)
     if strong and args.beta > 0:
         raise engine.UserError(f"--augment {args.augment} mixes images, which have no one class to be weighted by: no --beta")
@@ -227,10 +228,13 @@ def learning_rate(args, t):
 
 
 def radius(args, epoch):
-    """SAM's rho in an epoch. "step" is Saddle-LongTail's for the large sets: 0.05, 0.1, 0.5 from epochs 0, 5, 60 of 90."""
-    if args.rho_schedule == "constant":
+    """SAM's rho in an epoch. "step" is Saddle-LongTail's for the large sets: 0.05, 0.1, 0.5 from epochs 0, 5, 60 of 90.
+
+    "late": the last epochs of SAM are said to find what all of them do (Zhou et al., ICLR 2025, arXiv 2410.10373).
+    """
+    if args.rho_schedule == "constant" or epoch >= args.epochs * 2 / 3:
         return args.rho
-    return args.rho * (0.1 if epoch < args.epochs / 18 else 0.2 if epoch < args.epochs * 2 / 3 else 1)
+    return 0.0 if args.rho_schedule == "late" else args.rho * (0.1 if epoch < args.epochs / 18 else 0.2)
 
 
 def seconds_of_run(args, data, rt, start_epoch=0):
@@ -238,7 +242,8 @@ def seconds_of_run(args, data, rt, start_epoch=0):
     net, epochs = new_network(args, data, rt), args.epochs - start_epoch
     x = augment.to_float(data.train_images[:args.batch // rt.world])
     x = augment.resize(x, args.img_size).contiguous(memory_format=torch.channels_last)
-    passes, tests = (2 if args.rho > 0 else 1) * epochs * len(data.train_labels), -(-epochs // args.eval_every)
+    passes = len(data.train_labels) * sum(2 if radius(args, epoch) > 0 else 1 for epoch in range(start_epoch, args.epochs))
+    tests = -(-epochs // args.eval_every)
     keys = epochs * len(data.train_labels) / 3 if args.loss == "paco" else 0      # a forward pass, a third of a whole one
 
     def forward(n):
@@ -322,7 +327,7 @@ def train(args, data, rt, run):
             loss = loss_here()
             guard.backward(loss)                                                  # gradient at w
             guard.check()
-            if args.rho > 0:
+            if optimizer.rho > 0:
                 optimizer.first_step()                                            # climb to w + e
                 with frozen_batchnorm_statistics(whole):
                     guard.backward(loss_here())                                   # gradient at w + e

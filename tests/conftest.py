@@ -30,6 +30,15 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in slow]
 
 
+@pytest.fixture(scope="module")
+def no_pictures():
+    """Students end without a picture, which takes longer to draw than they take to train. (test_scripts.py draws it.)"""
+    import train_student
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_student, "draw_summary", lambda folder: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_cifar(tmp_path_factory):
     """10 classes of 32 px images, 24 for training and 6 for testing each: class k is a noisy plane of its own colour."""
@@ -43,3 +52,16 @@ def tiny_cifar(tmp_path_factory):
                 pixels = np.array(color) + rng.randint(-30, 31, (32, 32, 3))
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def learned_by_heart(tiny_cifar, tmp_path_factory):
+    """Run folder of a plain ViT, trained on tiny_cifar without augmentation."""
+    import train_student
+    folder = tmp_path_factory.mktemp("by_heart") / "vit"
+    flags = ("--imb 1 --method vit --model micro --epochs 12 --drw-epoch 0 --lr 2e-3 --batch 24 --eval-every 12 --policy none "
+             "--erasing 0").split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_student, "draw_summary", lambda folder: None)
+        script(train_student, patch, "--data-dir", tiny_cifar, "--out", folder, *flags)
+    return folder

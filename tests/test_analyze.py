@@ -264,7 +264,8 @@ def runs(tiny_cifar, tmp_path_factory):
     student = [*common, "--model", "micro"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_student, "draw_summary", lambda folder: None)
-        script(train_teacher, patch, *common, "--out", root / "teacher", "--rho", 0, "--lr", 0.01, "--amp", "none")
+        script(train_teacher, patch, *common, "--out", root / "teacher", "--img-size", 16, "--rho", 0, "--lr", 0.01,
+               "--amp", "none")
         script(train_student, patch, *student, "--out", root / "deit-lt", "--teacher", root / "teacher")
         script(train_student, patch, *student, "--out", root / "vit", "--method", "vit")
     torch.save({"model": vit.vit_tiny(img_size=32, patch_size=16, num_classes=10, depth=2).state_dict()}, root / "file.pth")

@@ -13,6 +13,7 @@ import engine
 import train_student
 import train_teacher
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SHORT = "--recipe", "cpu", "--epochs", 2, "--batch", 8, "--eval-every", 2
 DRW = "--drw-epoch", 1                                                    # a stage before re-weighting, and one of it
 CIFAR = "--dataset", "cifar10", "--imb", 24                               # of 24 images to one a class: 74
@@ -38,7 +39,6 @@ def run(monkeypatch, tmp_path, tiny_cifar):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(train_student, "draw_summary", lambda folder: None)
 
     def run(module, *flags, device=GPU, amp=None, data=CIFAR):
         monkeypatch.setattr(engine, "setup", lambda *_: engine.Runtime(torch.device(device), amp=amp))
@@ -57,8 +57,8 @@ def teacher(tiny_cifar, tmp_path_factory):
     """Run folder of a teacher of one epoch, trained on the CPU."""
     folder = tmp_path_factory.mktemp("teacher") / "teacher"
     with pytest.MonkeyPatch.context() as patch:
-        script(train_teacher, patch, *CIFAR, "--recipe", "cpu", "--epochs", 1, "--rho", 0, "--data-dir", tiny_cifar,
-               "--out", folder)
+        script(train_teacher, patch, *CIFAR, "--recipe", "cpu", "--img-size", 16, "--epochs", 1, "--rho", 0,
+               "--data-dir", tiny_cifar, "--out", folder)
     return folder
 
 
@@ -99,7 +99,7 @@ def test_what_is_pretended():
 @pytest.mark.parametrize("flags", TEACHERS.values(), ids=TEACHERS)
 def test_teacher(flags, run):
     """A margin, weight or schedule that stays on the CPU; a loss that is asked for its value in every step."""
-    assert_no_step_waits(run(train_teacher, *flags))
+    assert_no_step_waits(run(train_teacher, "--img-size", 16, *flags))
 
 
 @pytest.mark.parametrize("flags", STUDENTS.values(), ids=STUDENTS)

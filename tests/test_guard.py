@@ -12,6 +12,7 @@ import train_teacher
 from conftest import script
 from sam import SAM, frozen_batchnorm_statistics
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 CPU = engine.Runtime(torch.device("cpu"))
 FP16 = engine.Runtime(torch.device("cpu"), amp=torch.float16)
 
@@ -141,9 +142,9 @@ def test_an_optimizer_that_cannot_leave_a_step_out_is_refused():
 
 # ---- In the scripts ------------------------------------------------------------------------------------------------------
 
-FLAGS = {"teacher": "--batch 16 --imb 4 --amp none --epochs 2 --drw-epoch 1 --eval-every 2".split(),
-         "paco": "--loss paco --batch 16 --imb 4 --amp none --epochs 2 --queue 50 --eval-every 2".split(),
-         "student": ("--method vit --model micro --batch 16 --micro-batch 8 --imb 4 --amp none --epochs 2 "
+FLAGS = {"teacher": "--img-size 16 --batch 32 --imb 4 --amp none --epochs 2 --drw-epoch 1 --eval-every 2".split(),
+         "paco": "--loss paco --img-size 16 --batch 32 --imb 4 --amp none --epochs 2 --queue 50 --eval-every 2".split(),
+         "student": ("--method vit --model micro --batch 32 --micro-batch 16 --imb 4 --amp none --epochs 2 "
                       "--eval-every 2").split()}
 
 
@@ -191,7 +192,7 @@ def test_float16_trains(tiny_cifar, tmp_path, monkeypatch):
     losses = {}
     for amp in ("fp16", "none"):
         out = tmp_path / amp
-        script(train_student, monkeypatch, *FLAGS["student"], "--data-dir", tiny_cifar, "--out", out, "--amp", amp)
+        script(train_student, monkeypatch, *FLAGS["student"], "--data-dir", tiny_cifar, "--imb", 24, "--out", out, "--amp", amp)
         record = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         losses[amp] = record["loss"]
         assert record["skipped"] <= 3

@@ -20,14 +20,15 @@ import train_student
 import train_teacher
 from conftest import ROOT, script
 
-TEACHER = "--epochs 3 --drw-epoch 2 --batch 16 --eval-every 2 --imb 4".split()
-PACO = "--loss paco --epochs 3 --batch 16 --eval-every 2 --imb 4 --queue 50".split()
-STUDENT = ("--model micro --epochs 3 --drw-epoch 2 --batch 16 --micro-batch 8 --patch-size 8 --eval-every 2 --ema 0.9 "
+pytestmark = pytest.mark.usefixtures("no_pictures")
+TEACHER = "--img-size 16 --epochs 3 --drw-epoch 2 --batch 32 --eval-every 2 --imb 4".split()            # 4 steps an epoch
+PACO = "--loss paco --img-size 16 --epochs 3 --batch 32 --eval-every 2 --imb 4 --queue 50".split()
+STUDENT = ("--model micro --epochs 3 --drw-epoch 2 --batch 32 --micro-batch 16 --patch-size 8 --eval-every 2 --ema 0.9 "
            "--drop-path 0.1 --imb 4").split()
 
 
 @pytest.fixture(scope="module")
-def whole_runs(tiny_cifar, tmp_path_factory):
+def whole_runs(no_pictures, tiny_cifar, tmp_path_factory):
     """{kind: (module, flags, folder)} of runs that nothing disturbed."""
     folder, runs = tmp_path_factory.mktemp("whole"), {}
     for kind, module, flags in (("teacher", train_teacher, TEACHER), ("paco", train_teacher, PACO),
@@ -53,12 +54,13 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind, at", [("teacher", (0, 1)), ("teacher", (2, 2)), ("paco", (1, 2)), ("student", (0, 2)),
-                                      ("student", (1, 1)), ("student", (2, 2))])
-def test_a_run_killed_inside_an_epoch_goes_on_from_its_last_step(kind, at, whole_runs, tmp_path, monkeypatch):
-    """Sums of a half-done epoch, a step done twice or left out, before and after the DRW switch; steps must not be repeated."""
+@pytest.mark.parametrize("kind, at, every", [("teacher", (2, 2), "1"), ("paco", (1, 2), "1"), ("student", (0, 2), "1"),
+                                             ("student", (2, 2), "1"), ("student", (1, 1), "10m"), ("paco", (2, 1), "10m")])
+def test_a_killed_and_resumed_run_is_bit_for_bit_the_same(kind, at, every, whole_runs, tmp_path, monkeypatch):
+    """Killed inside an epoch, before and after the DRW switch, saved after each step or each epoch: momentum, EMA, PaCo's
+    queue, sums of a half-done epoch or a random draw that are lost; a step that is done twice or left out."""
     module, flags, whole = whole_runs[kind]
-    flags, steps, seed_step = [*flags, "--out", tmp_path / "run", "--save-every", "1"], [], engine.seed_step
+    flags, steps, seed_step = [*flags, "--out", tmp_path / "run", "--save-every", every], [], engine.seed_step
 
     def dying(seed, epoch, step, rank):
         if (epoch, step) == at:
@@ -69,7 +71,7 @@ def test_a_run_killed_inside_an_epoch_goes_on_from_its_last_step(kind, at, whole
             script(module, patch, *flags)
     monkeypatch.setattr(engine, "seed_step", lambda *key: steps.append(key[1:3]) or seed_step(*key))
     script(module, monkeypatch, *flags, "--resume")
-    assert steps[0] == at
+    assert steps[0] == (at if every == "1" else (at[0], 0))
     assert_same_run(whole, tmp_path / "run")
 
 
@@ -101,19 +103,19 @@ def wait_until(condition, process, seconds=120):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_after_the_step_and_ends_with_its_code(number, whole_runs, tmp_path, monkeypatch):
+def test_a_signal_saves_after_the_step_and_ends_with_its_code(whole_runs, tmp_path):
     """The default handlers (nothing saved, or a traceback), or a checkpoint from which the run ends elsewhere."""
     module, flags, _ = whole_runs["student"]
     flags = [*flags, "--epochs", "300", "--drw-epoch", "200", "--eval-every", "1000"]
-    process = start(module, flags, tmp_path / "run")
-    wait_until(lambda: (tmp_path / "run" / "last.pt").exists(), process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert "--resume goes on from there" in out and err.count("\n") == 1 and "saving after this step" in err
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert 0 < state["epoch"] < 299 and not (tmp_path / "run" / "result.json").exists()
+    runs = {number: tmp_path / str(int(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    for (number, run), process in [(item, start(module, flags, item[1])) for item in runs.items()]:
+        wait_until((run / "last.pt").exists, process)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, err
+        assert "--resume goes on from there" in out and err.count("\n") == 1 and "saving after this step" in err
+        state = torch.load(run / "last.pt", weights_only=True)
+        assert 0 < state["epoch"] < 299 and not (run / "result.json").exists()
 
 
 def test_a_second_signal_ends_a_run_at_once(monkeypatch):
@@ -180,7 +182,7 @@ def test_another_batch_by_force_begins_the_half_done_epoch_again(whole_runs, tmp
             script(module, patch, *flags)
     monkeypatch.setattr(engine, "seed_step", lambda *key: steps.append(key[1:3]) or seed_step(*key))
     script(module, monkeypatch, *flags, "--resume", "--force", "--batch", "64")
-    assert steps[0] == (1, 0) and "--batch 16 -> 64" in capsys.readouterr().out
+    assert steps[0] == (1, 0) and "--batch 32 -> 64" in capsys.readouterr().out
 
 
 def test_nothing_to_resume_is_said(whole_runs, tmp_path, monkeypatch, capsys):
@@ -244,18 +246,23 @@ def test_changed_settings_are_refused_with_their_list_unless_forced(whole_runs, 
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("limit", [1_000, 100_000, 1_000_000])
-def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_intact(limit, tmp_path):
+def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_intact(tmp_path):
     """torch.save turns what the system says into a RuntimeError of many lines; half a file must not replace a whole one."""
     path = tmp_path / "last.pt"
     run_folder.save_checkpoint(path, model={"w": torch.zeros(1000)}, config={})
     before = path.read_bytes()
-    code = (f"import resource, torch, engine, run_folder;"
-            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"                            # a full disk
-            f"engine.run_main(lambda: run_folder.save_checkpoint('{path}', '{path}.old', model=dict(w=torch.zeros(10 ** 6))))")
+    code = f"""
+import resource, torch, engine, run_folder
+for limit in (1_000, 100_000, 1_000_000):                                 # bytes of the file at which the disk is full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, 1_000_000))
+    try:
+        engine.run_main(lambda: run_folder.save_checkpoint({str(path)!r}, "old", model=dict(w=torch.zeros(10 ** 6))))
+    except SystemExit as stopped:
+        print(stopped.code)
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(f"error: cannot write {path}") and "intact" in done.stderr
+    assert done.stdout.split() == ["2"] * 3 and len(lines := done.stderr.splitlines()) == 3, done.stderr
+    assert all(line.startswith(f"error: cannot write {path}") and "intact" in line for line in lines)
     assert path.read_bytes() == before and [f.name for f in tmp_path.iterdir()] == ["last.pt"]
 
 

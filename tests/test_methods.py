@@ -1,4 +1,5 @@
 """The methods and the distillation modes, each from end to end on the built-in shapes: what it learns from and leaves alone."""
+import argparse
 import json
 import math
 import subprocess
@@ -17,6 +18,7 @@ import train_student
 import train_teacher
 from conftest import ROOT, script
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SMALL = "--dataset shapes --imb 10 --epochs 2 --drw-epoch 1 --batch 32 --lr 0.001 --eval-every 2".split()
 
 
@@ -25,8 +27,7 @@ def few_shapes(monkeypatch, tmp_path):
     """20 to 2 training images a class, 2 to test on; teachers of one epoch; runs/ in a folder of the test's own."""
     monkeypatch.setattr(data_lt, "SHAPES_MAX", 20), monkeypatch.setattr(data_lt, "SHAPES_TEST", 2)
     for recipes in (train_teacher.RECIPES, train_teacher.STRONG_RECIPES):
-        monkeypatch.setitem(recipes["cpu"], "shapes", recipes["cpu"]["shapes"] | dict(epochs=1, warmup_epochs=0))
-    monkeypatch.setattr(train_student, "draw_summary", lambda folder: None)               # drawn in test_scripts.py
+        monkeypatch.setitem(recipes["cpu"], "shapes", recipes["cpu"]["shapes"] | dict(epochs=1, warmup_epochs=0, img_size=16))
     monkeypatch.chdir(tmp_path)
 
 
@@ -287,6 +288,18 @@ def test_own_teachers_are_found_by_their_radius():
     own = train_student.resolve(args, engine.Runtime(torch.device("cpu")))
     assert own.rho == 0 and own.out == args.teacher == "runs/teacher_shapes_imb10_cpu_rho0.0_s0"
     assert args.out.endswith("_teacherrho0.0_s0")
+
+
+def test_sams_radius_follows_its_schedule(monkeypatch):
+    """The published one of the large sets; a late SAM that climbs early (at rho 0, for twice the time) or never."""
+    rho = lambda name, epoch: train_teacher.radius(argparse.Namespace(rho=0.5, rho_schedule=name, epochs=90), epoch)
+    assert [rho("step", epoch) for epoch in (0, 4, 5, 59, 60, 89)] == pytest.approx([0.05, 0.05, 0.1, 0.1, 0.5, 0.5])
+    assert [rho("late", epoch) for epoch in (0, 59, 60, 89)] == [0, 0, 0.5, 0.5] and rho("constant", 0) == 0.5
+    climbs, first_step = [], train_teacher.SAM.first_step
+    monkeypatch.setattr(train_teacher.SAM, "first_step", lambda sam: climbs.append(sam.rho) or first_step(sam))
+    flags = "--dataset shapes --imb 10 --epochs 3 --drw-epoch 2 --rho-schedule late --out late".split()
+    script(train_teacher, monkeypatch, *flags)
+    assert climbs == [0.05] * 3                                           # steps of the last epoch's 78 images
 
 
 @pytest.mark.parametrize("flags, words", [

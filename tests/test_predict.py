@@ -20,18 +20,16 @@ import train_student
 import train_teacher
 from conftest import script
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 
 @pytest.fixture(scope="module")
-def runs(tiny_cifar, tmp_path_factory):
+def runs(tiny_cifar, learned_by_heart, tmp_path_factory):
     """{"teacher", "student": run folder}; the student knows tiny_cifar well."""
     folder = tmp_path_factory.mktemp("predict")
     with pytest.MonkeyPatch.context() as patch:
         script(train_teacher, patch, "--data-dir", tiny_cifar, "--imb", 1, "--epochs", 1, "--out", folder / "teacher")
-        script(train_student, patch, "--data-dir", tiny_cifar, "--imb", 1, "--method", "vit", "--model", "micro",
-               "--epochs", 12, "--drw-epoch", 0, "--lr", "2e-3", "--batch", 24, "--eval-every", 12,
-               "--policy", "none", "--erasing", 0,
-               "--out", folder / "student")
-    return {name: folder / name for name in ("teacher", "student")}
+    return {"teacher": folder / "teacher", "student": learned_by_heart}
 
 
 def test_predictions_of_files_folders_and_patterns(runs, tiny_cifar, tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ def without_batchnorm(net):                                               # its 
 
 new_network = train_teacher.new_network
 train_teacher.new_network = lambda *given: without_batchnorm(new_network(*given))
-train_teacher.views = lambda images, args: (augment.to_float(images), None)
+train_teacher.views = lambda images, args: (augment.resize(augment.to_float(images), args.img_size), None)
 train_student.strong_augment = lambda images, args: augment.to_float(images)
 """
 
@@ -53,17 +53,17 @@ def log(folder):
 
 
 @pytest.mark.parametrize("module, flags", [
-    ("train_teacher", "--loss ce --epochs 2 --drw-epoch 2 --eval-every 2 --rho 0.05 --lr 0.02"),
+    ("train_teacher", "--img-size 16 --loss ce --epochs 2 --drw-epoch 2 --eval-every 2 --rho 0.05 --lr 0.02"),
     ("train_student", "--method vit --model micro --patch-size 8 --epochs 3 --drw-epoch 3 --eval-every 3 --micro-batch 8 "
                       "--mixup 0 --cutmix 0 --ema 0.9")])
 def test_two_processes_give_the_losses_of_one(module, flags, tiny_cifar, tmp_path):
     """Gradients summed instead of averaged, an accumulation that synchronises too early, SAM climbing on a part's gradient,
     a sampler that repeats images: all would change the losses. Without what is random, or of a part (BatchNorm)."""
-    runs = {}
-    for processes in (1, 2):
-        process = begin(processes, tmp_path / str(processes), module, NOTHING_RANDOM, *flags.split(), "--data-dir", tiny_cifar)
-        _, err = process.communicate(timeout=200)
-        assert process.returncode == 0, err
+    runs, flags = {}, [*flags.split(), "--data-dir", tiny_cifar]
+    jobs = {processes: begin(processes, tmp_path / str(processes), module, NOTHING_RANDOM, *flags) for processes in (1, 2)}
+    for processes, job in jobs.items():
+        _, err = job.communicate(timeout=200)
+        assert job.returncode == 0, err
         weights = torch.load(tmp_path / str(processes) / "run" / "last.pt", weights_only=True)
         runs[processes] = [r["loss"] for r in log(tmp_path / str(processes))], weights
     assert runs[1][0] == pytest.approx(runs[2][0], rel=2e-3) and runs[1][0][0] != pytest.approx(runs[1][0][1], rel=1e-2)
@@ -78,7 +78,8 @@ def children(pid):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds torchrun's workers under /proc")
 def test_a_process_that_dies_ends_the_job_with_a_message(tiny_cifar, tmp_path):
     """The others would wait for it for half an hour; the checkpoint stays."""
-    job = begin(2, tmp_path, "train_teacher", "", "--epochs", 500, "--save-every", 1, "--data-dir", tiny_cifar)
+    job = begin(2, tmp_path, "train_teacher", "", "--img-size", 16, "--epochs", 500, "--save-every", 1, "--data-dir",
+                tiny_cifar)
     end = time.time() + 120
     while not (tmp_path / "run" / "last.pt").exists():
         assert time.time() < end and job.poll() is None, job.communicate()
