@@ -291,7 +291,8 @@ class Guard:
     """
     LIMIT, GROWTH = 10, 2000                                              # bad steps in a row; good steps until a larger scale
 
-    def __init__(self, net, optimizer, rt):
+    def __init__(self, net, optimizer, rt, *others):
+        """others: tensors outside the network that a step moves."""
         if not optimizer.defaults.get("fused"):
             raise ValueError("only fused optimizers can leave a step out without a wait for the device")
         number = lambda value: torch.full((), value, device=rt.device)
@@ -300,7 +301,7 @@ class Guard:
                        "skipped": number(0)}
         self.optimizer, self.params = optimizer, [p for group in optimizer.param_groups for p in group["params"]]
         trained = set(map(id, self.params))                               # the rest: BatchNorm, PaCo's queue and key encoder
-        self.buffers = [t for t in net.state_dict(keep_vars=True).values() if id(t) not in trained]
+        self.buffers = [*(t for t in net.state_dict(keep_vars=True).values() if id(t) not in trained), *others]
         optimizer.found_inf = self.bad
 
     def begin(self):

@@ -402,9 +402,9 @@ def train(args, data, teacher, rt, run):
     if args.finetune and not run.resumed:
         load_resized(net, args, data)
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
-    guard = engine.Guard(net, optimizer, rt)
-    ema = engine.EMA(net, args.ema) if args.ema > 0 else None
     objective = Objective(teacher, data, args, rt)
+    guard = engine.Guard(net, optimizer, rt, objective.said)
+    ema = engine.EMA(net, args.ema) if args.ema > 0 else None
 
     def load(state):
         objective.said.copy_(state.get("said", objective.said))
@@ -439,7 +439,6 @@ def train(args, data, teacher, rt, run):
             engine.seed_step(args.seed, epoch, step, rt.rank)
             engine.set_lr(optimizer, engine.cosine_lr(epoch + step / steps, args.epochs, args.lr, args.warmup_epochs))
             guard.begin()
-            said_before = objective.said.clone()
             seen = torch.zeros_like(sums)                                         # this step's
             seen[-1] = 1
             parts = -(-len(labels) // args.micro_batch)                           # micro-batches: their gradients add up
@@ -458,7 +457,6 @@ def train(args, data, teacher, rt, run):
             optimizer.step()                                                      # nothing, where a number is not finite
             optimizer.zero_grad()
             guard.end()
-            torch.where(guard.bad > 0, said_before, objective.said, out=objective.said)
             sums += guard.unless_bad(seen)
             if ema:
                 ema.update(net, guard.bad)
