@@ -324,13 +324,17 @@ def test_300_torn_checkpoints_are_refused_or_whole(whole_runs, tmp_path):
     assert refused > 250
 
 
+LONGER = {"teacher": ["--img-size", "32", "--batch", "16"], "paco": ["--img-size", "32", "--batch", "16"],
+          "student": ["--batch", "16", "--micro-batch", "8"]}             # so that a kill or a signal comes before the end
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["teacher", "paco", "student"])
 def test_killed_at_20_random_moments(kind, whole_runs, tmp_path):
     """kill -9 while starting, training, evaluating or writing: every restart goes on, to the undisturbed run's end."""
     module, flags, _ = whole_runs[kind]
     epochs = {"teacher": 80, "paco": 40, "student": 200}[kind]              # enough for 20 kills
-    flags = [*flags, "--epochs", str(epochs), *([] if kind == "paco" else ["--drw-epoch", "20"])]
+    flags = [*flags, *LONGER[kind], "--epochs", str(epochs), *([] if kind == "paco" else ["--drw-epoch", "20"])]
     undisturbed = start(module, flags, tmp_path / "whole")
     assert undisturbed.wait(600) == 0
     draw, kills, killed_at = random.Random(0), 0, []
@@ -356,7 +360,8 @@ def test_two_processes_stopped_by_a_signal_to_torchrun_go_on_as_if_nothing_had_b
     """A process that ends before the other has saved; sums of one process taken for both's; buffers that differ."""
     module, flags, _ = whole_runs["teacher"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
-               "--rdzv-endpoint=localhost:0", ROOT / f"{module.__name__}.py", *flags, "--epochs", "30", "--drw-epoch", "20"]
+               "--rdzv-endpoint=localhost:0", ROOT / f"{module.__name__}.py", *flags, *LONGER["teacher"], "--epochs", "30",
+               "--drw-epoch", "20"]
 
     def begin(folder, *more):
         return subprocess.Popen(list(map(str, [*command, "--out", folder, *more])), cwd=ROOT, stderr=subprocess.PIPE, text=True,
