@@ -19,10 +19,10 @@ r"""Look inside a trained network: the paper's figures, from a run folder or a p
     python analyze.py runs       RUN ...         a line of markdown for each finished run: accuracies, seed, time, command
     python analyze.py augment    RUN             what the student trains on, with the teacher's labels           Figure 2
 
-RUN, TEACHER: run folder or checkpoint file; `...`: several make one picture. diversity, imbalance, curves, runs need no
-checkpoint. Each prints a table (runs: no more) and writes a PNG of its name (heads: none) and, with its numbers, a CSV (rank:
-JSON) beside it, into the first run's folder or beside the file, unless --out says where. What is measured is in quantities.py,
-how it is drawn in figures.py, which needs matplotlib.
+RUN, TEACHER: run folder or checkpoint file, or several teachers as one, joined by commas; `...`: several make one picture.
+diversity, imbalance, curves, runs need no checkpoint. Each prints a table (runs: no more) and writes a PNG of its name (heads:
+none) and, with its numbers, a CSV (rank: JSON) beside it, into the first run's folder or beside the file, unless --out says
+where. What is measured is in quantities.py, how it is drawn in figures.py, which needs matplotlib.
 """
 import argparse
 import csv
@@ -54,10 +54,14 @@ from networks import NORMALISATIONS, load_network, match_classes
 def load(path, rt, options=None):
     """Run folder or checkpoint -> (Network in evaluation mode on the device, its settings, its data).
 
-    A file from elsewhere has no settings: the data are what `options` (command line) say, CIFAR by default, and test images are
-    resized and cropped as usual for its size. Raises UserError for a file that is not understood or does not fit the data.
+    Several teachers joined by commas are one (train_teacher.Committee), with the settings of the first. A file from elsewhere
+    has no settings: the data are what `options` (command line) say, CIFAR by default, and test images are resized and cropped
+    as usual for its size. Raises UserError for a file that is not understood or does not fit the data.
     """
-    found = load_network(path, getattr(options, "norm", None), getattr(options, "size", None))
+    files, own = train_teacher.members(path), (getattr(options, "norm", None), getattr(options, "size", None))
+    if len(files) > 1 and not options.out:
+        raise engine.UserError(f"{path}: of several, say where the output goes by --out")
+    found = load_network(files[0], *own)
     if not found.config and not getattr(options, "dataset", None) and found.num_classes not in (10, 100):
         raise engine.UserError(f"{path} knows {found.num_classes} classes, neither CIFAR's 10 nor 100: name its --dataset")
     dataset = "cifar100" if found.num_classes == 100 else "cifar10"
@@ -69,7 +73,10 @@ def load(path, rt, options=None):
     sizes = (args.img_size, getattr(args, "eval_crop", 1)) if args.dataset in ("folder", *data_lt.LISTS) else ()
     loaded, key = getattr(options, "loaded", {}), (*(getattr(args, key) for key in DATA_FLAGS), *sizes)
     data = loaded[key] = loaded.get(key) or engine.load_data(args, rt)    # several runs on the same data read them once
-    match_classes(found, data, path)
+    if len(files) > 1:
+        found.net, found.what = train_teacher.load_teacher(path, data, rt, *own)
+    else:
+        match_classes(found, data, path)
     if found.data and found.data != data.fingerprint and not given:
         print(f"{path}: its images have changed since it was trained; some that are tested may have been trained on",
               file=sys.stderr)
@@ -113,7 +120,7 @@ def labels(options):
     """What the runs are called in a picture: --labels, or what sets their names apart; nothing if there is only one."""
     if options.labels:
         return options.labels
-    names = [figures.name_of(path) for path in options.runs]
+    names = [train_teacher.name_of(path) for path in options.runs]
     if len(names) == 1:
         return [""]
     common = set.intersection(*(set(name.split("_")) for name in names))
@@ -180,8 +187,8 @@ def command_runs(options, rt):
             continue
         r = figures.read_json(path, "result.json")
         accuracies = ["-" if math.isnan(r["avg"][c]) else f"{r['avg'][c]:.1f}" for c in engine.COLUMNS]
-        print("|", " | ".join([f"`{figures.name_of(path)}`", f"{r['dataset']}, imb {r['imb']:g}", *accuracies, str(r["epochs"]),
-                               str(r["seed"]), f"{r['seconds'] / 60:.0f}", r["hardware"], r.get("date", ""),
+        print("|", " | ".join([f"`{train_teacher.name_of(path)}`", f"{r['dataset']}, imb {r['imb']:g}", *accuracies,
+                               str(r["epochs"]), str(r["seed"]), f"{r['seconds'] / 60:.0f}", r["hardware"], r.get("date", ""),
                                f"`{r['command']}`"]), "|")
 
 
@@ -243,7 +250,7 @@ def command_eval(options, rt):
     print(write(out, as_csv(class_rows(results, data))))
     K = data.num_classes
     confusion = torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
-    picture = figures.as_png(figures.confusion_figure(confusion, data, f"{figures.name_of(path)} on {data.label}"))
+    picture = figures.as_png(figures.confusion_figure(confusion, data, f"{train_teacher.name_of(path)} on {data.label}"))
     stem = os.path.splitext(out)[0]
     print(write(stem.removesuffix("per_class") + "_" * (not stem.endswith("per_class")) + "confusion.png", picture))
 
@@ -328,7 +335,7 @@ def command_report(options, rt):
     settings = [{"setting": key, "value": str(value)} for key, value in sorted(found.config.items())]
     sections += [report.Section("Settings", "", settings)] if settings else []
     sections += [report.Section("Left out", "What does not apply to this file.", left_out)] if left_out else []
-    page = report.page(figures.name_of(path), f"{found.what}; on {engine.describe(data, args)}.", sections)
+    page = report.page(train_teacher.name_of(path), f"{found.what}; on {engine.describe(data, args)}.", sections)
     print(write(options.out or beside(path, "report.html"), page))
 
 

@@ -57,11 +57,11 @@ class Log:
     @property
     def name(self):
         """What it is called in tables."""
-        return self.label or name_of(self.path)
+        return self.label or train_teacher.name_of(self.path)
 
     @property
     def source(self):
-        return f"{self.label}: {name_of(self.path)}".removeprefix(": ")
+        return f"{self.label}: {train_teacher.name_of(self.path)}".removeprefix(": ")
 
     @property
     def on(self):
@@ -80,10 +80,6 @@ class Subject(Log):
     @property
     def on(self):
         return engine.describe(self.data, self.args)
-
-
-def name_of(path):
-    return os.path.basename(os.path.normpath(path))
 
 
 def read_json(folder, name):
@@ -583,12 +579,12 @@ def confusion_figure(confusion, data, title):
         for truth in range(K):
             for predicted in range(K):
                 value = float(share[truth, predicted])
-                if value >= 0.5:
-                    axis.text(predicted, truth, f"{value:.0f}", ha="center", va="center", fontsize=8,
+                if (text := f"{value:.0f}") != "0":
+                    axis.text(predicted, truth, text, ha="center", va="center", fontsize=8,
                               color="black" if value > 60 else "white")
     axis.set_xlabel("predicted class, most to least common")
     axis.set_ylabel("true class, most to least common")
-    axis.set_title(title, fontsize=10)
+    axis.set_title(textwrap.fill(title, 80), fontsize=10)
     return figure
 
 
@@ -672,8 +668,8 @@ def imbalance(subjects, options, rt):
     """
     results = [read_json(s.path, "result.json") for s in subjects]
     names = options.labels or [f"{r['method']} {r['model']}" for r in results]
-    rows = [{"series": name, "run": name_of(s.path), "imbalance": r["imb"], "seed": r["seed"], "overall %": r["avg"]["overall"],
-             "tail %": r["avg"]["tail"]} for name, s, r in zip(names, subjects, results)]
+    rows = [{"series": name, "run": train_teacher.name_of(s.path), "imbalance": r["imb"], "seed": r["seed"],
+             "overall %": r["avg"]["overall"], "tail %": r["avg"]["tail"]} for name, s, r in zip(names, subjects, results)]
     rows.sort(key=lambda row: row["imbalance"])
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     table = []

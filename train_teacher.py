@@ -145,8 +145,10 @@ def resolve(args, rt):
     row, changed = engine.resolve_recipe(args, PACO_RECIPES if paco else STRONG_RECIPES if strong else RECIPES, rt)
     unused = {"max_margin"} if args.loss != "ldam" else set()
     unused |= {"decay"} if args.schedule == "cosine" else set()
+    unused |= {"rho_schedule"} if args.rho == 0 else set()
     if idle := [engine.flag(key) for key in sorted(given) if key not in row or key in unused]:
-        raise engine.UserError(f"{', '.join(idle)} has no meaning with --loss {args.loss} --schedule {args.schedule}")
+        raise engine.UserError(f"{', '.join(idle)} has no meaning with --loss {args.loss} --schedule {args.schedule} "
+                               f"--rho {args.rho:g}")
     engine.check_choices(args, loss=LOSSES, schedule=("step", "cosine"), rho_schedule=("constant", "step", "late"),
                          augment=("weak", "padded", "resized", "loader"), norm=NORMALISATIONS)
     if strong and args.beta > 0:
@@ -215,7 +217,9 @@ def load_teacher(path, data, rt, norm=None, size=None):
     if len(sizes := {one.net.img_size for one in found}) > 1:
         raise engine.UserError(f"--teacher {path}: one --teacher-size for all, not {sorted(sizes)} px")
     net = found[0].net if len(found) == 1 else Committee([one.net for one in found]).eval()
-    return net.to(rt.device, memory_format=torch.channels_last), ", and ".join(one.what for one in found)
+    several = f"the mean of {len(found)}, " if len(found) > 1 else ""
+    what = several + ", and ".join(dict.fromkeys(one.what for one in found))               # each kind once
+    return net.to(rt.device, memory_format=torch.channels_last), what
 
 
 def learning_rate(args, t):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ablate
+import analyze
 import augment
 import data_lt
 import engine
@@ -97,10 +98,10 @@ def test_several_teachers_say_the_mean_of_their_probabilities(tmp_path, monkeypa
         torch.save({"model": net.state_dict(), "class_names": [data.class_names[k] for k in own],
                     "config": dict(arch="resnet32", loss="ce"), "counts": data.counts}, files[-1])
         expected[:, own] += net(images).double().softmax(dim=1).detach() / 3
-    teacher, what = train_teacher.load_teacher(",".join(files), data, engine.setup("cpu"))
-    torch.testing.assert_close(teacher(images).double().exp(), expected, rtol=1e-3, atol=1e-4)
-    teacher_mean = teacher.nets[1].mean
-    assert what.count("resnet32") == 3 and not any(p.requires_grad for p in teacher.parameters())
+    committee, what = train_teacher.load_teacher(",".join(files), data, engine.setup("cpu"))
+    torch.testing.assert_close(committee(images).double().exp(), expected, rtol=1e-3, atol=1e-4)
+    assert what.startswith("the mean of 3") and what.count("resnet32") == 1
+    assert not any(p.requires_grad for p in committee.parameters())
 
     result, config, log, _ = trained(monkeypatch, tmp_path / "run", "--teacher", "0.pth,1.pth", "--out", "run")
     assert config["teacher"] == "0.pth,1.pth" and config["name"].endswith("_by_0.pth+1.pth_s0") and "dist" in result
@@ -114,7 +115,16 @@ def test_several_teachers_say_the_mean_of_their_probabilities(tmp_path, monkeypa
         train_teacher.load_teacher("0.pth,40.pth", data, engine.setup("cpu"))
     alike, _ = train_teacher.load_teacher("0.pth,40.pth", data, engine.setup("cpu"), norm="imagenet", size=32)
     assert all(net.img_size == 32 and torch.equal(net.mean, alike.nets[0].mean) for net in alike.nets)
-    assert not torch.equal(alike.nets[1].mean, teacher_mean)
+    assert not torch.equal(alike.nets[1].mean, committee.nets[1].mean)
+
+    flags = "eval", ",".join(files), "--dataset", "shapes", "--imb", 10
+    script(analyze, monkeypatch, *flags, "--out", "three.csv")
+    together, *alone = (f"confidence {100 * net(data.test_images / 255).softmax(dim=1).amax(dim=1).mean():.1f} %"
+                        for net in (committee, *committee.nets))
+    assert together in capsys.readouterr().out and together not in alone and Path("three.csv").exists()
+    with pytest.raises(SystemExit):                                                       # else "0.pth,1.pth,2_per_class.csv"
+        script(analyze, monkeypatch, *flags)
+    assert "--out" in capsys.readouterr().err
 
 
 def test_the_teacher_sees_what_it_is_said_to(tmp_path):
@@ -326,7 +336,7 @@ def test_settings_that_cannot_be_are_refused(flags, words, monkeypatch, capsys, 
 @pytest.mark.parametrize("flags, words", [
     ("--augment padded --loss ldam", "--loss ce"), ("--augment loader", "stay on disk"),
     ("--augment padded --beta 0.9", "no --beta"), ("--augment soft", "--augment is one of"),
-    ("--schedule slow", "--schedule is one of step, cosine")])
+    ("--schedule slow", "--schedule is one of step, cosine"), ("--rho 0 --rho-schedule late", "--rho-schedule has no meaning")])
 def test_teachers_that_cannot_be_are_refused(flags, words, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script(train_teacher, monkeypatch, "--dataset", "shapes", *flags.split())
