@@ -59,7 +59,7 @@ def load(path, rt, options=None):
     as usual for its size. Raises UserError for a file that is not understood or does not fit the data.
     """
     files, own = train_teacher.members(path), (getattr(options, "norm", None), getattr(options, "size", None))
-    if len(files) > 1 and not options.out:
+    if len(files) > 1 and not getattr(options, "out", None):
         raise engine.UserError(f"{path}: of several, say where the output goes by --out")
     found = load_network(files[0], *own)
     if not found.config and not getattr(options, "dataset", None) and found.num_classes not in (10, 100):

@@ -579,8 +579,8 @@ def confusion_figure(confusion, data, title):
         for truth in range(K):
             for predicted in range(K):
                 value = float(share[truth, predicted])
-                if (text := f"{value:.0f}") != "0":
-                    axis.text(predicted, truth, text, ha="center", va="center", fontsize=8,
+                if value > 0.5:                                           # not of a class without test images, NaN
+                    axis.text(predicted, truth, f"{value:.0f}", ha="center", va="center", fontsize=8,
                               color="black" if value > 60 else "white")
     axis.set_xlabel("predicted class, most to least common")
     axis.set_ylabel("true class, most to least common")
