@@ -19,10 +19,10 @@ r"""Look inside a trained network: the paper's figures, from a run folder or a p
     python analyze.py runs       RUN ...         a line of markdown for each finished run: accuracies, seed, time, command
     python analyze.py augment    RUN             what the student trains on, with the teacher's labels           Figure 2
 
-RUN, TEACHER: run folder or checkpoint file, or several teachers as one, joined by commas; `...`: several make one picture.
-diversity, imbalance, curves, runs need no checkpoint. Each prints a table (runs: no more) and writes a PNG of its name (heads:
-none) and, with its numbers, a CSV (rank: JSON) beside it, into the first run's folder or beside the file, unless --out says
-where. What is measured is in quantities.py, how it is drawn in figures.py, which needs matplotlib.
+RUN, TEACHER: run folder or checkpoint file; for eval, entropy and report also several teachers joined by commas, as one;
+`...`: several make one picture. diversity, imbalance, curves, runs need no checkpoint. Each prints a table (runs: no more) and
+writes a PNG of its name (heads: none) and, with its numbers, a CSV (rank: JSON) beside it, into the first run's folder or
+beside the file, unless --out says where. What is measured is in quantities.py, how it is drawn in figures.py, which needs matplotlib.
 """
 import argparse
 import csv
