@@ -22,7 +22,8 @@ r"""Look inside a trained network: the paper's figures, from a run folder or a p
 RUN, TEACHER: run folder or checkpoint file; for eval, entropy and report also several teachers joined by commas, as one;
 `...`: several make one picture. diversity, imbalance, curves, runs need no checkpoint. Each prints a table (runs: no more) and
 writes a PNG of its name (heads: none) and, with its numbers, a CSV (rank: JSON) beside it, into the first run's folder or
-beside the file, unless --out says where. What is measured is in quantities.py, how it is drawn in figures.py, which needs matplotlib.
+beside the file, unless --out says where. What is measured is in quantities.py, how it is drawn in figures.py, which needs
+matplotlib.
 """
 import argparse
 import csv
