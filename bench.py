@@ -77,9 +77,10 @@ def print_rates(title, times, images, baseline=None):
 
 
 def matmul_peak(rt):
-    """FLOP/s of a 2048 x 2048 matrix product in the type the networks train in, the best of 9."""
-    a, b = (torch.randn(2048, 2048, device=rt.device, dtype=rt.amp or torch.float32) for _ in range(2))
-    return 2 * 2048 ** 3 / min(rounds({"": lambda: a @ b}, 9, rt)[""])
+    """FLOP/s of a large matrix product in the type the networks train in, the best of 9."""
+    n = 8192 if rt.device.type == "cuda" else 2048                        # a smaller one is over before a GPU is at full speed
+    a, b = (torch.randn(n, n, device=rt.device, dtype=rt.amp or torch.float32) for _ in range(2))
+    return 2 * n ** 3 / min(rounds({"": lambda: a @ b}, 9, rt)[""])
 
 
 def forward_flops(net, x):

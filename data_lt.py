@@ -264,9 +264,9 @@ class LongTailData:
     def batches(self, steps, key):
         """(step, index (b,)) in -> (step, images (b,3,H,W), labels (b,)) out, on the device.
 
-        Of images on disk, random boxes that follow from (*key, step); of those in memory, the images as they are.
+        Of LISTS random boxes that follow from (*key, step); else the images as they are, in memory or on disk.
         """
-        streamed = isinstance(self.train_images, Stream)
+        streamed, key = isinstance(self.train_images, Stream), key if self.name in LISTS else None
         for step, index, *images in (self.train_images.batches(steps, key) if streamed else steps):
             index = index.to(self.train_labels.device, non_blocking=True)
             yield step, images[0] if streamed else self.train_images[index], self.train_labels[index]
@@ -398,12 +398,13 @@ LIST_NAMES = {"imagenet_lt": ("ImageNet_LT_train.txt", "ImageNet_LT_test.txt"),
 
 
 def load_data(dataset, imb=None, kind="exp", data_dir="data", size=32, test_size=None, holdout=None, lists=(None, None),
-              skip_bad=False, say=print):
+              skip_bad=False, say=print, room=None):
     """Load one of DATASETS -> LongTailData on the CPU.
 
     imb: n_max / n_min, default 100 for CIFAR and shapes, and for "folder" what it is. data_dir: for CIFAR torchvision's folder
     (downloaded into if empty) or one with train/<class>/* and test/<class>/*; for "folder" see own_folder, for the large sets
     listed_set. size, test_size: side of the squares that "folder" and the large sets are cut to, for training and for tests.
+    room: bytes that all images of a "folder" may take, or they stay on disk, as the large sets' do (default: memory()'s 40 %).
     Bad files are refused together, before anything else is done with them, or with skip_bad left out and said by say(text).
     Raises DataError with a text that says what to do.
     """
@@ -429,8 +430,9 @@ def load_data(dataset, imb=None, kind="exp", data_dir="data", size=32, test_size
     both, problems = [], train.problems + test.problems
     if others := ", ".join(f"{n} {ending}" for ending, n in sorted((train.passed_over + test.passed_over).items())):
         say(f"Passed over, not taken for images: {others}")
+    needed = 3 * (len(train) * size ** 2 + len(test) * (test_size or size) ** 2)
     for files, side in ((train, size), (test, test_size or size)):
-        if dataset in LISTS or len(files) * 3 * side ** 2 > 0.4 * memory():
+        if dataset in LISTS or needed > (0.4 * memory() if room is None else room):
             good, bad = check(files, thorough=dataset not in LISTS)
             images = Stream(files.keep(good), side)
         else:
@@ -442,11 +444,16 @@ def load_data(dataset, imb=None, kind="exp", data_dir="data", size=32, test_size
 
 
 def memory():
-    """Bytes of the machine's memory; where that cannot be asked, 16 GiB."""
+    """Bytes of memory of this machine, or of the container that this is; where that cannot be asked, 16 GiB."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
-        return 2 ** 34
+        machine = 2 ** 34
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit:
+            return min(machine, int(limit.read()))
+    except (ValueError, OSError):                                         # "max", or no such file
+        return machine
 
 
 def in_order(dataset, label, train, test, class_names, fingerprint=""):

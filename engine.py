@@ -61,11 +61,12 @@ def run_main(main):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if grouped := dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    grouped = dist.is_available() and dist.is_initialized()
     try:
         if code:
             sys.exit(code)                                                # wandb listens to it
+        if grouped:
+            dist.destroy_process_group()                                  # where all is well: NCCL's may wait for the others
     finally:
         if grouped:
             leave(code or 0)
@@ -218,8 +219,8 @@ def gather(tensor, rt):
     """Rows of all processes (n_r, ...) -> (sum of n_r, ...), in the order of ranks; the n_r may differ."""
     if rt.world == 1:
         return tensor
-    sizes = [torch.zeros((), dtype=torch.long, device=rt.device) for _ in range(rt.world)]
-    dist.all_gather(sizes, torch.tensor(len(tensor), device=rt.device))
+    sizes = [torch.zeros((), dtype=torch.long) for _ in range(rt.world)]
+    dist.all_gather(sizes, torch.tensor(len(tensor)))                     # on the CPU, by gloo: waits for no GPU
     sizes = [int(n) for n in sizes]
     padded = torch.cat([tensor, tensor.new_zeros(max(sizes) - len(tensor), *tensor.shape[1:])])
     parts = [torch.empty_like(padded) for _ in range(rt.world)]
@@ -368,19 +369,19 @@ def evaluate(predict, images, labels, groups, rt, batch=500):
     """
     K = sum(map(len, groups.values()))
     mine = torch.arange(len(labels), device=labels.device)[rt.rank::rt.world]
-    confusion = {}                                                        # head -> (K,K), rows truth, columns prediction
+    right = {}                                                            # head -> (K,) images of each class that it knows
     for index in mine.split(batch):
         with rt.autocast():
             heads = predict(augment.to_float(images[index]))
         for head, logits in heads.items():
-            pair = labels[index] * K + logits.argmax(dim=1)
-            confusion[head] = confusion.get(head, 0) + torch.bincount(pair, minlength=K * K)
-    return {head: accuracies(all_sum(c, rt).view(K, K).cpu(), groups) for head, c in confusion.items()}
+            known = (logits.argmax(dim=1) == labels[index]).double()
+            right[head] = right.get(head, 0) + torch.bincount(labels[index], known, minlength=K)
+    total = torch.bincount(labels, minlength=K).cpu()
+    return {head: accuracies(all_sum(correct, rt).cpu(), total, groups) for head, correct in right.items()}
 
 
-def accuracies(confusion, groups):
-    """Confusion matrix (K,K), rows truth -> overall, group and per-class accuracies in percent."""
-    correct, total = confusion.diagonal().double(), confusion.sum(dim=1).double()
+def accuracies(correct, total, groups):
+    """Test images of each class, those known (K,) and all (K,) -> overall, group and per-class accuracies in percent."""
     recall = 100 * correct / total                                        # NaN for a class without test images
     out = {"overall": float(100 * correct.sum() / total.sum())}
     out |= {name: float(recall[classes].nanmean()) for name, classes in groups.items()}
@@ -525,6 +526,12 @@ def data_name(args):
     return name + (f"_holdout{args.holdout:g}" if args.holdout and args.dataset != "folder" else "")
 
 
+def room(rt):
+    """Bytes that a data set may take: 40 % of this process's share of the memory; on a GPU, no more of what is free there."""
+    share = data_lt.memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0.4 * min(share, torch.cuda.mem_get_info(rt.device)[0] if rt.device.type == "cuda" else share)
+
+
 def load_data(args, rt):
     """The data set of these settings on this process's device; the main process loads first, so a download happens once."""
     if not rt.main:
@@ -532,7 +539,7 @@ def load_data(args, rt):
     try:
         data = data_lt.load_data(args.dataset, args.imb, args.imb_type, args.data_dir, args.img_size,
                                  round(args.img_size / getattr(args, "eval_crop", 1.0)), args.holdout,
-                                 (args.train_list, args.test_list), args.skip_bad, rt.print)
+                                 (args.train_list, args.test_list), args.skip_bad, rt.print, room(rt))
     finally:
         if rt.main:
             wait_for_all(rt)

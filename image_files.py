@@ -362,15 +362,16 @@ class Stream:
             reader.result()
         return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
 
-    def batches(self, steps, key, ahead=4):
+    def batches(self, steps, key=None, ahead=4):
         """(step, index (b,)) in, (step, index, images (b,3,size,size)) out: random boxes, mirrored or not, decoded ahead.
 
-        The boxes of a step follow from (*key, step) alone; a generator of this kind holds up to `ahead` decoded batches.
+        The boxes of a step follow from (*key, step) alone; without a key they are the central squares. A generator of this
+        kind holds up to `ahead` decoded batches.
         """
         waiting = deque()
         for step, index in steps:
-            rng = np.random.default_rng([*key, step])
-            draws = [(i, random_box(rng), rng.random() < 0.5) for i in index.tolist()]
+            rng = np.random.default_rng([*(key or ()), step])
+            draws = [(i, random_box(rng), rng.random() < 0.5) if key else (i,) for i in index.tolist()]
             waiting.append((step, index, self.submit(draws)))
             if len(waiting) > ahead:
                 step, index, submitted = waiting.popleft()

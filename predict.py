@@ -18,6 +18,7 @@ from collections import Counter
 import torch
 from torch import nn
 
+import augment
 import engine
 import image_files
 import run_folder
@@ -77,8 +78,7 @@ def predict(found, names, rt, topk=5, batch=64):
             print(problem, file=sys.stderr)
         if not len(images):
             continue
-        x = images.to(rt.device).float() / 255
-        x = x[..., (d := (size - model.size) // 2):d + model.size, d:d + model.size]                  # (B,3,S,S)
+        x = augment.center_crop(augment.to_float(images.to(rt.device)), model.size)                   # (B,3,S,S)
         with rt.autocast():
             p = model(x).float().softmax(dim=1)
         for path, values, classes in zip((p for p, g in zip(paths[start:], good) if g), *p.topk(min(topk, p.shape[1]), dim=1)):

@@ -50,7 +50,8 @@ class ResNet(nn.Module):
     def forward(self, x, return_features=False):
         """Images (B,3,S,S) in [0, 1] -> logits (B,K); with return_features also the pooled features (B,d)."""
         features = self.forward_features((x - self.mean) / self.std)
-        logits = self.classifier(features)
+        with torch.autocast(x.device.type, enabled=False):                # equal bfloat16 logits would go to the commoner class
+            logits = self.classifier(features.to(self.classifier.weight.dtype))
         return (logits, features) if return_features else logits
 
 

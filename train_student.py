@@ -382,7 +382,7 @@ class Objective:
         hard, tau = y_t.ndim == 1, self.args.tau
         p = augment.smooth_one_hot(y_t, len(self.said)) if hard else (y_t.float() / tau).softmax(dim=1)              # (B,K)
         self.said.lerp_(engine.all_sum(p.mean(dim=0), self.rt) / self.rt.world, 0.01 * share)
-        return (1 if hard else tau) * self.said.clamp(min=1e-4).log()
+        return (1 if hard else tau) * self.said.clamp(min=1e-3 / len(self.said)).log()            # never said: not -inf
 
 
 def epoch_order(args, data, epoch):
@@ -424,6 +424,8 @@ def train(args, data, teacher, rt, run):
     model = engine.trainable(net, rt, args.compile)
     n = len(epoch_order(args, data, 0))                                           # images an epoch
     steps, results = data_lt.steps_per_epoch(n, args.batch), None
+    # Micro-batches of a step, whose gradients add up: as many in every process, for each of them may exchange `said`.
+    parts = min(-(-n // (steps * rt.world * args.micro_batch)), n // (steps * rt.world))
     bar = engine.progress_bar(rt, args.epochs * n, run.start_epoch * n + run.start_step * args.batch)
 
     for epoch in range(run.start_epoch, args.epochs):
@@ -441,7 +443,6 @@ def train(args, data, teacher, rt, run):
             guard.begin()
             seen = torch.zeros_like(sums)                                         # this step's
             seen[-1] = 1
-            parts = -(-len(labels) // args.micro_batch)                           # micro-batches: their gradients add up
             for i, (levels, target) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts))):
                 share = len(levels) / len(labels)
                 x = strong_augment(levels, args)                                  # (B,3,S,S) in [0,1]

@@ -38,6 +38,7 @@ LDAM_PAPER = dict(arch="resnet32", img_size=32, norm="cifar", augment="weak", lo
 LDAM_LARGE = LDAM_PAPER | dict(arch="resnet50", img_size=224, epochs=90, batch=256, lr=0.2, schedule="cosine", warmup_epochs=0,
                                rho=0.5, rho_schedule="step", drw_epoch=60, max_margin=0.3, norm="imagenet")
 LDAM_CPU = LDAM_PAPER | dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw_epoch=16, eval_every=4)
+LDAM_BEST = LDAM_CPU | dict(epochs=36, drw_epoch=24, rho_schedule="late")    # the work of cpu's 24: 24 plain ones, 12 of SAM
 RECIPES = {
     "paper": {"cifar10": LDAM_PAPER, "cifar100": LDAM_PAPER, "imagenet_lt": LDAM_LARGE,
               "inat18": LDAM_LARGE | dict(lr=0.1, weight_decay=1e-4, norm="inat"),
@@ -45,6 +46,7 @@ RECIPES = {
     "cpu": {"cifar10": LDAM_CPU, "cifar100": LDAM_CPU,
             "shapes": LDAM_CPU | dict(epochs=12, batch=32, lr=0.03, rho=0.05, drw_epoch=7, warmup_epochs=1, eval_every=2),
             "folder": lambda seen: own_folder_row(LDAM_CPU, seen, 24)},
+    "best": {"cifar10": LDAM_BEST, "cifar100": LDAM_BEST, "folder": lambda seen: own_folder_row(LDAM_BEST, seen, 36)},
 }
 
 
@@ -88,7 +90,7 @@ def strong(row):
     return row | dict(loss="ce", augment="padded", rho=0.0, epochs=2 * row["epochs"], beta=0.0)
 
 
-STRONG_RECIPES = {recipe: {dataset: strong(row) for dataset, row in rows.items()} for recipe, rows in RECIPES.items()}
+STRONG_RECIPES = {recipe: {dataset: strong(row) for dataset, row in RECIPES[recipe].items()} for recipe in ("paper", "cpu")}
 HELP = {
     "arch": "network: resnet32, resnet50, or the name of any classification network of torchvision",
     "img_size": "side of the images that the network gets, pixels",
@@ -138,11 +140,13 @@ def resolve(args, rt):
     """Fill the recipe's settings and the run folder's name; raises UserError for settings that cannot be."""
     paco, given = args.loss == "paco", {key for key in HELP if getattr(args, key) is not None}
     engine.resolve_data(args)
-    args.recipe = "cpu" if args.recipe == "best" else args.recipe         # the best student has the same teacher
     strong = args.augment not in (None, "weak")
     if strong and args.loss not in (None, "ce"):
         raise engine.UserError(f"--augment {args.augment} mixes images, and --loss {args.loss} needs one label: --loss ce")
-    row, changed = engine.resolve_recipe(args, PACO_RECIPES if paco else STRONG_RECIPES if strong else RECIPES, rt)
+    recipes = PACO_RECIPES if paco else STRONG_RECIPES if strong else RECIPES
+    if args.recipe == "best" and args.dataset not in recipes.get("best", ()):
+        args.recipe = "cpu"                                              # where the best student has no teacher of its own
+    row, changed = engine.resolve_recipe(args, recipes, rt)
     unused = {"max_margin"} if args.loss != "ldam" else set()
     unused |= {"decay"} if args.schedule == "cosine" else set()
     unused |= {"rho_schedule"} if args.rho == 0 else set()
@@ -375,7 +379,7 @@ def teacher_images(x, net):
 
 @torch.no_grad()
 def seen_by_student(net, data, rt, kinds=("clean", "strong", "mixed"), limit=20000, batch=64):
-    """A teacher on (up to `limit`) training images as its student asks about them (the paper's Table 1 and Figure 3).
+    """A teacher on (up to `limit`) training images as a student of the cpu recipe asks about them (Table 1 and Figure 3).
 
     kinds: "clean", "strong": cropped, RandAugmented, erased, and "mixed": those mixed, all at the data's own size. Returns
     {kind: (right (n,) bool, entropy (n,))}: is the arg max the label (of a mixed image: the one with the larger share), and

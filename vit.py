@@ -224,7 +224,9 @@ class VisionTransformer(nn.Module):
 
     def forward_heads(self, tokens):
         """Final tokens (B,T,D) -> (cls_logits, dist_logits), (B,K) each, equation (4)."""
-        return self.head(tokens[:, 0]), self.head_dist(tokens[:, 1]) if self.distilled else None
+        with torch.autocast(tokens.device.type, enabled=False):           # equal bfloat16 logits would go to the commoner class
+            tokens = tokens.to(self.head.weight.dtype)
+            return self.head(tokens[:, 0]), self.head_dist(tokens[:, 1]) if self.distilled else None
 
     def forward(self, x):
         tokens, _ = self.forward_features(x, keep=self.num_tokens)

@@ -39,6 +39,7 @@ def run(monkeypatch, tmp_path, tiny_cifar):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 ** 34, 2 ** 34))
 
     def run(module, *flags, device=GPU, amp=None, data=CIFAR):
         monkeypatch.setattr(engine, "setup", lambda *_: engine.Runtime(torch.device(device), amp=amp))

@@ -524,13 +524,28 @@ def test_finetuning_keeps_the_network(tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_too_large_for_memory_stays_on_disk(tmp_path, monkeypatch):
-    """The system's killer in place of an epoch."""
+    """The system's killer in place of an epoch; other images for the same command on a machine of less memory: the random
+    boxes of the large sets, which the recipes for folders would crop again."""
     a_folder(tmp_path)
     in_memory = load(tmp_path)
     monkeypatch.setattr(data_lt, "memory", lambda: 0)
     streamed = load(tmp_path)
     assert isinstance(streamed.train_images, image_files.Stream) and streamed.fingerprint == in_memory.fingerprint
     assert torch.equal(streamed.train_images[:4], in_memory.train_images[:4])
+    steps = list(enumerate(torch.arange(7).split(3)))
+    for (step, x, y), (number, levels, labels) in zip(*(data.batches(steps, (0, 1, 0)) for data in (in_memory, streamed)),
+                                                      strict=True):
+        assert step == number and torch.equal(x, levels) and torch.equal(y, labels)
+
+
+@pytest.mark.parametrize("device, processes, free, room", [("cpu", 1, 0, 400), ("cpu", 4, 0, 100), ("cuda", 1, 500, 200),
+                                                           ("cuda", 4, 500, 100)])
+def test_room_for_images_is_that_of_one_process_and_its_gpu(device, processes, free, room, monkeypatch):
+    """Eight processes that each fill two fifths of one machine; a GPU that is asked to hold what its machine can."""
+    monkeypatch.setattr(data_lt, "memory", lambda: 1000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
+    assert engine.room(engine.Runtime(torch.device(device))) == room
 
 
 def test_a_bad_folder_ends_before_anything_is_written(tmp_path, monkeypatch, capsys):

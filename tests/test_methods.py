@@ -259,6 +259,14 @@ def test_adjusted_losses_know_how_often_a_class_is_a_label(tmp_path, monkeypatch
     assert state["said"][7].item() == pytest.approx(said[-1], abs=1e-5) and state["said"].sum().item() == pytest.approx(1)
 
 
+def test_classes_among_thousands_are_adjusted_by_their_own_shares():
+    """A floor under the teacher's shares, against ln 0, that is above what a class of many has."""
+    K, cpu = 8142, engine.Runtime(torch.device("cpu"))
+    objective = argparse.Namespace(args=argparse.Namespace(tau=1.0), said=torch.full((K,), 1 / K), rt=cpu)
+    log_said = train_student.Objective.log_said(objective, torch.zeros(4).long(), 1)
+    assert log_said[1:].exp().tolist() == pytest.approx([0.99 / K] * (K - 1), rel=1e-4)
+
+
 def test_a_strong_teacher_sees_mixed_images(monkeypatch):
     """Hard labels, weak images, or DRW weights in what is to be DeiT's teacher; its twice as many epochs."""
     seen = []
@@ -273,7 +281,23 @@ def test_a_strong_teacher_sees_mixed_images(monkeypatch):
     assert row["epochs"] == 2 * plain["epochs"] and (row["rho"], row["beta"], row["loss"]) == (0, 0, "ce")
 
 
-def test_our_recipe_has_the_cpu_recipes_teacher():
+def test_our_recipes_teachers():
+    """A late teacher under cpu's name, or only for the recipe's LDAM; a paco or strong one trained again for another name."""
+    def own(*flags):
+        args = train_student.parse(["--recipe", "best", *flags])
+        return train_student.resolve(args, engine.Runtime(torch.device("cpu")))
+    for dataset in ("cifar10", "cifar100"):
+        late = own("--dataset", dataset)
+        assert late.out == f"runs/teacher_{dataset}_imb100_best_s0"
+        assert (late.epochs, late.drw_epoch, late.rho, late.rho_schedule) == (36, 24, 0.1, "late")
+    assert own("--dataset", "cifar10", "--teacher", "paco").out == "runs/teacher_paco_cifar10_imb100_cpu_s0"
+    folder = train_teacher.RECIPES["best"]["folder"](data_lt.Survey(images=12406, classes=10, side=32))
+    assert (folder["epochs"], folder["rho_schedule"]) == (36, "late")
+    strong = own("--dataset", "cifar10", "--method", "deit")
+    assert strong.out == "runs/teacher_strong_cifar10_imb100_cpu_s0" and strong.epochs == 48
+
+
+def test_our_recipe_on_shapes_is_the_cpu_recipes_but_for_the_student():
     """A teacher trained again for another recipe's name; a row that is not cpu's but for ours; a ViT that wants a teacher."""
     rt = engine.Runtime(torch.device("cpu"))
     args = train_student.parse("--dataset shapes --recipe best".split())

@@ -190,6 +190,16 @@ def test_cosine_classifier_sits_on_the_pooled_features_of_both_networks():
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_logits_are_not_rounded_to_bfloat16(cosine):
+    """30 times a cosine of 8 bits ties now and then, and the arg max of a tie is the class that has more images."""
+    net = resnet32(10, cosine=cosine).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, features = net(torch.rand(3, 3, 32, 32), return_features=True)
+    with torch.no_grad():
+        assert features.dtype == torch.bfloat16 and torch.equal(logits, net.classifier(features.float()))
+
+
 def test_cosine_classifier_gradient():
     """A detached length: finite differences see that lengthening a feature changes nothing, so must the gradient."""
     torch.manual_seed(0)

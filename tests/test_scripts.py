@@ -156,7 +156,8 @@ def on_two_processes(name, folder, tiny_cifar, *flags):
 
 def test_two_processes_share_one_run(tiny_cifar, tmp_path):
     """One log; each test image counted once and the saved BatchNorm statistics used: one process re-evaluates the same.
-    PaCo's queue holds the labels of the last global batches, both processes' parts of each, newest batch first."""
+    PaCo's queue holds the labels of the last global batches, both processes' parts of each, newest batch first. Of the
+    student's last steps one process has 13 images, the other 12: as many micro-batches, or --adjust waits for ever."""
     result = on_two_processes("train_teacher", tmp_path / "teacher", tiny_cifar, *PACO)
     rt = engine.setup("cpu")
     data = data_lt.load_data("cifar10", 4, "exp", tiny_cifar)
@@ -170,7 +171,8 @@ def test_two_processes_share_one_run(tiny_cifar, tmp_path):
     queue = torch.load(tmp_path / "teacher" / "last.pt", weights_only=True)["paco"]["queue_labels"]
     assert torch.equal(queue, data.train_labels[newest_first][:50])
 
-    result = on_two_processes("train_student", tmp_path / "two", tiny_cifar, "--teacher", tmp_path / "teacher", *STUDENT)
+    result = on_two_processes("train_student", tmp_path / "two", tiny_cifar, "--teacher", tmp_path / "teacher", *STUDENT,
+                             "--adjust", "both", "--batch", 30, "--micro-batch", 12)
     assert [r["epoch"] for r in records(tmp_path / "two")] == [0, 1, 2] and result["command"].startswith("torchrun")
     net, args, data = analyze.load_student(str(tmp_path / "two"), rt)
     again = train_student.evaluate(net, None, data, args, rt)

@@ -265,6 +265,17 @@ def test_forward_returns_two_logits_or_none(training):
     assert cls.shape == (4, 3) and dist is None
 
 
+def test_logits_are_not_rounded_to_bfloat16():
+    """Logits of 8 bits tie now and then, and the arg max of a tie is the class that has more images."""
+    net, x = vit.vit_micro(img_size=16, patch_size=8, num_classes=7).eval(), torch.rand(3, 3, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        tokens, _ = net.forward_features(x)
+        logits = net.forward_heads(tokens.to(torch.bfloat16))
+    with torch.no_grad():
+        for row, token, head in zip(logits, (0, 1), (net.head, net.head_dist)):
+            assert torch.equal(row, head(tokens[:, token].to(torch.bfloat16).float())) and row.dtype == torch.float32
+
+
 def test_each_loss_term_reaches_its_own_head_only():
     """Logits that mix the heads: then the teacher's labels would train the class expert too."""
     for used, unused, term in [("head", "head_dist", 0), ("head_dist", "head", 1)]:
