@@ -335,12 +335,14 @@ def test_killed_at_20_random_moments(kind, whole_runs, tmp_path):
     module, flags, _ = whole_runs[kind]
     epochs = {"teacher": 80, "paco": 40, "student": 200}[kind]              # enough for 20 kills
     flags = [*flags, *LONGER[kind], "--epochs", str(epochs), *([] if kind == "paco" else ["--drw-epoch", "20"])]
-    undisturbed = start(module, flags, tmp_path / "whole")
+    began, undisturbed = time.time(), start(module, flags, tmp_path / "whole")
+    wait_until((tmp_path / "whole" / "last.pt").exists, undisturbed)
+    first_epoch = time.time() - began                                       # seconds on this machine, with what else it does
     assert undisturbed.wait(600) == 0
     draw, kills, killed_at = random.Random(0), 0, []
     while kills < 20:
         process = start(module, flags, tmp_path / "run", "--save-every", "1", "--resume")
-        time.sleep(draw.uniform(2, 8))
+        time.sleep(draw.uniform(0.5, 2) * first_epoch)
         assert process.poll() is None, f"it ended after {kills} kills: {process.communicate()}"
         process.kill()
         process.communicate()
