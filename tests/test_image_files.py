@@ -538,6 +538,14 @@ def test_a_folder_too_large_for_memory_stays_on_disk(tmp_path, monkeypatch):
         assert step == number and torch.equal(x, levels) and torch.equal(y, labels)
 
 
+@pytest.mark.parametrize("limit, container", [("4096\n", True), ("max\n", False)])
+def test_memory_is_that_of_the_container(limit, container, monkeypatch):
+    """A container of 8 GiB on a machine of 512, filled as if it were the machine."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(data_lt, "open", lambda path: io.StringIO(limit), raising=False)
+    assert data_lt.memory() == (4096 if container else machine)
+
+
 @pytest.mark.parametrize("device, processes, free, room", [("cpu", 1, 0, 400), ("cpu", 4, 0, 100), ("cuda", 1, 500, 200),
                                                            ("cuda", 4, 500, 100)])
 def test_room_for_images_is_that_of_one_process_and_its_gpu(device, processes, free, room, monkeypatch):
