@@ -1,4 +1,4 @@
-"""Shared by all tests: the project on the path, two threads, and a tiny CIFAR-like folder of images."""
+"""Shared by all tests: the project on the path, test files side by side, and a tiny CIFAR-like folder of images."""
 import sys
 from pathlib import Path
 
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from side_by_side import pytest_addoption, pytest_runtestloop  # noqa: F401: hooks of pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)                                                  # the networks are too small for more
 
 
 def script(module, monkeypatch, *flags):
