@@ -78,11 +78,18 @@ def load(path, rt, options=None):
         found.net, found.what = train_teacher.load_teacher(path, data, rt, *own)
     else:
         match_classes(found, data, path)
+    mirror_if_asked(found, options)
     if found.data and found.data != data.fingerprint and not given:
         print(f"{path}: its images have changed since it was trained; some that are tested may have been trained on",
               file=sys.stderr)
     found.net.to(rt.device)
     return found, args, data
+
+
+def mirror_if_asked(found, options):
+    """Make of a Network, with --mirror, the mean over an image and its mirror image."""
+    if getattr(options, "mirror", False):
+        found.net, found.what = predict.Mirrored(found.net).eval(), f"{found.what}; image and mirror image"
 
 
 DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir", "holdout", "train_list", "test_list")
@@ -272,6 +279,7 @@ def command_predict(options, rt):
     if not options.checkpoint:
         raise engine.UserError("predict needs --checkpoint RUN, then images")
     found = load_network(options.checkpoint, options.norm, options.size)
+    mirror_if_asked(found, options)
     found.net.to(rt.device)
     rows = predict.predict(found, options.runs, rt, options.topk)
     for row in rows:
@@ -284,6 +292,7 @@ def command_predict(options, rt):
 def command_export(options, rt):
     path, = options.runs
     found = load_network(path, options.norm, options.size)
+    mirror_if_asked(found, options)
     print("\n".join(predict.export(found, (options.out or beside(path, "model")).removesuffix(".pt2"))))
 
 
@@ -353,6 +362,8 @@ def main():
     parser.add_argument("--out", help="file to write (default: in the first run's folder, or beside the file)")
     parser.add_argument("--topk", type=int, default=5, help="predict: classes to name (default: %(default)s)")
     parser.add_argument("--csv", help="predict: file to write the predictions to")
+    parser.add_argument("--mirror", action="store_true", help="eval, predict, export: the mean over an image and its mirror "
+                        "image, for twice the work")
     parser.add_argument("--labels", nargs="+", help="what the runs are called in a picture, one for each")
     parser.add_argument("--classes", nargs="+", help="test images of these classes (default: of the tail classes)")
     parser.add_argument("--index", nargs="+", type=int, help="attention: these test images, by their numbers")
@@ -377,6 +388,8 @@ def main():
         options.runs.append(options.checkpoint)
     if not options.runs or (options.command in ONE_RUN and len(options.runs) > 1):
         parser.error("name one run folder or checkpoint file" + " or more" * (options.command not in ONE_RUN))
+    if options.mirror and options.command not in ("eval", "predict", "export"):
+        parser.error(f"--mirror is for eval, predict and export, not for {options.command}")
     if options.labels and len(options.labels) != len(options.runs):
         parser.error(f"--labels needs one name for each of the {len(options.runs)} runs")
     engine.check_ranges(options, columns=(1, 100), topk=(1, inf), **{"images": (1, inf)} if options.images is not None else {})

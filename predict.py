@@ -3,6 +3,7 @@ r"""Use a trained network on pictures: predictions, and files that other program
     python analyze.py predict --checkpoint runs/x pictures/*.jpg folder --topk 5 --csv predictions.csv
     python analyze.py export runs/x
 
+With --mirror, either asks about each picture and its mirror image, and takes the mean of the logits.
 The probabilities are the softmax of the prediction's logits: of a student those averaged over CLS and DIST. They are as
 overconfident as the network is: `python analyze.py eval` says how much, and a deferred re-weighting moves them towards rare
 classes on purpose. A network trained with --cls-loss bce never learned a softmax: read its probabilities as an order.
@@ -42,6 +43,20 @@ def find_images(names):
     return found
 
 
+class Mirrored(nn.Module):
+    """A network, but its logits are the mean over an image and its mirror image: twice the work."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.img_size = net, net.img_size
+
+    def forward(self, images):
+        one, other = self.net(images), self.net(images.flip(3))
+        if isinstance(one, tuple):                                        # a student's; the second may be None
+            return tuple(a if a is None else (a + b) / 2 for a, b in zip(one, other))
+        return (one + other) / 2
+
+
 class Predictor(nn.Module):
     """Float images (B,3,S,S) in [0,1] -> the logits (B,K) of the prediction. Normalisation is inside."""
 
@@ -69,7 +84,7 @@ def predict(found, names, rt, topk=5, batch=64):
     found: a networks.Network on rt.device. Images that cannot be read are said on stderr and left out; UserError if none can.
     """
     model, rows = Predictor(found).eval(), []
-    class_names = found.class_names or list(map(str, range(found.num_classes)))
+    class_name = lambda k: found.class_names[k] if found.class_names else str(k)
     paths, size = find_images(names), decoded_size(found)
     for start in range(0, len(paths), batch):
         files = image_files.Files([os.fsencode(p) for p in paths[start:start + batch]], None, [])
@@ -85,7 +100,7 @@ def predict(found, names, rt, topk=5, batch=64):
             row = {"image": image_files.shown(path)}
             for i, (value, k) in enumerate(zip(values.tolist(), classes.tolist())):
                 number = f" {i + 1}" if i else ""
-                row |= {f"class{number}": class_names[k], f"probability{number}": round(value, 4)}
+                row |= {f"class{number}": class_name(k), f"probability{number}": round(value, 4)}
             rows.append(row)
     if not rows:
         raise engine.UserError("none of the images can be read")
@@ -105,7 +120,7 @@ def export(found, stem):
         expected = model(other)
     dynamic = {"images": {0: torch.export.Dim("batch", min=1, max=4096)}}
     program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
-    names = json.dumps(found.class_names or list(map(str, range(found.num_classes))))
+    names = json.dumps(found.class_names or list(map(str, range(expected.shape[1]))))
     contents = io.BytesIO()
     torch.export.save(program, contents, extra_files={"class_names.json": names})
     run_folder.write_atomically(f"{stem}.pt2", lambda f: f.write(contents.getbuffer()))

@@ -88,6 +88,31 @@ def test_an_exported_network_is_the_network_for_any_number_of_images(kind, runs,
     assert (tmp_path / "m.onnx").exists() == all(importlib.util.find_spec(n) for n in ("onnx", "onnxscript", "onnxruntime"))
 
 
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_mirrored_network_does_not_care_which_side_is_left(kind, runs, tiny_cifar, tmp_path, monkeypatch, capsys):
+    """An image turned upside down, a head left out of the mean, files that keep to one side."""
+    net = networks.load_network(str(runs[kind])).net
+    x, both = torch.rand(4, 3, 32, 32), predict.Mirrored(net).eval()
+    with torch.no_grad():
+        for name, logits in train_student.heads(both, x).items() if kind == "student" else [("avg", both(x))]:
+            mean = [train_student.heads(net, v)[name] if kind == "student" else net(v) for v in (x, x.flip(-1))]
+            torch.testing.assert_close(logits, sum(mean) / 2)
+            assert not torch.equal(*mean)
+    image = Image.open(tiny_cifar / "test" / "class2" / "0.png")
+    for name, side in (("left", image), ("right", image.transpose(Image.FLIP_LEFT_RIGHT))):
+        side.save(tmp_path / f"{name}.png")
+    script(analyze, monkeypatch, "predict", "--checkpoint", runs[kind], tmp_path, "--mirror", "--csv", tmp_path / "p.csv")
+    left, right = csv.DictReader((tmp_path / "p.csv").open())
+    assert left["class"] == right["class"] and float(left["probability"]) == pytest.approx(float(right["probability"]), abs=1e-3)
+    script(analyze, monkeypatch, "eval", runs[kind], "--mirror", "--out", tmp_path / "per_class.csv")
+    assert "image and mirror image" in capsys.readouterr().out
+    script(analyze, monkeypatch, "export", runs[kind], "--mirror", "--out", tmp_path / "m")
+    program = torch.export.load(str(tmp_path / "m.pt2")).module()
+    torch.testing.assert_close(program(x), program(x.flip(-1)), rtol=1e-3, atol=1e-3)
+    with pytest.raises(SystemExit):
+        script(analyze, monkeypatch, "rank", runs[kind], "--mirror")
+
+
 def test_an_export_that_differs_is_refused():
     with pytest.raises(engine.UserError, match="other logits"):
         predict.agreement(torch.tensor([1.0, 2.01]), torch.tensor([1.0, 2.0]), "x")
