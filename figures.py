@@ -753,8 +753,9 @@ def augmented(subjects, options, rt):
     rows = len(views)
     figure, axes = plt.subplots(rows, n, figsize=(1.35 * n + 0.6, 0.2 + 1.8 * rows), squeeze=False, layout="constrained")
     table = []
+    mirrored = getattr(args, "teacher_sees", "same") == "mirrored"
     for row, (name, (x, parts)) in zip(axes, views.items()):
-        says = train_student.teacher_logits(teacher, x).argmax(dim=1).tolist() if teacher else [None] * n
+        says = train_student.teacher_logits(teacher, x, mirrored).argmax(dim=1).tolist() if teacher else [None] * n
         for axis, image, part, said in zip(row, x, parts, says):
             share, kinds = (v.tolist() for v in part.topk(2))
             truth = [f"{100 * v:.0f} % {data.class_names[k]}" if v < 0.995 else data.class_names[k]

@@ -97,7 +97,8 @@ HELP = {
     "drop_path": "stochastic depth rate of the last block",
     "distill": "hard: the teacher's labels; soft: its probabilities; none: no teacher",
     "tau": "temperature of --distill soft",
-    "teacher_sees": "same: the student's images; weak: only cropped and flipped ones (the student's must not be mixed then)",
+    "teacher_sees": "same: the student's images; mirrored: these and their mirror images, the mean of its logits counts; weak: "
+                    "only cropped and flipped ones (the student's must not be mixed then)",
     "alpha": "weight of the DIST loss; 1 - alpha of the CLS loss",
     "cls_loss": "ce, or bce: binary cross-entropy, without --smoothing",
     "adjust": "none; cls, dist or both: the loss of that head knows how often each class is its label (logit adjustment), so "
@@ -120,9 +121,10 @@ HELP = {
     "eval_crop": "test images are resized to img_size / eval_crop and the centre is cut out",
     "eval_every": "epochs between evaluations on the test set (the last is always evaluated)",
 }
-CHOICES = dict(model=MODELS, stem=STEMS, tokens=(1, 2), distill=("hard", "soft", "none"), teacher_sees=("same", "weak"),
-               cls_loss=("ce", "bce"), adjust=("none", "cls", "dist", "both"), sampling=("shuffled", "balanced"),
-               crop=("resized", "padded", "loader"), policy=("rand", "three", "none"), trained=("all", "classifier"))
+CHOICES = dict(model=MODELS, stem=STEMS, tokens=(1, 2), distill=("hard", "soft", "none"),
+               teacher_sees=("same", "mirrored", "weak"), cls_loss=("ce", "bce"), adjust=("none", "cls", "dist", "both"),
+               sampling=("shuffled", "balanced"), crop=("resized", "padded", "loader"), policy=("rand", "three", "none"),
+               trained=("all", "classifier"))
 CLS_LOSSES = {"ce": soft_cross_entropy, "bce": binary_cross_entropy}
 
 
@@ -326,11 +328,13 @@ def strong_augment(x, args):
 
 
 @torch.no_grad()
-def teacher_logits(teacher, x):
-    """Logits (B,K) of the teacher for the student's images, brought to the teacher's own size.
+def teacher_logits(teacher, x, mirrored=False):
+    """Logits (B,K) of the teacher for the student's images, brought to its own size; mirrored: the mean over both sides.
 
     Without antialiasing, as in the published code: 224 -> 32 px keeps every seventh pixel, noise and all.
     """
+    if mirrored:
+        return (teacher_logits(teacher, x) + teacher_logits(teacher, x.flip(3))) / 2
     if x.shape[-1] != teacher.img_size:
         x = F.interpolate(x, size=teacher.img_size, mode="bicubic", antialias=False).clamp(0, 1)
     return teacher(x.contiguous(memory_format=torch.channels_last))
@@ -343,7 +347,7 @@ def teacher_says(teacher, x, levels, args):
     """
     if args.teacher_sees == "weak":
         x = augment.to_float(augment.random_crop_flip(levels, levels.shape[-1] // 8))
-    logits = teacher_logits(teacher, x)
+    logits = teacher_logits(teacher, x, args.teacher_sees == "mirrored")
     return logits if args.distill == "soft" else logits.argmax(dim=1)
 
 
@@ -600,7 +604,7 @@ def seconds_of_run(args, data, rt, teacher, start_epoch):
         x = strong_augment(images[:n], args)
         with rt.autocast():
             if teacher:
-                teacher_logits(teacher, x)
+                teacher_logits(teacher, x, args.teacher_sees == "mirrored")
             return sum(logits.sum() for logits in net(x) if logits is not None)
     to_come, tests = epochs * len(epoch_order(args, data, 0)), -(-epochs // args.eval_every)
     return engine.seconds_of_run(forward, len(images), to_come, tests, len(data.test_labels), rt)

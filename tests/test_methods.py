@@ -15,6 +15,7 @@ import augment
 import data_lt
 import engine
 import networks
+import resnet
 import train_student
 import train_teacher
 from conftest import ROOT, script
@@ -67,7 +68,7 @@ def test_every_method_runs_from_one_command(method, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("flags, heads", [
     ("--tokens 1", 1), ("--tokens 1 --distill soft --tau 3 --alpha 0.1", 1), ("", 2), ("--distill soft", 2),
-    ("--teacher-sees weak --mixup 0 --cutmix 0", 2),
+    ("--teacher-sees weak --mixup 0 --cutmix 0", 2), ("--teacher-sees mirrored", 2),
     ("--tokens 1 --cls-loss bce --smoothing 0", 1), ("--policy none", 2)])
 def test_every_mode_of_distillation_learns_from_its_teacher(flags, heads, tmp_path, monkeypatch):
     """alpha 1: only the teacher is listened to. It says one class, so that the taught head learns it whatever the labels are;
@@ -128,7 +129,8 @@ def test_several_teachers_say_the_mean_of_their_probabilities(tmp_path, monkeypa
 
 
 def test_the_teacher_sees_what_it_is_said_to(tmp_path):
-    """weak: the same images, only shifted and mirrored, however the student's look; same: the student's, bit for bit."""
+    """weak: the same images, only shifted and mirrored, however the student's look; same: the student's, bit for bit;
+    mirrored: these from both sides, which must not be told apart by what is said."""
     class Spy:
         img_size = 32
 
@@ -146,6 +148,11 @@ def test_the_teacher_sees_what_it_is_said_to(tmp_path):
         padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
         shifts = [padded[:, i:i + 32, j:j + 32] for i in range(9) for j in range(9)]
         assert any(torch.equal(seen, s) or torch.equal(seen.flip(2), s) for s in shifts)
+    args.teacher_sees, net = "mirrored", resnet.resnet32(10).eval()
+    one, other = (train_student.teacher_says(net, v, levels, args) for v in (x, x.flip(3)))
+    torch.testing.assert_close(one, (net(x) + net(x.flip(3))) / 2, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-2)
+    assert (one - net(x)).abs().max() > 1
 
 
 def test_crt_begins_a_classifier_anew_and_leaves_the_rest_alone(tmp_path, monkeypatch, capsys):
