@@ -47,7 +47,7 @@ import run_folder
 import train_student
 import train_teacher
 from figures import Log, Subject
-from networks import NORMALISATIONS, load_network, match_classes
+from networks import NORMALISATIONS, Mirrored, load_network, match_classes
 
 
 # ---- Loading -------------------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def load(path, rt, options=None):
 def mirror_if_asked(found, options):
     """Make of a Network, with --mirror, the mean over an image and its mirror image."""
     if getattr(options, "mirror", False):
-        found.net, found.what = predict.Mirrored(found.net).eval(), f"{found.what}; image and mirror image"
+        found.net, found.what = Mirrored(found.net).eval(), f"{found.what}; image and mirror image"
 
 
 DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir", "holdout", "train_list", "test_list")

@@ -57,6 +57,20 @@ class Network:
         return (self.net.classifier if self.kind == "teacher" else self.net.head).out_features
 
 
+class Mirrored(nn.Module):
+    """A network, but its logits are the mean over an image and its mirror image: twice the work."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.img_size = net, net.img_size
+
+    def forward(self, images):
+        one, other = self.net(images), self.net(images.flip(3))
+        if isinstance(one, tuple):                                        # a student's; the second may be None
+            return tuple(a if a is None else (a + b) / 2 for a, b in zip(one, other))
+        return (one + other) / 2
+
+
 # ---- From settings -------------------------------------------------------------------------------------------------------
 
 def build_teacher(config, num_classes):

@@ -29,7 +29,7 @@ import engine
 import run_folder
 import train_teacher
 from losses import binary_cross_entropy, distillation_loss, drw_weights, soft_cross_entropy
-from networks import NORMALISATIONS, build_student
+from networks import NORMALISATIONS, Mirrored, build_student
 from vit import MODELS, STEMS, resize_pos_embed
 
 # One row per data set. paper: the published scripts, where 2 GPUs x 128 images x 4 accumulated micro-batches make a batch of
@@ -333,8 +333,7 @@ def teacher_logits(teacher, x, mirrored=False):
 
     Without antialiasing, as in the published code: 224 -> 32 px keeps every seventh pixel, noise and all.
     """
-    if mirrored:
-        return (teacher_logits(teacher, x) + teacher_logits(teacher, x.flip(3))) / 2
+    teacher = Mirrored(teacher) if mirrored else teacher
     if x.shape[-1] != teacher.img_size:
         x = F.interpolate(x, size=teacher.img_size, mode="bicubic", antialias=False).clamp(0, 1)
     return teacher(x.contiguous(memory_format=torch.channels_last))

@@ -26,7 +26,7 @@ def pytest_runtestloop(session):
         return None
     config._tmp_path_factory.getbasetemp()                                # made here, so that it is one for all
     fork, workers = multiprocessing.get_context("fork"), {}
-    taken = fork.Value("i", 0)
+    taken, finished = fork.Value("i", 0), 0
     for _ in range(n):
         receiver, sender = fork.Pipe(duplex=False)
         workers[receiver] = fork.Process(target=work, args=(config, list(files.values()), taken, sender))
@@ -44,8 +44,11 @@ def pytest_runtestloop(session):
                 continue
             if "report" in said:
                 said["report"] = config.hook.pytest_report_from_serializable(config=config, data=said["report"])
+            finished += hook == "pytest_runtest_logfinish"
             heard = getattr(config.hook, hook)
             heard.call_historic(kwargs=said) if heard.is_historic() else heard(**said)
+    if finished != len(session.items):
+        pytest.exit(f"{finished} of {len(session.items)} tests have been heard of", 3)
     return True
 
 

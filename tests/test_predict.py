@@ -92,7 +92,7 @@ def test_an_exported_network_is_the_network_for_any_number_of_images(kind, runs,
 def test_a_mirrored_network_does_not_care_which_side_is_left(kind, runs, tiny_cifar, tmp_path, monkeypatch, capsys):
     """An image turned upside down, a head left out of the mean, files that keep to one side."""
     net = networks.load_network(str(runs[kind])).net
-    x, both = torch.rand(4, 3, 32, 32), predict.Mirrored(net).eval()
+    x, both = torch.rand(4, 3, 32, 32), networks.Mirrored(net).eval()
     with torch.no_grad():
         for name, logits in train_student.heads(both, x).items() if kind == "student" else [("avg", both(x))]:
             mean = [train_student.heads(net, v)[name] if kind == "student" else net(v) for v in (x, x.flip(-1))]
@@ -103,7 +103,8 @@ def test_a_mirrored_network_does_not_care_which_side_is_left(kind, runs, tiny_ci
         side.save(tmp_path / f"{name}.png")
     script(analyze, monkeypatch, "predict", "--checkpoint", runs[kind], tmp_path, "--mirror", "--csv", tmp_path / "p.csv")
     left, right = csv.DictReader((tmp_path / "p.csv").open())
-    assert left["class"] == right["class"] and float(left["probability"]) == pytest.approx(float(right["probability"]), abs=1e-3)
+    assert left["class"] == right["class"]
+    assert float(left["probability"]) == pytest.approx(float(right["probability"]), abs=1e-3)
     script(analyze, monkeypatch, "eval", runs[kind], "--mirror", "--out", tmp_path / "per_class.csv")
     assert "image and mirror image" in capsys.readouterr().out
     script(analyze, monkeypatch, "export", runs[kind], "--mirror", "--out", tmp_path / "m")
