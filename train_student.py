@@ -67,7 +67,7 @@ def own_folder_row(row, seen, largest, epochs, drw):
 
 
 # What a method changes in its recipe's row; everything else is equal, and every change has a flag too. teacher: which one
-# `--teacher auto` is, ldam where nothing is said. after: the method whose network it goes on with.
+# `--teacher auto` is, the recipe's first choice where nothing is said. after: the method whose network it goes on with.
 NO_TEACHER = dict(distill="none", tokens=1)
 METHODS = {
     "deit-lt": {},
@@ -77,7 +77,7 @@ METHODS = {
     "vit-crt": NO_TEACHER | dict(after="vit", trained="classifier", sampling="balanced", adjust="none",    # arXiv 1910.09217
                                  repeats=1, ema=0.0),
 }
-OWN_TEACHERS = ("ldam", "paco", "strong")
+OWN_TEACHERS = ("auto", "ldam", "paco", "strong")
 DATA = ("dataset", "imb", "imb_type", "holdout", "train_list", "test_list")       # what says which images
 
 HELP = {
@@ -134,8 +134,9 @@ def parse(argv=None):
     parser.add_argument("--method", default="deit-lt", choices=METHODS, help="default: %(default)s")
     parser.add_argument("--teacher", default="auto", help="run folder of train_teacher.py, published checkpoint or state dict "
                         "of a torchvision network, or several of them joined by commas, whose probabilities are averaged; "
-                        "ldam, paco or strong (plain, under the recipe's strong augmentation): the recipe's own of the same "
-                        "seed, trained first if it is missing; auto: strong for deit, else ldam (default: %(default)s)")
+                        "ldam, paco or strong (plain, under the recipe's strong augmentation): the recipe's own (best: cpu's) "
+                        "of the same seed, trained first if it is missing; auto: strong for deit, with --recipe best one by "
+                        "logit adjustment, else ldam (default: %(default)s)")
     parser.add_argument("--teacher-rho", type=float, help="SAM's radius for the recipe's own teacher; 0: without SAM")
     parser.add_argument("--teacher-norm", choices=NORMALISATIONS, help="pixel statistics that the teacher's images are "
                         "normalised with (default: those it was trained on; the published student loop: imagenet)")
@@ -204,10 +205,11 @@ def finetuned_name(args):
 
 
 def teacher_args(args):
-    """Settings of the recipe's own teacher (`--teacher ldam`, paco, strong): same data, recipe and seed, its folder resumed."""
+    """Settings of the recipe's own teacher (`--teacher auto`, ldam, ...): same data, recipe and seed, its folder resumed."""
     given = engine.as_flags(args, (*DATA, "data_dir", "recipe", "seed", "device", "amp", "save_every"))
     given += [engine.flag(k) for k in ("compile", "skip_bad", "tensorboard", "wandb") if getattr(args, k)]
-    given += [f"--augment={args.crop}" if args.teacher == "strong" else f"--loss={args.teacher}"]
+    kinds = {"auto": [], "strong": [f"--augment={args.crop}"]}
+    given += kinds.get(args.teacher, [f"--loss={args.teacher}"])
     given += [f"--rho={args.teacher_rho}"] if args.teacher_rho is not None else []
     return train_teacher.parse(given + ["--resume"])
 
@@ -240,7 +242,7 @@ def resolve(args, rt):
         raise engine.UserError(f"{args.name} is too long for the name of a folder: give another by --out")
     args.teacher = None if args.distill == "none" else args.teacher
     if args.teacher == "auto":
-        args.teacher = METHODS[args.method].get("teacher", "ldam")
+        args.teacher = METHODS[args.method].get("teacher", "auto")
     if args.teacher not in OWN_TEACHERS:
         if args.teacher_rho is not None:
             raise engine.UserError(f"--teacher-rho is for --teacher {', '.join(OWN_TEACHERS)}")

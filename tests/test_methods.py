@@ -289,17 +289,20 @@ def test_a_strong_teacher_sees_mixed_images(monkeypatch):
 
 
 def test_our_recipes_teachers():
-    """A late teacher under cpu's name, or only for the recipe's LDAM; a paco or strong one trained again for another name."""
+    """Another loss than ours under its name; a paper's teacher trained again, or changed, for ours."""
     def own(*flags):
         args = train_student.parse(["--recipe", "best", *flags])
         return train_student.resolve(args, engine.Runtime(torch.device("cpu")))
     for dataset in ("cifar10", "cifar100"):
         late = own("--dataset", dataset)
         assert late.out == f"runs/teacher_{dataset}_imb100_best_s0"
-        assert (late.epochs, late.drw_epoch, late.rho, late.rho_schedule) == (36, 24, 0.1, "late")
+        assert (late.loss, late.beta, late.epochs, late.rho, late.rho_schedule) == ("la", 0, 36, 0.1, "late")
     assert own("--dataset", "cifar10", "--teacher", "paco").out == "runs/teacher_paco_cifar10_imb100_cpu_s0"
+    ldam = own("--dataset", "cifar10", "--teacher", "ldam")
+    assert ldam.out == "runs/teacher_cifar10_imb100_cpu_s0"
+    assert (ldam.loss, ldam.beta, ldam.epochs, ldam.rho_schedule) == ("ldam", 0.9999, 24, "constant")
     folder = train_teacher.RECIPES["best"]["folder"](data_lt.Survey(images=12406, classes=10, side=32))
-    assert (folder["epochs"], folder["rho_schedule"]) == (36, "late")
+    assert (folder["loss"], folder["epochs"], folder["rho_schedule"]) == ("la", 36, "late")
     strong = own("--dataset", "cifar10", "--method", "deit")
     assert strong.out == "runs/teacher_strong_cifar10_imb100_cpu_s0" and strong.epochs == 48
 
