@@ -2,6 +2,7 @@ r"""Train the CNN teacher on the long-tailed data: LDAM with deferred re-weighti
 
     python train_teacher.py --dataset cifar10 --imb 100                LDAM-DRW-SAM, ResNet-32
     python train_teacher.py --dataset cifar10 --imb 100 --loss paco    PaCo-SAM, the paper's best teacher
+    python train_teacher.py --dataset cifar10 --recipe best            ours: logit adjustment, SAM in the last third
     python train_teacher.py --dataset cifar10 --augment padded         plain, under the student's augmentation: DeiT's teacher
     python train_teacher.py --dataset shapes                           two to three minutes on 2 CPU threads, no download
 

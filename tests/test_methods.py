@@ -303,6 +303,9 @@ def test_our_recipes_teachers():
     assert (ldam.loss, ldam.beta, ldam.epochs, ldam.rho_schedule) == ("ldam", 0.9999, 24, "constant")
     folder = train_teacher.RECIPES["best"]["folder"](data_lt.Survey(images=12406, classes=10, side=32))
     assert (folder["loss"], folder["epochs"], folder["rho_schedule"]) == ("la", 36, "late")
+    given = train_teacher.parse("--dataset cifar10 --recipe best --loss la".split())
+    train_teacher.resolve(given, engine.Runtime(torch.device("cpu")))
+    assert given.out == "runs/teacher_cifar10_imb100_best_s0"
     strong = own("--dataset", "cifar10", "--method", "deit")
     assert strong.out == "runs/teacher_strong_cifar10_imb100_cpu_s0" and strong.epochs == 48
 
