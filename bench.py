@@ -76,10 +76,10 @@ def print_rates(title, times, images, baseline=None):
               + (f"   {ratio:5.2f} x" if baseline else ""), flush=True)
 
 
-def matmul_peak(rt):
-    """FLOP/s of a large matrix product in the type the networks train in, the best of 9."""
+def matmul_peak(rt, dtype=None):
+    """FLOP/s of a large matrix product in dtype, by default the one the networks train in, the best of 9."""
     n = 8192 if rt.device.type == "cuda" else 2048                        # a smaller one is over before a GPU is at full speed
-    a, b = (torch.randn(n, n, device=rt.device, dtype=rt.amp or torch.float32) for _ in range(2))
+    a, b = (torch.randn(n, n, device=rt.device, dtype=dtype or rt.amp or torch.float32) for _ in range(2))
     return 2 * n ** 3 / min(rounds({"": lambda: a @ b}, 9, rt)[""])
 
 
@@ -357,7 +357,9 @@ def compare_networks(img_size, patch_size, batch, rt, n):
 
 
 def bench_student(rt, n):
-    print(f"\nMatrix product: {matmul_peak(rt) / 1e9:.0f} GFLOP/s in {str(rt.amp or torch.float32)[6:]}")
+    float32, bfloat16 = (matmul_peak(rt, dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    print(f"\nMatrix product: {float32:.0f} GFLOP/s in float32, {bfloat16:.0f} in bfloat16; the networks train in "
+          f"{str(rt.amp or torch.float32)[6:]}")
     for img_size, patch_size, batch in ((32, 4, 128), (224, 16, 32)):
         compare_networks(img_size, patch_size, batch, rt, n)
     print("\nThe whole training step of DeiT-LT with a ResNet-32 teacher, and what share of it each part takes (augment: with "
