@@ -357,14 +357,34 @@ def test_help_works(module, monkeypatch, capsys):
     assert stop.value.code == 0 and "usage" in capsys.readouterr().out
 
 
-def test_every_training_command_in_the_readme_parses(student):
+@pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
+def test_every_training_command_in_the_documents_parses(document, student):
     """A flag that was renamed must be renamed there too."""
-    commands = re.findall(r"(train_teacher|train_student)\.py((?: +(?:--[\w-]+|[\w./,-]+))*)", (ROOT / "README.md").read_text())
+    commands = re.findall(r"(train_teacher|train_student)\.py((?: +(?:--[\w-]+|[\w./,-]+))*)", (ROOT / document).read_text())
     assert len(commands) >= 6
     for name, flags in commands:
         if "--" in flags:
             flags = re.sub(r"(?<=--finetune )\S+", str(student), flags)  # that one is read
             {"train_teacher": train_teacher, "train_student": train_student}[name].parse(shlex.split(flags))
+
+
+@pytest.mark.parametrize("document", ["README.md", "RESULTS.md", "results/README.md"])
+def test_every_link_in_the_documents_leads_somewhere(document):
+    """A file or heading that was moved or renamed must be so in the links, too. Anchors as GitHub makes them of headings."""
+    def anchors(text):
+        headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+        return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    path = ROOT / document
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)|^\[\w+\]: (\S+)", path.read_text(), re.M)
+    assert links
+    for link in map("".join, links):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+    named = re.findall(r"\[[^\]]*\]\[(\w+)\]", path.read_text())
+    assert set(named) <= set(re.findall(r"^\[(\w+)\]:", path.read_text(), re.M))
 
 
 def test_a_student_goes_on_at_a_higher_resolution(teacher, student, tiny_cifar, tmp_path, monkeypatch, capsys):
