@@ -1,15 +1,17 @@
-r"""Residual networks: the CNN teachers. ResNet-32 for 32 px images, ResNet-50 for 224 px; or any network of torchvision.
+r"""Residual networks, the CNN teachers: ResNet-32 for 32 px images, ResNet-50 for 224 px.
 
-He et al., CVPR 2016, arXiv 1512.03385.    y = ReLU(F(x) + shortcut(x))                                       (1)
+He et al., CVPR 2016, arXiv 1512.03385.    y = ReLU(F(x) + shortcut(x))                       (1)
 
-ResNet-32 is the paper's CIFAR network, 6n + 2 layers with n = 5, not an ImageNet ResNet cut down: a 3x3 stem without
-pooling and three stages of 16x32x32, 32x16x16, 64x8x8 (channels x height x width). Its shortcuts have no parameters: where
-the size halves they take every second pixel and pad the new channels with zeros ("option A"). 464,154 parameters at K = 10.
-ResNet-50 is torchvision's v1.5: bottlenecks with the stride in the 3x3 convolution, 1x1 convolution shortcuts.
+ResNet-32 is the paper's CIFAR network, 6n + 2 layers with n = 5, not an ImageNet ResNet cut down: a
+3x3 stem without pooling and three stages of 16x32x32, 32x16x16, 64x8x8 (channels x height x width).
+Its shortcuts have no parameters: where the size halves, they take every second pixel and pad the
+new channels with zeros ("option A"). 464,154 parameters at K = 10. ResNet-50 is torchvision's v1.5:
+bottlenecks with the stride in the 3x3 convolution, 1x1 convolutions as shortcuts. `make(arch, K)`
+builds one by its name, or any other classification network of torchvision.
 
-State-dict keys: ResNet-32 as in LDAM-DRW and Saddle-LongTail, ResNet-50 as in torchvision. B images, K classes.
-Like every network here they take images in [0, 1] and normalise them themselves; `img_size` is the size they were made for.
-`make(arch, K)` builds one by its name.
+State-dict keys: ResNet-32 as LDAM-DRW and Saddle-LongTail, ResNet-50 as torchvision. B images,
+K classes. Like every network here they take images in [0, 1] and normalise them themselves;
+`img_size` is the size they were made for.
 """
 from collections import OrderedDict
 
@@ -22,20 +24,23 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class CosineClassifier(nn.Module):
-    """Logits scale * cos(feature, class vector): a long-tailed classifier cannot win by the length of a class vector.
+    """Logits scale * cos(feature, class vector): no class wins by the length of its vector.
 
-    `weight` is (features, K), its columns are the class vectors, as in LDAM-DRW (arXiv 1906.07413). The published module
-    returns the bare cosine; here the scale is included, so that softmax and entropy of a teacher mean what they say.
+    `weight` is (features, K), its columns are the class vectors, as in LDAM-DRW (arXiv 1906.07413).
+    The published module returns the bare cosine. Here the scale is included, so that softmax and
+    entropy of a teacher mean what they say.
     """
 
     def __init__(self, in_features, num_classes, scale=30.0):
         super().__init__()
         self.in_features, self.out_features, self.scale = in_features, num_classes, scale
-        # Unit columns, as published: their length changes no logit, but the longer they are the slower they turn.
-        self.weight = nn.Parameter(F.normalize(torch.empty(in_features, num_classes).uniform_(-1, 1), dim=0))
+        # Unit columns, as published: their length changes no logit, but long ones turn slowly.
+        weight = torch.empty(in_features, num_classes).uniform_(-1, 1)
+        self.weight = nn.Parameter(F.normalize(weight, dim=0))
 
     def forward(self, x):
-        return self.scale * (F.normalize(x, dim=1) @ F.normalize(self.weight, dim=0))    # (B,d) @ (d,K) -> (B,K)
+        cosine = F.normalize(x, dim=1) @ F.normalize(self.weight, dim=0)    # (B,d) @ (d,K) -> (B,K)
+        return self.scale * cosine
 
 
 class ResNet(nn.Module):
@@ -48,9 +53,10 @@ class ResNet(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, x, return_features=False):
-        """Images (B,3,S,S) in [0, 1] -> logits (B,K); with return_features also the pooled features (B,d)."""
+        """Images (B,3,S,S) in [0, 1] -> logits (B,K); with return_features also features (B,d)."""
         features = self.forward_features((x - self.mean) / self.std)
-        with torch.autocast(x.device.type, enabled=False):                # equal bfloat16 logits would go to the commoner class
+        # In float32: where bfloat16 logits tie, argmax takes the lower, more frequent class.
+        with torch.autocast(x.device.type, enabled=False):
             logits = self.classifier(features.to(self.classifier.weight.dtype))
         return (logits, features) if return_features else logits
 
@@ -64,16 +70,18 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.pad = stride, (channels - in_channels) // 2     # zero channels added on each side
+        self.stride, self.pad = stride, (channels - in_channels) // 2   # zero channels on each side
 
     def shortcut(self, x):
         if self.stride == 1:
             return x
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))  # (B,C,H,W) -> (B,2C,H/2,W/2)
+        x = x[:, :, ::2, ::2]                                           # (B,C,H/2,W/2)
+        return F.pad(x, (0, 0, 0, 0, self.pad, self.pad))               # (B,2C,H/2,W/2)
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))                           # (1)
 
 
 class CifarResNet(ResNet):
@@ -83,9 +91,9 @@ class CifarResNet(ResNet):
         super().__init__(img_size, mean, std)
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self.stage(n, 16, 16, stride=1)                     # (B,16,32,32)
-        self.layer2 = self.stage(n, 16, 32, stride=2)                     # (B,32,16,16)
-        self.layer3 = self.stage(n, 32, 64, stride=2)                     # (B,64,8,8)
+        self.layer1 = self.stage(n, 16, 16, stride=1)                   # (B,16,32,32)
+        self.layer2 = self.stage(n, 16, 32, stride=2)                   # (B,32,16,16)
+        self.layer3 = self.stage(n, 32, 64, stride=2)                   # (B,64,8,8)
         self.linear = CosineClassifier(64, num_classes) if cosine else nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -103,11 +111,14 @@ class CifarResNet(ResNet):
     def forward_features(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return x.mean(dim=(2, 3))                                         # (B,64,8,8) -> (B,64)
+        return x.mean(dim=(2, 3))                                       # (B,64,8,8) -> (B,64)
 
 
 class Bottleneck(nn.Module):
-    """1x1 reduce, 3x3, 1x1 expand fourfold, equation (1); a 1x1 convolution shortcut where the shape changes."""
+    """1x1 reduces, 3x3, 1x1 expands fourfold, equation (1).
+
+    The shortcut is a 1x1 convolution where the shape changes.
+    """
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
@@ -119,26 +130,30 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(4 * channels)
         self.downsample = None
         if stride != 1 or in_channels != 4 * channels:
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, 4 * channels, 1, stride, bias=False),
-                                            nn.BatchNorm2d(4 * channels))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, 4 * channels, 1, stride, bias=False),
+                nn.BatchNorm2d(4 * channels))
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + (x if self.downsample is None else self.downsample(x)))
+        out = self.bn3(self.conv3(out))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(out + shortcut)                                   # (1)
 
 
 class ResNet50(ResNet):
     """Stages of 3, 4, 6, 3 bottlenecks behind a 7x7 stem with max pooling."""
 
-    def __init__(self, num_classes, cosine=False, img_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    def __init__(self, num_classes, cosine=False, img_size=224, mean=IMAGENET_MEAN,
+                 std=IMAGENET_STD):
         super().__init__(img_size, mean, std)
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = self.stage(3, 64, 64, stride=1)                     # (B,256,56,56) at 224 px
-        self.layer2 = self.stage(4, 256, 128, stride=2)                   # (B,512,28,28)
-        self.layer3 = self.stage(6, 512, 256, stride=2)                   # (B,1024,14,14)
-        self.layer4 = self.stage(3, 1024, 512, stride=2)                  # (B,2048,7,7)
+        self.layer1 = self.stage(3, 64, 64, stride=1)                   # (B,256,56,56) at 224 px
+        self.layer2 = self.stage(4, 256, 128, stride=2)                 # (B,512,28,28)
+        self.layer3 = self.stage(6, 512, 256, stride=2)                 # (B,1024,14,14)
+        self.layer4 = self.stage(3, 1024, 512, stride=2)                # (B,2048,7,7)
         self.fc = CosineClassifier(2048, num_classes) if cosine else nn.Linear(2048, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -156,41 +171,49 @@ class ResNet50(ResNet):
     def forward_features(self, x):
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x.mean(dim=(2, 3))                                         # (B,2048,7,7) -> (B,2048)
+        return x.mean(dim=(2, 3))                                       # (B,2048,7,7) -> (B,2048)
 
 
 class TorchvisionNetwork(ResNet):
-    """Any classification network of torchvision, from random weights, its last linear layer kept apart as `classifier`.
+    """Any classification network of torchvision, untrained, with its last linear layer set apart.
 
-    Keys: torchvision's behind "body.", the last layer's behind "classifier."; `from_torchvision` renames a plain state dict.
-    Raises ValueError for a name that torchvision does not have, and for networks that do not end in a linear layer (SqueezeNet)
-    or train with auxiliary classifiers (GoogLeNet, Inception).
+    Keys: torchvision's behind "body.", the last layer's behind "classifier."; `from_torchvision`
+    renames a plain state dict. Raises ValueError for a name that torchvision does not have, and for
+    networks that do not end in a linear layer (SqueezeNet) or train with auxiliary classifiers
+    (GoogLeNet, Inception).
     """
 
-    def __init__(self, arch, num_classes, cosine=False, img_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    def __init__(self, arch, num_classes, cosine=False, img_size=224, mean=IMAGENET_MEAN,
+                 std=IMAGENET_STD):
         super().__init__(img_size, mean, std)
         from torchvision import models
         if arch not in models.list_models(module=models):
-            raise ValueError(f"there is no network {arch!r}: choose resnet32, resnet50 or another of torchvision's, such as "
-                             "resnet18 or regnet_y_16gf")
-        sized = {"image_size": img_size} if arch.startswith("vit_") else {}
-        self.body = models.get_model(arch, weights=None, num_classes=num_classes, **sized)
-        name, last = [(n, m) for n, m in self.body.named_modules() if not list(m.children()) and list(m.parameters())][-1]
+            raise ValueError(f"there is no network {arch!r}: choose resnet32, resnet50 or another "
+                             "of torchvision's, such as resnet18 or regnet_y_16gf")
+        options = {"image_size": img_size} if arch.startswith("vit_") else {}
+        self.body = models.get_model(arch, weights=None, num_classes=num_classes, **options)
+        for name, module in self.body.named_modules():
+            if not list(module.children()) and list(module.parameters()):
+                self.last_name, last = name, module     # in the end, the last layer with parameters
         if not isinstance(last, nn.Linear) or hasattr(self.body, "aux_logits"):
-            raise ValueError(f"{arch} cannot be a teacher here: it does not end in one linear layer")
+            raise ValueError(f"{arch} cannot be a teacher here: it does not end in one linear "
+                             "layer")
         self.classifier = CosineClassifier(last.in_features, num_classes) if cosine else last
-        self.body.set_submodule(name, nn.Identity())
-        self.last_name = name
+        self.body.set_submodule(self.last_name, nn.Identity())
 
     def forward_features(self, x):
-        return self.body(x)                                               # (B,3,S,S) -> (B,d)
+        return self.body(x)                                             # (B,3,S,S) -> (B,d)
 
     def from_torchvision(self, weights):
         """torchvision's keys -> the keys of this network."""
-        last = self.last_name + "."
-        out = OrderedDict(("classifier." + k[len(last):] if k.startswith(last) else "body." + k, v) for k, v in weights.items())
-        out._metadata = {"body": {"version": self.body._version}}         # MNASNet asks for it
-        return out
+        renamed, last = OrderedDict(), self.last_name + "."
+        for key, tensor in weights.items():
+            if key.startswith(last):
+                renamed["classifier." + key.removeprefix(last)] = tensor
+            else:
+                renamed["body." + key] = tensor
+        renamed._metadata = {"body": {"version": self.body._version}}   # MNASNet reads it
+        return renamed
 
 
 def resnet32(num_classes=10, **kwargs):
@@ -204,6 +227,12 @@ def resnet50(num_classes=1000, **kwargs):
 
 
 def make(arch, num_classes, **kwargs):
-    """The network called `arch`: resnet32, resnet50, or else torchvision's of that name. Raises ValueError as that does."""
-    ours = {"resnet32": resnet32, "resnet50": resnet50}
-    return ours[arch](num_classes, **kwargs) if arch in ours else TorchvisionNetwork(arch, num_classes, **kwargs)
+    """The network called `arch`: resnet32, resnet50 or a network of torchvision.
+
+    Raises ValueError as TorchvisionNetwork does.
+    """
+    if arch == "resnet32":
+        return resnet32(num_classes, **kwargs)
+    if arch == "resnet50":
+        return resnet50(num_classes, **kwargs)
+    return TorchvisionNetwork(arch, num_classes, **kwargs)

@@ -1,4 +1,4 @@
-"""Shared by all tests: the project on the path, test files side by side, and a tiny CIFAR-like folder of images."""
+"""Shared by all tests: the project on the path, one thread, and a tiny CIFAR-like folder of images."""
 import sys
 from pathlib import Path
 
@@ -6,22 +6,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from side_by_side import pytest_addoption, pytest_runtestloop  # noqa: F401: hooks of pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)                                                  # the networks are too small for more
+torch.set_num_threads(1)                            # the networks are too small for more
 
 
 def script(module, monkeypatch, *flags):
     """Run a script's main in this process, as `python module.py flags` would."""
-    import engine
+    from engine import runtime
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-    engine.run_main(module.main)
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: long fault tests, left out unless asked for by `pytest -m slow`")
+    runtime.run_main(module.main)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -33,7 +28,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module")
 def no_pictures():
-    """Students end without a picture, which takes longer to draw than they take to train. (test_scripts.py draws it.)"""
+    """Students end without a picture, which takes longer to draw than they take to train."""
     import train_student
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_student, "draw_summary", lambda folder: None)
@@ -42,9 +37,10 @@ def no_pictures():
 
 @pytest.fixture(scope="session")
 def tiny_cifar(tmp_path_factory):
-    """10 classes of 32 px images, 24 for training and 6 for testing each: class k is a noisy plane of its own colour."""
+    """10 classes of 32 px images, 24 to train and 6 to test on each: noisy planes of one color."""
     root, rng = tmp_path_factory.mktemp("tiny"), np.random.RandomState(0)
-    colors = [(r, g, b) for r in (40, 200) for g in (40, 200) for b in (40, 200)] + [(120, 40, 120), (200, 120, 40)]
+    colors = [(r, g, b) for r in (40, 200) for g in (40, 200) for b in (40, 200)]
+    colors += [(120, 40, 120), (200, 120, 40)]
     for split, n in (("train", 24), ("test", 6)):
         for k, color in enumerate(colors):
             folder = root / split / f"class{k}"
@@ -60,8 +56,8 @@ def learned_by_heart(tiny_cifar, tmp_path_factory):
     """Run folder of a plain ViT, trained on tiny_cifar without augmentation."""
     import train_student
     folder = tmp_path_factory.mktemp("by_heart") / "vit"
-    flags = ("--imb 1 --method vit --model micro --epochs 12 --drw-epoch 0 --lr 2e-3 --batch 24 --eval-every 12 --policy none "
-             "--erasing 0").split()
+    flags = ("--recipe cpu --imb 1 --method vit --model micro --epochs 12 --drw-epoch 0 --lr 2e-3 "
+             "--batch 24 --eval-every 12 --rand-ops 0 --erasing 0").split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_student, "draw_summary", lambda folder: None)
         script(train_student, patch, "--data-dir", tiny_cifar, "--out", folder, *flags)

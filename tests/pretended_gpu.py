@@ -1,13 +1,13 @@
-"""A GPU that is not there: tensors say that they are on cuda:0 and are computed with on the CPU, like a GPU's otherwise.
+"""A pretended GPU: tensors say that they are on cuda:0 but are computed on the CPU.
 
     with PretendedGPU() as gpu:
         x = torch.zeros(3, device="cuda")         # or .to("cuda")
         x + torch.ones(3)                         # RuntimeError: tensors of two devices
-        x.sum().item()                            # noted in gpu.waits: a GPU's queue of work runs dry here
+        x.sum().item()                            # noted in gpu.waits: a host-device sync
 
-It sees every call of torch's functions and methods from Python (torch.overrides.TorchFunctionMode), not what happens inside of
-one, the backward pass for instance. What it cannot tell: how fast a GPU is, how it rounds, which operations it lacks, how much
-memory it has, and anything of several processes.
+It sees every call of torch's functions and methods from Python (TorchFunctionMode), not what
+happens inside of one, the backward pass for instance. It cannot tell how fast a GPU is, how it
+rounds, which operations it lacks or how much memory it has, and knows nothing of several processes.
 """
 import traceback
 from pathlib import Path
@@ -19,18 +19,25 @@ from torch.overrides import TorchFunctionMode
 GPU = torch.device("cuda", 0)
 ROOT = Path(__file__).parent.parent
 # What a GPU must be waited for: the values, or how many results there are.
-WAITS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__", "__format__",
-         "__repr__", "__contains__", "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount",
-         "equal", "allclose", "is_nonzero"}
-WITHOUT_CPU_NUMBERS = {"cat", "stack", "concat", "hstack", "vstack"}      # elsewhere a GPU takes a CPU's 0-dimensional tensor
-FLOAT_ONLY = {"matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "linear", "conv1d", "conv2d", "interpolate",
-              "grid_sample", "avg_pool2d", "max_pool2d", "fold"}          # a CPU takes integers to some of them
+WAITS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__",
+         "__array__", "__format__", "__repr__", "__contains__", "nonzero", "argwhere",
+         "masked_select", "unique", "unique_consecutive", "bincount", "equal", "allclose",
+         "is_nonzero"}
+# Elsewhere a GPU takes a CPU's 0-dimensional tensor.
+WITHOUT_CPU_NUMBERS = {"cat", "stack", "concat", "hstack", "vstack"}
+# A CPU takes integers to some of these.
+FLOAT_ONLY = {"matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "linear", "conv1d",
+              "conv2d", "interpolate", "grid_sample", "avg_pool2d", "max_pool2d", "fold"}
+PROPERTIES = {"device.__get__": GPU, "is_cuda.__get__": True, "is_cpu.__get__": False}
+MOVES_A_PARAMETER = ("data.__set__", "_has_compatible_shallow_copy_type")      # in Module.to
 
 
 def name_of(func):
     """"device.__get__" for the getter of a property, else a function's own name."""
+    if func.__name__ not in ("__get__", "__set__"):
+        return func.__name__
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
-    return f"{owner}.{func.__name__}" if func.__name__ in ("__get__", "__set__") else func.__name__
+    return f"{owner}.{func.__name__}"
 
 
 def tensors_in(value):
@@ -44,21 +51,41 @@ def tensors_in(value):
     return [t for one in value for t in tensors_in(one)]
 
 
+def names_a_device(value):
+    if isinstance(value, str):
+        return value.split(":")[0] in ("cpu", "cuda")
+    return isinstance(value, torch.device)
+
+
+def caller():
+    """"file.py:line" of the project's line that is being executed, or "tests"."""
+    for frame in reversed(traceback.extract_stack()):
+        file = Path(frame.filename)
+        if ROOT in file.parents and ROOT / "tests" not in file.parents:
+            return f"{file.relative_to(ROOT)}:{frame.lineno}"
+    return "tests"
+
+
 class PretendedGPU(TorchFunctionMode):
-    """See the file's head. waits: [(function, "file.py:line" of the project's that called it)]."""
+    """See the file's head.
+
+    waits: [(function, "file.py:line" of the project that called it)]. calls: names of functions.
+    """
 
     def __init__(self):
         super().__init__()
-        self.storages, self.waits = {}, []                                # a storage is on one device, and all its views are
+        self.waits, self.calls = [], []
+        self.storages = {}          # a storage is on one device, and so are all its views
 
     def __enter__(self):
-        """Optimizers group their tensors by device outside of what can be seen here: put their groups onto the GPU too."""
+        """Optimizers group tensors by device out of sight: put their groups onto the GPU too."""
         self.group = torch.optim.Optimizer._group_tensors_by_device_and_dtype
 
         def group(lists, *args, **kwargs):
-            found = self.group(lists, *args, **kwargs)
-            on_gpu = any(t is not None and self.has(t) for t in lists[0])
-            return {(GPU, key[1]): value for key, value in found.items()} if on_gpu else found
+            groups = self.group(lists, *args, **kwargs)
+            if any(t is not None and self.has(t) for t in lists[0]):
+                return {(GPU, key[1]): value for key, value in groups.items()}
+            return groups
         torch.optim.Optimizer._group_tensors_by_device_and_dtype = staticmethod(group)
         return super().__enter__()
 
@@ -72,56 +99,60 @@ class PretendedGPU(TorchFunctionMode):
     def take(self, t):
         storage = t.untyped_storage()
         if storage._cdata not in self.storages:
-            self.storages[storage._cdata] = StorageWeakRef(storage)       # weak: its memory goes, its address is not used again
+            # A weak reference: its memory goes, but its address is not used again.
+            self.storages[storage._cdata] = StorageWeakRef(storage)
         return t
 
     def wait(self, name):
-        frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
-        self.waits.append((name, f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "tests"))
+        self.waits.append((name, caller()))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), name_of(func)
+        self.calls.append(name)
         tensors = tensors_in((args, kwargs))
         here = [t for t in tensors if self.has(t)]
-        if here and name in ("device.__get__", "is_cuda.__get__", "is_cpu.__get__"):
-            return {"device": GPU, "is_cuda": True, "is_cpu": False}[name.split(".")[0]]
-        target, args, kwargs = self.destination(name, args, kwargs)       # None: no device was named
+        if here and name in PROPERTIES:
+            return PROPERTIES[name]
+        target, args, kwargs = self.destination(name, args, kwargs)
         if name in ("to", "cpu"):
             return self.move(func, name, target, args, kwargs)
         self.check(name, args, tensors, here)
         if here and self.must_wait(name, args, kwargs):
             self.wait(name)
         result = func(*args, **kwargs)
-        if target == "cuda" or target is None and here:
+        if target == "cuda" or (target is None and here):
             for t in tensors_in(result):
                 self.take(t)
         return result
 
     def destination(self, name, args, kwargs):
-        """The type of the device that a call names, and its arguments with the CPU instead."""
-        found, cpu = [], torch.device("cpu")
+        """The type of the device that a call names, or None, and the arguments with the CPU."""
+        named = []
 
         def replace(value):
-            if isinstance(value, torch.device) or isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda"):
-                found.append(torch.device(value).type)
-                return cpu
-            return value
+            if not names_a_device(value):
+                return value
+            named.append(torch.device(value).type)
+            return torch.device("cpu")
         if name == "to":
             args = (args[0], *(replace(a) for a in args[1:]))
             if len(args) > 1 and isinstance(args[1], torch.Tensor):
-                found.append("cuda" if self.has(args[1]) else "cpu")
+                named.append("cuda" if self.has(args[1]) else "cpu")
         if kwargs.get("device") is not None:
             kwargs["device"] = replace(kwargs["device"])
-        return found[0] if found else None, args, kwargs
+        return named[0] if named else None, args, kwargs
 
     def move(self, func, name, target, args, kwargs):
         """.to and .cpu: between devices always a copy."""
         was_here = self.has(args[0])
-        goes_here = was_here if target is None and name == "to" else target == "cuda"
+        goes_here = target == "cuda"
+        if target is None and name == "to":         # to another type only
+            goes_here = was_here
         result = func(*args, **kwargs)
         if was_here and not goes_here:
             self.wait(name)
-        if was_here != goes_here and result.untyped_storage()._cdata == args[0].untyped_storage()._cdata:
+        same = result.untyped_storage()._cdata == args[0].untyped_storage()._cdata
+        if was_here != goes_here and same:
             result = result.clone()
         return self.take(result) if goes_here else result
 
@@ -129,7 +160,8 @@ class PretendedGPU(TorchFunctionMode):
         """Raise RuntimeError where a GPU would: for tensors of both devices."""
         if not here:
             return
-        others = [t for t in tensors if not self.has(t) and (t.ndim > 0 or name in WITHOUT_CPU_NUMBERS or "foreach" in name)]
+        needed = name in WITHOUT_CPU_NUMBERS or "foreach" in name
+        others = [t for t in tensors if not self.has(t) and (t.ndim > 0 or needed)]
         into = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if name in FLOAT_ONLY and not all(t.is_floating_point() for t in here):
             raise RuntimeError(f"{name}: not implemented for integers on {GPU}")
@@ -137,22 +169,28 @@ class PretendedGPU(TorchFunctionMode):
             if not self.has(into):
                 self.wait(name)
             return
-        if name in ("__getitem__", "__setitem__") and self.has(into):     # a GPU's tensor takes a CPU's indices
-            others = [t for t in tensors_in(args[2:]) if t.ndim > 0 and not self.has(t)]
-        if name in ("data.__set__", "_has_compatible_shallow_copy_type"):  # how Module.to moves a parameter
+        if name in MOVES_A_PARAMETER:
             return
-        in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i")
-        if others or in_place and into is not None and not self.has(into):
-            raise RuntimeError(f"{name}: tensors on {GPU} and on the CPU, of shapes {[tuple(t.shape) for t in tensors]}")
+        if name in ("__getitem__", "__setitem__") and self.has(into):
+            # A GPU's tensor takes a CPU's indices.
+            others = [t for t in tensors_in(args[2:]) if t.ndim > 0 and not self.has(t)]
+        in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+        if others or (in_place and into is not None and not self.has(into)):
+            shapes = [tuple(t.shape) for t in tensors]
+            raise RuntimeError(f"{name}: tensors on {GPU} and on the CPU, of shapes {shapes}")
 
     def must_wait(self, name, args, kwargs):
-        mask = lambda index: any(t.dtype in (torch.bool, torch.uint8) and self.has(t) for t in tensors_in(index))
         if name == "__getitem__":
-            return mask(args[1])
+            return self.has_mask(args[1])
         if name == "__setitem__":
-            return mask(args[1]) and isinstance(args[2], torch.Tensor) and args[2].ndim > 0
-        if name in ("where", "one_hot"):                                  # of one argument
+            return (self.has_mask(args[1]) and isinstance(args[2], torch.Tensor)
+                    and args[2].ndim > 0)
+        if name in ("where", "one_hot"):            # of one argument
             return len(args) + len(kwargs) == 1
         if name == "repeat_interleave":
-            return "output_size" not in kwargs and any(isinstance(a, torch.Tensor) for a in args[1:])
+            counted = any(isinstance(a, torch.Tensor) for a in args[1:])
+            return counted and "output_size" not in kwargs
         return name in WAITS
+
+    def has_mask(self, index):
+        return any(t.dtype in (torch.bool, torch.uint8) and self.has(t) for t in tensors_in(index))

@@ -1,23 +1,26 @@
-"""Training on a pretended GPU (pretended_gpu.py): every tensor where it should be, no step that waits for the device."""
+"""Training on a pretended GPU: every tensor where it should be, no wait for the device in a step."""
 import json
 import warnings
 from collections import Counter
 
 import pytest
 import torch
-from conftest import script
-from pretended_gpu import GPU, PretendedGPU
+from torch import nn
 
 import analyze
-import engine
 import train_student
 import train_teacher
+from conftest import script
+from engine import runtime
+from engine.runtime import Runtime
+from engine.training import FiniteScaler
+from pretended_gpu import GPU, PretendedGPU
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SHORT = "--recipe", "cpu", "--epochs", 2, "--batch", 8, "--eval-every", 2
-DRW = "--drw-epoch", 1                                                    # a stage before re-weighting, and one of it
-CIFAR = "--dataset", "cifar10", "--imb", 24                               # of 24 images to one a class: 74
-STEPS = 8                                                                 # in an epoch, at least
+DRW = "--drw-epoch", 1                                  # an epoch before re-weighting, and one of it
+CIFAR = "--dataset", "cifar10", "--imb", 24             # from 24 images to one a class: 74
+STEPS = 8                                               # in an epoch, at least
 TEACHERS = {
     "LDAM under SAM": (*DRW, "--rho-schedule", "step"),
     "PaCo under SAM": ("--loss", "paco", "--queue", 32),
@@ -25,29 +28,35 @@ TEACHERS = {
     "vector scaling": (*DRW, "--loss", "vs", "--rho", 0),
 }
 STUDENTS = {
-    "DeiT-LT": ("--micro-batch", 6, "--ema", 0.9, "--drop-path", 0.1, "--repeats", 3, "--crop", "resized"),
-    "ours": ("--stem", "conv2", "--distill", "soft", "--alpha", 0.909, "--adjust", "both", "--beta", 0, "--ema", 0.9),
-    "weak images, one token": ("--tokens", 1, "--teacher-sees", "weak", "--mixup", 0, "--cutmix", 0, "--teacher-size", 40),
-    "DeiT-III": ("--method", "deit-iii"),
-    "cRT": ("--method", "vit-crt"),
+    "DeiT-LT": ("--micro-batch", 6, "--ema", 0.9, "--drop-path", 0.1, "--repeats", 3,
+                "--crop", "resized"),
+    "ours": ("--stem", "conv", "--distill", "soft", "--alpha", 0.909, "--logit-adjustment",
+             "--beta", 0, "--ema", 0.9),
+    "weak images, one token": ("--tokens", 1, "--teacher-view", "weak", "--mixup", 0,
+                               "--cutmix", 0, "--teacher-size", 40),
 }
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, tiny_cifar):
-    """A function: run a script on a device, in a folder of the test's own; returns the PretendedGPU, or None for the CPU."""
+    """A function: run a script on a device, in a folder of the test's own.
+
+    It returns the PretendedGPU, or None for the CPU.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended GPU")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 ** 34, 2 ** 34))
 
     def run(module, *flags, device=GPU, amp=None, data=CIFAR):
-        monkeypatch.setattr(engine, "setup", lambda *_: engine.Runtime(torch.device(device), amp=amp))
+        rt = Runtime(torch.device(device), amp=amp)
+        monkeypatch.setattr(runtime, "setup", lambda *_: rt)
         flags = *data, *SHORT, "--data-dir", tiny_cifar, *flags
         if device == "cpu":
             return script(module, monkeypatch, *flags)
         with PretendedGPU() as gpu, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*CUDA is not available")      # autocast's, for float16
+            # autocast's, for float16
+            warnings.filterwarnings("ignore", ".*CUDA is not available")
             script(module, monkeypatch, *flags)
         return gpu
     return run
@@ -58,8 +67,8 @@ def teacher(tiny_cifar, tmp_path_factory):
     """Run folder of a teacher of one epoch, trained on the CPU."""
     folder = tmp_path_factory.mktemp("teacher") / "teacher"
     with pytest.MonkeyPatch.context() as patch:
-        script(train_teacher, patch, *CIFAR, "--recipe", "cpu", "--img-size", 16, "--epochs", 1, "--rho", 0,
-               "--data-dir", tiny_cifar, "--out", folder)
+        script(train_teacher, patch, *CIFAR, "--recipe", "cpu", "--img-size", 16, "--epochs", 1,
+               "--rho", 0, "--data-dir", tiny_cifar, "--out", folder)
     return folder
 
 
@@ -68,29 +77,38 @@ class Killed(Exception):
 
 
 def assert_no_step_waits(gpu):
-    """Reports, evaluation and saving wait now and then; a wait in each step is noted as often as an epoch has steps."""
+    """Reports, evaluation and saving wait now and then; a wait in each step is noted often."""
     often = {place: n for place, n in Counter(gpu.waits).items() if n >= STEPS}
     assert gpu.waits and not often
 
 
 def test_what_is_pretended():
-    """A pretence that lets through what a GPU would refuse or wait for: each of the tests below would pass then."""
+    """A pretence that lets through what a GPU would refuse or wait for: all tests would pass."""
     with PretendedGPU() as gpu:
-        x, net = torch.arange(6.0).to("cuda"), torch.nn.Linear(2, 3).to(GPU)
-        assert x.device == x[1:].device == torch.rand(2, device="cuda").device == net.weight.device == GPU and x.is_cuda
-        assert torch.rand(2).device == x.cpu().device == torch.device("cpu") and torch.equal(x.cpu(), torch.arange(6.0))
+        x, net = torch.arange(6.0).to("cuda"), nn.Linear(2, 3).to(GPU)
+        assert x.device == x[1:].device == torch.rand(2, device="cuda").device == GPU
+        assert net.weight.device == GPU and x.is_cuda
+        assert torch.rand(2).device == x.cpu().device == torch.device("cpu")
+        assert torch.equal(x.cpu(), torch.arange(6.0))
         net(x.view(3, 2)).sum().backward()
-        assert net.weight.grad.device == torch.full_like(x, 1).device == (x + torch.tensor(1)).device == GPU
-        assert x[torch.tensor([0, 1])].device == GPU                      # a GPU's tensor takes a CPU's numbers and indices
+        assert net.weight.grad.device == torch.full_like(x, 1).device == GPU
+        # A GPU's tensor takes a CPU's numbers and indices.
+        assert (x + torch.tensor(1)).device == x[torch.tensor([0, 1])].device == GPU
         gpu.waits.clear()
-        for mixed in (lambda: x + torch.ones(6), lambda: torch.stack([x[0], torch.tensor(1)]), lambda: torch.ones(6)[x.long()],
-                      lambda: torch.zeros(6).add_(x), lambda: net(torch.ones(3, 2)),
-                      lambda: torch.where(x > 1, torch.ones(6), x), lambda: x.long() @ x.long()):
+        for mixed in (lambda: x + torch.ones(6),
+                      lambda: torch.stack([x[0], torch.tensor(1)]),
+                      lambda: torch.ones(6)[x.long()],
+                      lambda: torch.zeros(6).add_(x),
+                      lambda: net(torch.ones(3, 2)),
+                      lambda: torch.where(x > 1, torch.ones(6), x),
+                      lambda: x.long() @ x.long()):
             with pytest.raises(RuntimeError, match="cuda"):
                 mixed()
         assert not gpu.waits
-        for waiting in (lambda: x[0].item(), lambda: bool(x[0] > 0), lambda: x[x > 1], lambda: x.nonzero(), lambda: x.cpu(),
-                        lambda: x.tolist(), lambda: torch.zeros(6).copy_(x), lambda: torch.where(x > 1), lambda: f"{x[0]:.1f}"):
+        for waiting in (lambda: x[0].item(), lambda: bool(x[0] > 0), lambda: x[x > 1],
+                        lambda: x.nonzero(), lambda: x.cpu(), lambda: x.tolist(),
+                        lambda: torch.zeros(6).copy_(x), lambda: torch.where(x > 1),
+                        lambda: f"{x[0]:.1f}"):
             before = len(gpu.waits)
             waiting()
             assert len(gpu.waits) > before
@@ -99,71 +117,106 @@ def test_what_is_pretended():
 
 @pytest.mark.parametrize("flags", TEACHERS.values(), ids=TEACHERS)
 def test_teacher(flags, run):
-    """A margin, weight or schedule that stays on the CPU; a loss that is asked for its value in every step."""
+    """A margin, weight or schedule that stays on the CPU; a loss that is read in every step."""
     assert_no_step_waits(run(train_teacher, "--img-size", 16, *flags))
 
 
 @pytest.mark.parametrize("flags", STUDENTS.values(), ids=STUDENTS)
 def test_student(flags, run, teacher):
-    """Class weights, priors, draws of the augmentation or averaged weights on the CPU; a wait in every step."""
-    with_teacher = () if "--method" in flags else ("--teacher", teacher)
-    assert_no_step_waits(run(train_student, "--model", "micro", *DRW, *with_teacher, *flags))
+    """Class weights, priors, draws or averaged weights on the CPU; a wait in every step."""
+    flags = "--model", "micro", *DRW, "--teacher", teacher, *flags
+    assert_no_step_waits(run(train_student, *flags))
+
+
+@pytest.mark.parametrize("name", ["crt", "deit3"])
+def test_experiments(name, run):
+    """Draws of 3-Augment on the CPU, a frozen network whose fresh classifier stays there."""
+    import importlib
+    module = importlib.import_module(f"experiments.{name}")
+    assert_no_step_waits(run(module, "--model", "micro", *DRW))
 
 
 def test_float16(run, teacher):
     """The loss scale on the CPU, or read there in every step."""
-    assert_no_step_waits(run(train_student, "--model", "micro", *DRW, "--teacher", teacher, amp=torch.float16))
+    flags = "--model", "micro", *DRW, "--teacher", teacher
+    assert_no_step_waits(run(train_student, *flags, amp=torch.float16))
+
+
+def test_undoing_a_step_takes_as_many_calls_for_many_layers_as_for_few():
+    """A copy and a comparison per buffer: ResNet-50's 159 would be hundreds of launches a step."""
+    views = {"view_as", "split", "numel", "reshape", "detach", "dim"}
+
+    def calls(layers):
+        with PretendedGPU() as gpu:
+            net = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(layers))).to(GPU)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1, fused=True)
+            scaler = FiniteScaler(net, optimizer, Runtime(GPU))
+            scaler.scale(net(torch.ones(4, 3, device=GPU)).sum()).backward()
+            scaler.unscale_()
+            gpu.calls.clear()
+            scaler.update()
+            return [name for name in gpu.calls if name not in views and "__get__" not in name]
+    assert calls(2) == calls(20) and len(calls(2)) <= 20
 
 
 def test_images_that_stay_on_disk(run, tiny_cifar, tmp_path, monkeypatch):
-    """Batches decoded ahead that are not brought to the device, or labels that are not."""
+    """Batches decoded ahead, or labels, that are not brought to the device."""
     for split in ("train", "test"):
         lines = [f"{split}/class{k}/{i}.png {k}" for k in range(10) for i in range(6)]
         (tmp_path / f"{split}.txt").write_text("\n".join(lines))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    gpu = run(train_student, "--recipe", "paper", "--model", "micro", "--img-size", 32, "--batch", 6, "--method", "vit",
-              "--eval-crop", 1, *DRW, "--skip-bad",
-              data=("--dataset", "imagenet_lt", "--train-list", tmp_path / "train.txt", "--test-list", tmp_path / "test.txt"))
+    lists = ("--dataset", "imagenet_lt", "--train-list", tmp_path / "train.txt",
+             "--test-list", tmp_path / "test.txt")
+    gpu = run(train_student, "--recipe", "paper", "--model", "micro", "--img-size", 32,
+              "--batch", 6, "--method", "vit", "--eval-crop", 1, *DRW, "--skip-bad", data=lists)
     assert_no_step_waits(gpu)
 
 
 def test_resumed(run, teacher, monkeypatch):
     """A checkpoint's weights, moments or sums that stay on the CPU, where torch.load puts them."""
-    flags = "--model", "micro", *DRW, "--teacher", teacher, "--ema", 0.9, "--adjust", "both", "--out", "run"
-    seed_step = engine.seed_step
+    flags = ("--model", "micro", *DRW, "--teacher", teacher, "--ema", 0.9, "--logit-adjustment",
+             "--out", "run")
+    seed_step = runtime.seed_step
 
     def dying(seed, epoch, step, rank):
         if (epoch, step) == (1, 2):
             raise Killed
         seed_step(seed, epoch, step, rank)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(engine, "seed_step", dying)
+        patch.setattr(runtime, "seed_step", dying)
         run(train_student, *flags, "--save-every", 1)
     assert_no_step_waits(run(train_student, *flags, "--save-every", 100, "--resume"))
 
 
 def test_the_same_training_on_both(run, teacher, tmp_path):
-    """Code that runs on a GPU only (fused attention in training, boxes cut by matrix products) and computes something else."""
-    flags = "--model", "micro", *DRW, "--teacher", teacher, "--stem", "conv", "--crop", "resized", "--ema", 0.9
+    """Code for a GPU only (fused attention in training, say) that computes something else."""
+    flags = ("--model", "micro", *DRW, "--teacher", teacher, "--stem", "conv",
+             "--crop", "resized", "--ema", 0.9)
     run(train_student, *flags, "--out", "gpu")
     run(train_student, *flags, "--out", "cpu", device="cpu")
-    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("gpu", "cpu")]
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("gpu", "cpu")]
     for one, other in zip(*logs, strict=True):
         assert one["loss_cls"] == pytest.approx(other["loss_cls"], rel=0.01)
         assert one["loss_dist"] == pytest.approx(other["loss_dist"], rel=0.01)
 
 
-@pytest.mark.parametrize("what", ["teacher", "student"])
-def test_analyses(what, run, teacher, tiny_cifar, tmp_path, monkeypatch):
-    """A hook's, a map's or a direction's tensor on the CPU, a picture drawn from one on the GPU."""
-    if what == "student":
-        run(train_student, "--model", "micro", *DRW, "--teacher", teacher, "--out", "student", device="cpu")
-    folder = teacher if what == "teacher" else tmp_path / "student"
-    monkeypatch.setattr(engine, "setup", lambda *_: engine.Runtime(GPU))
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_analyses(kind, run, teacher, tiny_cifar, tmp_path, monkeypatch):
+    """A hook's, a map's or a direction's tensor on the CPU, a picture drawn from the GPU."""
+    folder = teacher
+    if kind == "student":
+        folder = tmp_path / "student"
+        run(train_student, "--model", "micro", *DRW, "--teacher", teacher, "--out", folder,
+            device="cpu")
+    monkeypatch.setattr(runtime, "setup", lambda *_: Runtime(GPU))
     data = "--data-dir", tiny_cifar, "--imb", 24
     images = sorted((tiny_cifar / "test" / "class0").iterdir())
     with PretendedGPU():
-        script(analyze, monkeypatch, "report", folder, "--out", tmp_path / "report.html", "--images", 20, *data)
+        script(analyze, monkeypatch, "report", folder, "--out", tmp_path / "report.html",
+               "--images", 20, *data)
         script(analyze, monkeypatch, "eval", folder, *data)
-        script(analyze, monkeypatch, "predict", *images, "--checkpoint", folder, "--csv", tmp_path / "classes.csv")
-    assert (tmp_path / "report.html").stat().st_size > 1000 and len((tmp_path / "classes.csv").read_text().splitlines()) == 7
+        script(analyze, monkeypatch, "predict", *images, "--checkpoint", folder,
+               "--csv", tmp_path / "classes.csv")
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    assert len((tmp_path / "classes.csv").read_text().splitlines()) == 7

@@ -1,5 +1,6 @@
-"""networks.py against files in the published layouts (DeiT-LT's, Saddle-LongTail's, PaCo's, DeiT's, timm's, torchvision's),
-which are written here from networks and forward passes of this file's own, with random weights and BatchNorm statistics."""
+"""networks.py against files in the published layouts (DeiT-LT's, Saddle-LongTail's, PaCo's,
+DeiT's, timm's, torchvision's), which are written here from networks and forward passes of this
+file's own, with random weights and BatchNorm statistics."""
 import argparse
 import os
 
@@ -29,7 +30,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if x.shape != out.shape:                                          # option A: every second pixel between zero channels
+        if x.shape != out.shape:  # option A: every second pixel between zero channels
             zeros = torch.zeros_like(out[:, :out.shape[1] // 4])
             x = torch.cat([zeros, x[:, :, ::2, ::2], zeros], dim=1)
         return F.relu(out + x)
@@ -76,7 +77,8 @@ def resnet32_state(K, cosine=False):
 
 
 def vit_state(D=128, P=8, G=4, K=5, depth=2, distilled=False, deit3=False, hidden=None):
-    """Random weights with the names and shapes of facebookresearch/deit; deit3: LayerScale, and positions of patches only."""
+    """Random weights with the names and shapes of facebookresearch/deit; deit3: LayerScale, and
+    positions of patches only."""
     shapes = {"cls_token": (1, 1, D), "pos_embed": (1, G * G + (0 if deit3 else 1 + distilled), D),
               "patch_embed.proj.weight": (D, 3, P, P), "patch_embed.proj.bias": (D,), "norm.weight": (D,), "norm.bias": (D,)}
     shapes |= {"dist_token": (1, 1, D)} if distilled else {}
@@ -93,7 +95,8 @@ def vit_state(D=128, P=8, G=4, K=5, depth=2, distilled=False, deit3=False, hidde
 
 
 def vit_by_hand(w, x, heads, norm="imagenet"):
-    """Images (B,3,S,S) -> [CLS logits] or [CLS logits, DIST logits], from a state dict of vit_state."""
+    """Images (B,3,S,S) -> [CLS logits] or [CLS logits, DIST logits], from a state dict of
+    vit_state."""
     w = {k: v.double() for k, v in w.items()}
     D, P, depth = w["cls_token"].shape[2], w["patch_embed.proj.weight"].shape[2], sum(k.endswith("qkv.bias") for k in w)
     d = D // heads
@@ -101,7 +104,7 @@ def vit_by_hand(w, x, heads, norm="imagenet"):
     ln = lambda x, name: F.layer_norm(x, (D,), w[name + ".weight"], w[name + ".bias"], 1e-6)
     x = F.conv2d(normalise(x, norm), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], P).flatten(2).transpose(1, 2)
     tokens = [w[k].expand(len(x), 1, D) for k in ("cls_token", "dist_token") if k in w]
-    patches_only = w["pos_embed"].shape[1] == x.shape[1]                  # DeiT-III: CLS has no position
+    patches_only = w["pos_embed"].shape[1] == x.shape[1]  # DeiT-III: CLS has no position
     x = torch.cat([*tokens, x + w["pos_embed"]], dim=1) if patches_only else torch.cat([*tokens, x], dim=1) + w["pos_embed"]
     for b in (f"blocks.{i}." for i in range(depth)):
         q, k, v = linear(ln(x, b + "norm1"), b + "attn.qkv").split(D, dim=2)
@@ -116,7 +119,7 @@ def vit_by_hand(w, x, heads, norm="imagenet"):
 
 
 def normalise(x, norm):
-    mean, std = (torch.tensor(c)[:, None, None].to(x) for c in CONSTANTS[norm])      # float32 numbers, as in the networks
+    mean, std = (torch.tensor(c)[:, None, None].to(x) for c in CONSTANTS[norm])  # float32 numbers, as in the networks
     return (x - mean) / std
 
 
@@ -137,7 +140,7 @@ def resnet32_by_hand(state, x, norm="cifar"):
 
 
 def cosines(f, weight):
-    return 30 * F.cosine_similarity(f[:, :, None], weight.double()[None], dim=1)         # (B,d), (d,K) -> (B,K)
+    return 30 * F.cosine_similarity(f[:, :, None], weight.double()[None], dim=1)  # (B,d), (d,K) -> (B,K)
 
 
 def save(folder, state, name="published.pth", **how):
@@ -174,7 +177,8 @@ def in_module(state, folder="module."):
 
 @pytest.fixture(scope="module")
 def big():
-    """(ResNet-50 of torchvision without its last layer, images, their pooled features); one for all tests, it is slow."""
+    """(ResNet-50 of torchvision without its last layer, images, their pooled features); one for
+    all tests, it is slow."""
     torch.manual_seed(0)
     net = randomise(torchvision.models.resnet50())
     net.fc, x = nn.Identity(), images(64)
@@ -186,8 +190,9 @@ def big():
 
 @pytest.mark.parametrize("cosine, prefix, names, zipped", [(True, "", None, True), (False, "module.", list("abcd"), False)])
 def test_ldam_and_cross_entropy_teachers_for_cifar(tmp_path, cosine, prefix, names, zipped):
-    """The (64,K) cosine weight read as (K,64) or a Linear taken for one (K is 64 too), bare cosines without the factor 30, a
-    needless re-numbering of classes, a `module.` prefix, class names lost, a file of torch.save before 1.6."""
+    """The (64,K) cosine weight read as (K,64) or a Linear taken for one (K is 64 too), bare
+    cosines without the factor 30, a needless re-numbering of classes, a `module.` prefix, class
+    names lost, a file of torch.save before 1.6."""
     K, x = 4 if names else 64, images(32)
     state = resnet32_state(K, cosine)
     optimizer = {"state": {0: {"momentum_buffer": torch.randn(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
@@ -199,7 +204,8 @@ def test_ldam_and_cross_entropy_teachers_for_cifar(tmp_path, cosine, prefix, nam
 
 
 def test_paco_teacher_for_cifar(tmp_path):
-    """The key encoder or its classifier taken instead, the projection applied, module. not dropped, the queue in the way."""
+    """The key encoder or its classifier taken instead, the projection applied, module. not
+    dropped, the queue in the way."""
     whole, x = randomise(Wrapper(Plain32(), Plain32(), 64, 7)), images(32)
     state = in_module(whole.state_dict())
     found = networks.load_network(save(tmp_path, {"epoch": 400, "arch": "resnet32", "state_dict": state, "optimizer": {}}))
@@ -208,12 +214,13 @@ def test_paco_teacher_for_cifar(tmp_path):
 
 
 def test_paco_teacher_for_imagenet(tmp_path, big):
-    """A ResNet-50 encoder without its fc taken for a cosine network, its classifier put in the wrong place, `acc` refused."""
+    """A ResNet-50 encoder without its fc taken for a cosine network, its classifier put in the
+    wrong place, `acc` refused."""
     (net, x, f), linear = big, nn.Linear(2048, 6)
     fc = nn.Sequential(nn.Linear(9, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 8))
     linear.weight.data.mul_(10)
     state = {"queue": torch.randn(16, 8), "queue_l": torch.zeros(16), "queue_ptr": torch.zeros(1)}
-    for which in ("encoder_q.", "encoder_k."):                            # the key encoder's weights are the same here
+    for which in ("encoder_q.", "encoder_k."):  # the key encoder's weights are the same here
         state |= in_module(net.state_dict(), which) | in_module(fc.state_dict(), which + "fc.")
     state |= in_module(linear.state_dict(), "linear.") | in_module(nn.Linear(2048, 6).state_dict(), "linear_k.")
     path = save(tmp_path, {"arch": "resnet50", "state_dict": in_module(state), "acc": np.float64(57)})
@@ -221,7 +228,8 @@ def test_paco_teacher_for_imagenet(tmp_path, big):
 
 
 def test_ldam_teacher_for_imagenet(tmp_path, big):
-    """DataParallel's prefix, the (2048,K) weight, bare cosines; its outputs come by descending count."""
+    """DataParallel's prefix, the (2048,K) weight, bare cosines; its outputs come by descending
+    count."""
     (net, x, f), weight = big, torch.randn(2048, 6)
     path = save(tmp_path, {"arch": "resnet50", "state_dict": in_module({**net.state_dict(), "fc.weight": weight})})
     found = networks.load_network(path, size=64)
@@ -230,7 +238,8 @@ def test_ldam_teacher_for_imagenet(tmp_path, big):
 
 @pytest.mark.parametrize("paco", [False, True])
 def test_inaturalists_teachers_have_its_own_normalisation(tmp_path, big, paco):
-    """8142 classes fed with ImageNet's statistics. Each tensor is one number, expanded, so that the file is small."""
+    """8142 classes fed with ImageNet's statistics. Each tensor is one number, expanded, so that
+    the file is small."""
     flat = {k: v.flatten()[:1].clone().view([1] * v.ndim).expand(v.shape) for k, v in big[0].state_dict().items()}
     weight, bias = torch.ones(1, 1).expand(8142, 2048), torch.ones(1).expand(8142)
     pacos = in_module(flat, "encoder_q.") | {"linear.weight": weight, "linear.bias": bias}
@@ -244,12 +253,13 @@ def test_inaturalists_teachers_have_its_own_normalisation(tmp_path, big, paco):
 
 @pytest.mark.parametrize("arch", ["resnet18", "regnet_y_400mf", "mobilenet_v3_small", "mnasnet0_5"])
 def test_torchvisions_networks(tmp_path, arch):
-    """A wrong architecture found, a last layer left behind, names ignored, weights of before num_batches_tracked refused."""
+    """A wrong architecture found, a last layer left behind, names ignored, weights of before
+    num_batches_tracked refused."""
     net, x, names = randomise(torchvision.models.get_model(arch, num_classes=4)), images(64), list("abcd")
     [p for p in net.parameters() if p.ndim == 2][-1].data.normal_()
     for m in net.modules():
         m.momentum = 1.0
-    net.train()(normalise(images(64), "imagenet").float())                # else deep ones say the same of all images
+    net.train()(normalise(images(64), "imagenet").float())  # else deep ones say the same of all images
     state = net.eval().state_dict()
     old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     paths = [save(tmp_path, state, "bare.pth"), save(tmp_path, {"state_dict": old, "class_names": names}, "named.pth")]
@@ -271,7 +281,8 @@ def test_another_normalisation_and_size_on_request(tmp_path, norm):
 # ---- students ----
 
 def test_deit_lts_student(tmp_path):
-    """DIST lost, the EMA taken, argparse or NumPy objects refused, outputs taken to be in the data set's own order."""
+    """DIST lost, the EMA taken, argparse or NumPy objects refused, outputs taken to be in the
+    data set's own order."""
     state, x = vit_state(distilled=True), images(32)
     rates = {f"{g}_acc_{h}": np.float64(80) for g in ("head", "med", "tail", "best") for h in ("avg", "cls", "dist")}
     path = save(tmp_path, {"model": state, "optimizer": {"state": {}, "param_groups": []}, "lr_scheduler": {"t": [5e-4]},
@@ -285,8 +296,9 @@ def test_deit_lts_student(tmp_path):
 @pytest.mark.parametrize("sizes", [dict(D=64, P=16, G=3), dict(D=192, P=8, G=3, depth=3, hidden=200, distilled=True),
                                    dict(D=64, P=2, G=14, deit3=True), dict(D=128, P=4, G=4, deit3=True, distilled=True)])
 def test_vits_of_deit_deit_3_and_timm(tmp_path, sizes, timm):
-    """Wrong heads, depth, patch or image size, tokens in the wrong order, the 196 positions of DeiT-III given to the wrong
-    tokens, LayerScale lost or not found under timm's name; timm saves the weights bare, DeiT under "model"."""
+    """Wrong heads, depth, patch or image size, tokens in the wrong order, the 196 positions of
+    DeiT-III given to the wrong tokens, LayerScale lost or not found under timm's name; timm
+    saves the weights bare, DeiT under "model"."""
     state, x = vit_state(**sizes), images(sizes["P"] * sizes["G"])
     named = {k.replace(".gamma_", ".ls") + ".gamma" * (".gamma_" in k): v for k, v in state.items()}
     found = networks.load_network(save(tmp_path, named if timm else {"model": state}))
@@ -295,14 +307,16 @@ def test_vits_of_deit_deit_3_and_timm(tmp_path, sizes, timm):
 
 
 def test_vit_huge_has_16_heads(tmp_path):
-    """DeiT-III's and timm's ViT-H/14 are 1280 wide with heads of 80: with 20 heads of 64 they load and say nonsense."""
+    """DeiT-III's and timm's ViT-H/14 are 1280 wide with heads of 80: with 20 heads of 64 they
+    load and say nonsense."""
     state, x = vit_state(1280, 14, G=2, depth=1, hidden=8, deit3=True), images(28)
     check(networks.load_network(save(tmp_path, state)), x, vit_by_hand(state, x, 16), "1280", kind="student")
 
 
 @pytest.mark.parametrize("D", [32, 96])
 def test_vits_whose_heads_cannot_be_known_are_refused(tmp_path, D):
-    """A width that 64 does not divide: no heads at all, or 96 numbers in one head where this project's `micro` has three."""
+    """A width that 64 does not divide: no heads at all, or 96 numbers in one head where this
+    project's `micro` has three."""
     refused(save(tmp_path, vit_state(D)))
 
 
@@ -310,7 +324,8 @@ def test_vits_whose_heads_cannot_be_known_are_refused(tmp_path, D):
 
 @pytest.mark.parametrize("arch, loss", [("resnet32", "ce"), ("resnet32", "ldam"), ("regnet_y_400mf", "ce")])
 def test_a_run_of_a_teacher(tmp_path, arch, loss):
-    """The classifier or size of the settings ignored, names lost, the folder not understood as its last.pt, strict=False."""
+    """The classifier or size of the settings ignored, names lost, the folder not understood as
+    its last.pt, strict=False."""
     config, names, x = {"arch": arch, "loss": loss, "img_size": 40, "dataset": "shapes"}, list("abcde"), images(40)
     net = randomise(networks.build_teacher(config, 5))
     net.classifier.weight.data.normal_()
@@ -329,7 +344,8 @@ def test_a_run_of_a_teacher(tmp_path, arch, loss):
 
 @pytest.mark.parametrize("distilled", [False, True])
 def test_a_run_of_a_student(tmp_path, distilled):
-    """DIST expected where there is none or lost where there is one, heads guessed as 64 wide (micro's are 32)."""
+    """DIST expected where there is none or lost where there is one, heads guessed as 64 wide
+    (micro's are 32)."""
     config = {"method": "deit-lt", "model": "micro", "img_size": 16, "patch_size": 4, "drop_path": 0.1}
     shapes, x, names = networks.build_student(config, 3, distilled).state_dict(), images(16), list("abc")
     state = vit_state(96, 4, K=3, depth=6, distilled=distilled)
@@ -341,7 +357,8 @@ def test_a_run_of_a_student(tmp_path, distilled):
 
 
 def test_files_from_elsewhere_may_use_this_projects_words(tmp_path):
-    """{"config", "class_names", "state_dict"} is no run of this project, which has "model", but is a file with names."""
+    """{"config", "class_names", "state_dict"} is no run of this project, which has "model", but
+    is a file with names."""
     state, names, x = resnet32_state(3), list("abc"), images(32)
     path = save(tmp_path, {"config": {"lr": 0.1}, "class_names": names, "state_dict": state})
     check(networks.load_network(path), x, [resnet32_by_hand(state, x)], "ResNet-32", names=names)
@@ -362,7 +379,8 @@ def long_tail(names, class_ids=None):
 @pytest.mark.parametrize("how, names, order", [("names", "abcd", [2, 0, 3, 1]), ("same names", "bdac", [0, 1, 2, 3]),
                                                ("own", "abcd", [3, 0, 1, 2]), ("count", "abcd", [0, 1, 2, 3])])
 def test_outputs_are_put_into_the_order_of_the_data(tmp_path, kind, how, names, order):
-    """The inverse permutation, the (d,K) weight permuted along d, a bias or DIST forgotten, numbers used in place of names."""
+    """The inverse permutation, the (d,K) weight permuted along d, a bias or DIST forgotten,
+    numbers used in place of names."""
     more = {"class_names": list("bdac")} if "names" in how else {"tail_acc_avg": np.float64(1)} if how == "count" else {}
     path, x = save(tmp_path, {"model": KINDS[kind](), **more}), images(32)
     before, found = outputs(networks.load_network(path), x), networks.load_network(path)
@@ -374,7 +392,8 @@ def test_outputs_are_put_into_the_order_of_the_data(tmp_path, kind, how, names, 
 
 
 def test_names_follow_their_outputs(tmp_path):
-    """Names left in the old order once the outputs are in the new one: they would mislead, and a second call would permute."""
+    """Names left in the old order once the outputs are in the new one: they would mislead, and a
+    second call would permute."""
     found = networks.load_network(save(tmp_path, {"model": resnet32_state(4), "class_names": list("bdac")}))
     assert networks.match_classes(found, long_tail("abcd"), "it").class_names == list("abcd")
 
@@ -390,7 +409,8 @@ def test_other_classes_are_refused(tmp_path, theirs, ours, word):
 # ---- files that are refused ----
 
 def refused(path, *words):
-    """One line that names the file, has all of `words`, and does not stop where its reason should be."""
+    """One line that names the file, has all of `words`, and does not stop where its reason
+    should be."""
     with pytest.raises(engine.UserError) as error:
         networks.load_network(path)
     text = str(error.value)
@@ -417,7 +437,8 @@ LAYOUTS = {  # weights, a key that is taken out or cut, a key that is added
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loading_is_strict(tmp_path, layout):
-    """strict=False: a key that is missing, left over or of another shape would leave random weights in a network."""
+    """strict=False: a key that is missing, left over or of another shape would leave random
+    weights in a network."""
     build, key, more = LAYOUTS[layout]
     state = dict(build())
     networks.load_network(save(tmp_path, {"state_dict": state}))          # as it is, it is fine
@@ -429,8 +450,9 @@ def test_loading_is_strict(tmp_path, layout):
 @pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
 @pytest.mark.parametrize("arch", ["resnet18", "googlenet"])
 def test_what_cannot_be_a_teacher_is_refused(tmp_path, arch):
-    """A traceback for a self-supervised ResNet, with neither fc.weight nor fc.bias as if it had a cosine classifier, or for
-    GoogLeNet, which is found by its number of parameters but trains with auxiliary classifiers."""
+    """A traceback for a self-supervised ResNet, with neither fc.weight nor fc.bias as if it had
+    a cosine classifier, or for GoogLeNet, which is found by its number of parameters but trains
+    with auxiliary classifiers."""
     if arch == "resnet18":
         state = {k: v for k, v in torchvision.models.resnet18().state_dict().items() if not k.startswith("fc.")}
     else:
@@ -470,7 +492,8 @@ def test_a_pickled_module_is_refused(tmp_path, build):
     {0: torch.ones(2)}, {"a": torch.ones(2, 2)}, {"a.weight": torch.ones(2, 2)},
     {"config": {"lr": 0.1}, "class_names": ["a", "b"], "model": {"a.weight": torch.ones(2, 2)}}])
 def test_a_file_without_a_known_network_is_refused(tmp_path, content):
-    """A traceback for a download that broke off (0.5: half of the file came) or for what else people save with torch.save."""
+    """A traceback for a download that broke off (0.5: half of the file came) or for what else
+    people save with torch.save."""
     path = tmp_path / "published.pth"
     save(tmp_path, vit_state() if isinstance(content, float) else content)
     if isinstance(content, (bytes, float)):
@@ -489,7 +512,8 @@ def test_missing_files_and_unknown_normalisations_are_refused(tmp_path):
 @pytest.mark.parametrize("wrapper", ["", "model", "state_dict", "model_state_dict", "net"])
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model."])
 def test_what_training_scripts_put_around_weights_is_seen_through(tmp_path, wrapper, prefix):
-    """A compiled, parallel or wrapped network; settings and class names of another project's kind are not mistaken for ours."""
+    """A compiled, parallel or wrapped network; settings and class names of another project's
+    kind are not mistaken for ours."""
     weights = {prefix + k: v for k, v in torchvision.models.get_model("resnet18", num_classes=7).state_dict().items()}
     state = {wrapper: weights, "config": {"arch": "resnet18"}, "class_names": {0: "a"}} if wrapper else weights
     torch.save(state, tmp_path / "x.pth")

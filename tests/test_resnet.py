@@ -1,4 +1,5 @@
-"""resnet.py against torchvision's ResNet-50, ResNet-32 written out from its state dict, and formulas written as loops."""
+"""resnet.py against torchvision's ResNet-50, ResNet-32 written out from its state dict, and
+formulas written as loops."""
 import math
 
 import pytest
@@ -53,7 +54,8 @@ def ldam_drw_layout(K, cosine):
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_resnet32_state_dict_is_ldam_drws(cosine):
-    """A renamed tensor, a saved normalisation buffer, a cosine classifier with a bias or stored as (K,64)."""
+    """A renamed tensor, a saved normalisation buffer, a cosine classifier with a bias or stored
+    as (K,64)."""
     state = resnet32(10, cosine=cosine).state_dict()
     assert {name: tuple(t.shape) for name, t in state.items()} == ldam_drw_layout(10, cosine)
 
@@ -67,11 +69,12 @@ def test_cosine_resnet50_keeps_the_published_classifier_shape():
 
 
 def test_initialisation_is_kaimings():
-    """Another gain, or fan-in for fan-out: sqrt(2 / fan) told apart on layers whose fans differ; 4 standard errors."""
+    """Another gain, or fan-in for fan-out: sqrt(2 / fan) told apart on layers whose fans differ;
+    4 standard errors."""
     torch.manual_seed(0)
     small, big = resnet32(100), resnet50(10)
-    for weight, fan in [(small.layer3[0].conv1.weight, 9 * 32), (small.linear.weight, 64),          # fan in
-                        (big.layer1[0].conv3.weight, 256), (big.layer1[0].downsample[0].weight, 256),        # fan out
+    for weight, fan in [(small.layer3[0].conv1.weight, 9 * 32), (small.linear.weight, 64),  # fan in
+                        (big.layer1[0].conv3.weight, 256), (big.layer1[0].downsample[0].weight, 256),  # fan out
                         (big.layer2[0].conv2.weight, 9 * 128)]:
         assert abs(weight.std() / math.sqrt(2 / fan) - 1) < 4 / math.sqrt(2 * weight.numel())
 
@@ -80,12 +83,13 @@ def test_initialisation_is_kaimings():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_resnet50_is_torchvisions(training):
-    """Any difference: stride in the 1x1 (v1), a missing ReLU, pooling, the normalisation, the batch statistics."""
+    """Any difference: stride in the 1x1 (v1), a missing ReLU, pooling, the normalisation, the
+    batch statistics."""
     torch.manual_seed(0)
     theirs = randomise_batchnorm(torchvision.models.resnet50(weights=None, num_classes=7))
     ours = resnet50(7)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    theirs.load_state_dict(ours.state_dict(), strict=True)                # strict in both directions: the same keys
+    theirs.load_state_dict(ours.state_dict(), strict=True)  # strict in both directions: the same keys
     x = torch.rand(3, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         logits = ours.double().train(training)(x)
@@ -96,7 +100,8 @@ def test_resnet50_is_torchvisions(training):
 
 
 def resnet32_written_out(state, x, training):
-    """He et al., section 4.2, from a state dict: (B,3,32,32) in [0, 1] -> logits (B,K) of the plain linear classifier."""
+    """He et al., section 4.2, from a state dict: (B,3,32,32) in [0, 1] -> logits (B,K) of the
+    plain linear classifier."""
     def batchnorm(name, x):
         if training:
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
@@ -114,7 +119,7 @@ def resnet32_written_out(state, x, training):
             block, stride = f"layer{stage}.{b}", 2 if b == 0 and stage > 1 else 1
             out = batchnorm(f"{block}.bn1", conv(f"{block}.conv1", x, stride)).clamp(min=0)
             out = batchnorm(f"{block}.bn2", conv(f"{block}.conv2", out, 1))
-            if stride == 2:                                               # option A: every 2nd pixel, C/2 zero channels around
+            if stride == 2:  # option A: every 2nd pixel, C/2 zero channels around
                 B, C, H, W = x.shape
                 small = torch.zeros(B, 2 * C, H // 2, W // 2, dtype=x.dtype)
                 for i in range(H // 2):
@@ -127,7 +132,8 @@ def resnet32_written_out(state, x, training):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_resnet32_is_the_papers_network(training):
-    """A shortcut that pools or pads on one side, a ReLU in the wrong place, wrong statistics, wrong CIFAR mean or std."""
+    """A shortcut that pools or pads on one side, a ReLU in the wrong place, wrong statistics,
+    wrong CIFAR mean or std."""
     torch.manual_seed(0)
     model = randomise_batchnorm(resnet32(10)).double().train(training)
     x = torch.rand(3, 3, 32, 32, dtype=torch.float64)
@@ -140,7 +146,8 @@ def test_resnet32_is_the_papers_network(training):
 
 @pytest.mark.parametrize("build, stage, size", [(resnet32, "layer3", 32), (resnet50, "layer4", 64)])
 def test_features_on_request_are_the_pooled_ones(build, stage, size):
-    """Features from before pooling, a maximum instead of a mean, or logits that change when features are asked for."""
+    """Features from before pooling, a maximum instead of a mean, or logits that change when
+    features are asked for."""
     torch.manual_seed(0)
     model, maps = build(10).eval(), []
     model.get_submodule(stage).register_forward_hook(lambda module, inputs, output: maps.append(output))
@@ -171,7 +178,7 @@ def test_cosine_logits_span_minus_scale_to_scale_whatever_the_lengths():
     """A class that wins by a long class vector; a published scale other than 30."""
     model = CosineClassifier(3, 2)
     with torch.no_grad():
-        model.weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 0.0], [2.0, 1e3]]))               # class vectors (1,2,2), (0,0,1000)
+        model.weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 0.0], [2.0, 1e3]]))  # class vectors (1,2,2), (0,0,1000)
     x = torch.tensor([[1.0, 2, 2], [-5, -10, -10], [0, 0, 9]])
     # cos between (1,2,2)/3 and (0,0,1) is 2/3
     torch.testing.assert_close(model(x), torch.tensor([[30.0, 20], [-30, -20], [20, 30]]))
@@ -192,7 +199,8 @@ def test_cosine_classifier_sits_on_the_pooled_features_of_both_networks():
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_logits_are_not_rounded_to_bfloat16(cosine):
-    """30 times a cosine of 8 bits ties now and then, and the arg max of a tie is the class that has more images."""
+    """30 times a cosine of 8 bits ties now and then, and the arg max of a tie is the class that
+    has more images."""
     net = resnet32(10, cosine=cosine).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits, features = net(torch.rand(3, 3, 32, 32), return_features=True)
@@ -201,7 +209,8 @@ def test_logits_are_not_rounded_to_bfloat16(cosine):
 
 
 def test_cosine_classifier_gradient():
-    """A detached length: finite differences see that lengthening a feature changes nothing, so must the gradient."""
+    """A detached length: finite differences see that lengthening a feature changes nothing, so
+    must the gradient."""
     torch.manual_seed(0)
     model, x = CosineClassifier(4, 3).double(), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(model, {"weight": w}, x), (x, model.weight))

@@ -1,4 +1,5 @@
-"""sam.py against steps done on paper, SGD and backpropagation written in NumPy, and itself interrupted or split."""
+"""sam.py against steps done on paper, SGD and backpropagation written in NumPy, and itself
+interrupted or split."""
 import copy
 import io
 import math
@@ -49,8 +50,9 @@ def assert_same_bits(a, b):
 # ---- the step itself ----
 
 def test_one_step_on_a_quadratic_by_hand():
-    """L = (3 a^2 + 4 b^2) / 2 at (1, 1): g = (3, 4), ||g|| = 5, rho = 1/2 climbs to (1.3, 1.4), where g = (3.9, 5.6).
-    Catches a step along g itself, one norm per tensor, a base step from w + e, or one with the first gradient."""
+    """L = (3 a^2 + 4 b^2) / 2 at (1, 1): g = (3, 4), ||g|| = 5, rho = 1/2 climbs to (1.3, 1.4),
+    where g = (3.9, 5.6). Catches a step along g itself, one norm per tensor, a base step from w
+    + e, or one with the first gradient."""
     a, b = (nn.Parameter(torch.tensor(1.0, dtype=torch.float64)) for _ in range(2))
     sam = SAM(torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1), rho=0.5)
     ((3 * a ** 2 + 4 * b ** 2) / 2).backward()
@@ -78,7 +80,8 @@ def test_steps_on_a_general_quadratic():
 
 
 def test_training_a_network_equals_sam_written_in_numpy():
-    """Momentum or weight decay that act at w + e, in e, or twice. Backpropagation, SAM and SGD here are all by hand."""
+    """Momentum or weight decay that act at w + e, in e, or twice. Backpropagation, SAM and SGD
+    here are all by hand."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(7, 4)), rng.normal(size=(7, 2))
     shapes = [(5, 4), (5,), (2, 5), (2,)]
@@ -111,9 +114,10 @@ def test_training_a_network_equals_sam_written_in_numpy():
 
 @pytest.mark.parametrize("rho", [0.05, 0.8])
 def test_perturbation_has_length_rho_over_all_parameters_together(rho):
-    """A norm per tensor (length rho * sqrt(tensors)), parameters without a gradient that move, a wrong direction."""
+    """A norm per tensor (length rho * sqrt(tensors)), parameters without a gradient that move, a
+    wrong direction."""
     net = small_net(dtype=torch.float64)
-    net[0].bias.requires_grad_(False)                                     # frozen: no gradient, no move
+    net[0].bias.requires_grad_(False)  # frozen: no gradient, no move
     before = snapshot(net)
     x, y = batches(1, torch.float64)[0]
     F.cross_entropy(net(x), y).backward()
@@ -136,7 +140,8 @@ def test_zero_gradient_makes_no_nan():
 
 
 def test_weights_come_back_bit_for_bit():
-    """Returning by subtracting e: (w + e) - e is not w in float32, and the error would add up over a training run."""
+    """Returning by subtracting e: (w + e) - e is not w in float32, and the error would add up
+    over a training run."""
     net, (x, y) = small_net(), batches(1)[0]
     before = snapshot(net)
     F.cross_entropy(net(x), y).backward()
@@ -144,7 +149,7 @@ def test_weights_come_back_bit_for_bit():
     w, g = net[0].weight.detach().clone(), net[0].weight.grad.clone()
     norm = sam.first_step()
     e = g * (0.8 / norm)
-    assert not torch.equal(w + e - e, w)                                  # here the difference would show
+    assert not torch.equal(w + e - e, w)  # here the difference would show
     assert not torch.equal(net[0].weight, w)
     sam.restore()
     assert_same_bits({n: p.detach() for n, p in net.named_parameters()}, {n: before[n] for n, _ in net.named_parameters()})
@@ -166,17 +171,18 @@ def test_rho_0_is_the_base_optimizer_bit_for_bit():
 # ---- BatchNorm in the second pass ----
 
 def test_second_pass_leaves_batchnorm_statistics_alone_but_normalises_with_the_batch():
-    """Statistics of perturbed weights leaking into evaluation; or the fix gone too far, running statistics used in pass 2."""
+    """Statistics of perturbed weights leaking into evaluation; or the fix gone too far, running
+    statistics used in pass 2."""
     net, (x, y) = small_net(), batches(1)[0]
-    net(x), net(2 * x)                                                    # statistics that are not those of x
+    net(x), net(2 * x)  # statistics that are not those of x
     before, in_training = snapshot(net), net(x).detach()
     net.load_state_dict(before)
     with frozen_batchnorm_statistics(net):
         inside = net(x)
-    assert_same_bits(snapshot(net), before)                               # running_mean, running_var, num_batches_tracked
+    assert_same_bits(snapshot(net), before)  # running_mean, running_var, num_batches_tracked
     assert torch.equal(inside, in_training)
-    assert (inside - copy.deepcopy(net).eval()(x)).abs().max() > 0.01     # evaluation would have given something else
-    net(x)                                                                # and afterwards they move again
+    assert (inside - copy.deepcopy(net).eval()(x)).abs().max() > 0.01  # evaluation would have given something else
+    net(x)  # and afterwards they move again
     assert net[1].num_batches_tracked == before["1.num_batches_tracked"] + 1
     assert not torch.equal(net[1].running_mean, before["1.running_mean"])
 
@@ -192,7 +198,8 @@ def test_batchnorm_statistics_move_again_after_a_failed_second_pass():
 
 
 def test_a_layer_that_never_tracked_statistics_still_does_not():
-    """track_running_stats switched on for a BatchNorm built without: it has no buffers to update."""
+    """track_running_stats switched on for a BatchNorm built without: it has no buffers to
+    update."""
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False))
     with frozen_batchnorm_statistics(net):
         net(batches(1)[0][0])
@@ -202,13 +209,14 @@ def test_a_layer_that_never_tracked_statistics_still_does_not():
 # ---- saving and misuse ----
 
 def test_saved_and_restored_equals_not_stopping_bit_for_bit():
-    """A lost momentum buffer or rho. The file is read with weights_only=True, as the project reads every file."""
+    """A lost momentum buffer or rho. The file is read with weights_only=True, as the project
+    reads every file."""
     data = batches(5)
     straight = small_net()
     sam = SAM(sgd(straight), rho=0.5)
     for i, (x, y) in enumerate(data):
         if i == 2:
-            sam.rho = 0.2                                                 # rho changes during training (REFERENCE: steps)
+            sam.rho = 0.2  # rho changes during training (REFERENCE: steps)
         if i == 3:
             file = io.BytesIO()
             torch.save({"model": straight.state_dict(), "sam": sam.state_dict()}, file)
@@ -262,7 +270,8 @@ def test_learning_rate_schedulers_reach_the_base_optimizer():
 # ---- mixed precision and several processes ----
 
 def test_bfloat16_autocast_needs_nothing_special():
-    """Weights or the perturbation falling to bfloat16: with 8 bits neither the length rho nor the way back is exact."""
+    """Weights or the perturbation falling to bfloat16: with 8 bits neither the length rho nor
+    the way back is exact."""
     net, (x, y) = small_net(), batches(1)[0]
     sam = SAM(torch.optim.SGD(net.parameters(), lr=0.1), rho=0.5)
 
@@ -287,7 +296,8 @@ def test_bfloat16_autocast_needs_nothing_special():
 
 
 def train_on_a_share(rank, world, folder):
-    """Three SAM steps of process `rank`, which sees every world-th image of each batch; the weights go to a file."""
+    """Three SAM steps of process `rank`, which sees every world-th image of each batch; the
+    weights go to a file."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
                                          timeout=timedelta(minutes=5))

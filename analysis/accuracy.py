@@ -1,0 +1,74 @@
+"""How often a network is right on its test set, class by class, and how well it knows that."""
+import torch
+
+import augment
+from analysis import quantities
+from analysis.predict import Predictor
+from engine.evaluation import (evaluate, evaluate_student, evaluate_teacher, student_input,
+                               teacher_input)
+
+
+def accuracies(network, args, data, rt):
+    """{head: accuracies} of a Network on the test set, see engine.evaluation.evaluate."""
+    if network.kind == "student":
+        return evaluate_student(network.net, data, args.img_size, args.eval_crop, rt)
+    return evaluate_teacher(network.net, data, rt)
+
+
+def head_combinations(net, args, data, rt):
+    """{name: accuracies} of a student's heads and of ways to combine them."""
+    adjusted = getattr(args, "logit_adjustment", False)             # then CLS is balanced already
+    counts = None if adjusted else data.counts
+
+    def predict(x):
+        x = student_input(x, args.img_size, args.eval_crop)
+        return quantities.combinations(*net(x), counts)
+    return evaluate(predict, data.test_images, data.test_labels, data.groups, rt)
+
+
+def class_rows(results, data):
+    """A row per class: its training images, and every head's accuracy in percent."""
+    rows = []
+    for k, name in enumerate(data.class_names):
+        row = {"class": name, "training images": data.counts[k]}
+        rows.append(row | {head: result["per_class"][k] for head, result in results.items()})
+    return rows
+
+
+@torch.no_grad()
+def test_logits(network, args, data, rt, batch=500):
+    """Logits (N,K) of a Network's prediction on the test set, on the CPU."""
+    model, logits = Predictor(network), []
+    for index in torch.arange(len(data.test_labels), device=rt.device).split(batch):
+        x = augment.to_float(data.test_images[index])
+        if network.kind == "student":
+            x = student_input(x, args.img_size, args.eval_crop)
+        else:
+            x = teacher_input(x, network.net.img_size)
+        with rt.autocast():
+            logits.append(model(x).float().cpu())
+    return torch.cat(logits)
+
+
+def uncertainty_text(logits, labels, groups, binary=False):
+    """Error bars and calibration of logits (N,K) with labels (N,), two lines for people.
+
+    binary: the loss was a binary cross-entropy for each class, so that a softmax was never learned.
+    """
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)        # (N,) each
+    right = predicted == labels
+    low, high = quantities.bootstrap(right, labels, groups)
+    ranges = ", ".join(f"{name} {low[name]:.1f} to {high[name]:.1f}" for name in low)
+    error = quantities.calibration_error(confidence, right)
+    text = (f"95 % of 1,000 resamplings of the test images: {ranges}\n"
+            f"mean confidence {100 * confidence.mean():.1f} %, expected calibration error "
+            f"{100 * error:.1f} points")
+    if binary:
+        text += ", by the softmax; it was trained by a binary cross-entropy for each class"
+    return text
+
+
+def confusion(predicted, labels, num_classes):
+    """How often each class (row) is predicted as each class (column): (N,), (N,) -> (K,K)."""
+    K = num_classes
+    return torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)

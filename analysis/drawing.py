@@ -1,0 +1,215 @@
+"""What all figures share: colours, axes, the text around a figure, choosing images, PNG files."""
+import textwrap
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import torch
+
+import augment
+from analysis.tables import as_csv, as_json, write
+from engine.evaluation import student_input
+from engine.runtime import UserError
+
+try:
+    import matplotlib
+    matplotlib.use("Agg")                   # draw into files, also without a display
+    import matplotlib.pyplot as plt
+except ImportError:
+    raise UserError("pictures need a package: pip install matplotlib") from None
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLORS = {"cls": "#0072B2", "dist": "#D55E00", "avg": "#000000",
+          "overall": "#000000", "head": "#56B4E9", "mid": "#009E73", "tail": "#E69F00",
+          "clean": "#0072B2", "strong": "#E69F00", "mixed": "#D55E00"}
+RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+TOKENS = {"cls": "CLS", "dist": "DIST"}
+NAMES = TOKENS | {"avg": "average"}         # heads, for people
+
+
+@dataclass
+class Figure:
+    """A drawn figure with its numbers.
+
+    table: the rows to print. numbers: all of them (rows: written as CSV; a dict: as JSON).
+    note: how to read the figure.
+    """
+    figure: plt.Figure
+    table: list
+    numbers: object
+    note: str
+
+    def save(self, path):
+        """Write the picture to `path` (.png) and its numbers beside it; returns both paths."""
+        stem = path.removesuffix(".png")
+        picture = write(f"{stem}.png", as_png(self.figure))
+        if isinstance(self.numbers, list):
+            return picture, write(f"{stem}.csv", as_csv(self.numbers))
+        return picture, write(f"{stem}.json", as_json(self.numbers))
+
+
+# ---- Around the axes -----------------------------------------------------------------------------
+
+def finish(figure, title, logs, note):
+    """Put the title on top; below: how to read the figure, and which runs and data it shows."""
+    runs = " · ".join(log.source for log in logs)
+    if len(logs) > 6:
+        runs = f"{len(logs)} runs, named in the table of numbers"
+    data = "; ".join(dict.fromkeys(log.data_text for log in logs))          # each once
+    width = int(17 * figure.get_size_inches()[0])                   # characters in a line of 8 pt
+    lines = [line for text in (note, runs, data) for line in textwrap.wrap(text, width)]
+    figure.suptitle(title, fontsize=12)
+    bottom = -0.01
+    for legend in figure.legends:                                   # shared_legend's, below
+        figure.draw_without_rendering()
+        bottom -= legend.get_window_extent().height / figure.bbox.height
+    figure.text(0.5, bottom, "\n".join(lines), ha="center", va="top", fontsize=8, color="#444444",
+                linespacing=1.35)
+
+
+def without_text(figure):
+    """The figure without its title and the lines below it, for a page that has them itself."""
+    figure.suptitle("")
+    for text in figure.texts[1:]:                                   # the first is the title
+        text.remove()
+    return figure
+
+
+def as_png(figure):
+    """The figure as the bytes of a PNG file; it is closed."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.12)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def shared_legend(figure, axis, columns=2):
+    """One legend for all panels, below the figure."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0),
+                  ncols=columns, frameon=False, fontsize=9)
+
+
+def legend_above(axis, columns, **style):
+    axis.legend(fontsize=8, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0),
+                frameon=False, **style)
+
+
+def label_axes(axis, xlabel, ylabel, title=""):
+    """Labels, a light horizontal grid, and no frame on top and on the right."""
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.set_title(title, fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
+def whole_numbers(axis):
+    """Ticks of an x or y axis (axis.xaxis, axis.yaxis) at whole numbers only."""
+    axis.set_major_locator(matplotlib.ticker.MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+
+
+def join_label(label, text):
+    """A legend entry: the run's label, unless it is empty, and what the line shows."""
+    return f"{label}, {text}" if label else text
+
+
+def run_color(i):
+    return RUN_COLORS[i % len(RUN_COLORS)]
+
+
+# ---- Images --------------------------------------------------------------------------------------
+
+def show_image(axis, image, title=""):
+    """An image (3,S,S) in [0,1]."""
+    axis.imshow(image.permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
+    axis.set_title(title, fontsize=8)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def show_map(axis, image, heat):
+    """An image (3,S,S) in gray under a heat map (G,G), which is scaled to its own range."""
+    size = image.shape[-1]
+    axis.imshow(image.mean(dim=0).cpu().numpy(), cmap="gray", vmin=-0.3, vmax=1.3)
+    edges = (-0.5, size - 0.5, size - 0.5, -0.5)                    # the map covers the whole image
+    axis.imshow(heat.cpu().numpy(), cmap="inferno", alpha=0.6, interpolation="bilinear",
+                extent=edges)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def row_label(axis, text):
+    """Name a row of images, on the left of its first one."""
+    axis.set_ylabel(textwrap.fill(text, 13, break_long_words=False), fontsize=8, rotation=0,
+                    ha="right", va="center")
+
+
+# ---- Choosing images -----------------------------------------------------------------------------
+
+def rare_classes(data):
+    """The tail classes that have test images; if none has, those of mid, then of head."""
+    tested = set(data.test_labels.tolist())
+    for group in ("tail", "mid", "head"):
+        classes = [k for k in data.groups[group] if k in tested]
+        if classes:
+            return classes
+
+
+def chosen_classes(names, data):
+    """Numbers of the classes of --classes, by default the rare ones. UserError for a wrong name."""
+    if not names:
+        return rare_classes(data)
+    unknown = [name for name in names if name not in data.class_names]
+    if unknown:
+        raise UserError(f"--classes: there is no {unknown[0]}; the classes are "
+                        f"{', '.join(data.class_names[:20])}")
+    classes = [data.class_names.index(name) for name in names]
+    tested = set(data.test_labels.tolist())
+    untested = [data.class_names[k] for k in classes if k not in tested]
+    if untested:
+        raise UserError(f"--classes: {untested[0]} has no test image")
+    return classes
+
+
+def classes_text(names):
+    """What chosen_classes has chosen, for people."""
+    return ", ".join(names) if names else "the tail classes"
+
+
+def images_of(labels, classes, n):
+    """Indices of (up to) n images of these classes, evenly spread: LongTensor on the CPU."""
+    index = torch.isin(labels.cpu(), torch.tensor(classes)).nonzero()[:, 0]
+    return index[torch.linspace(0, len(index) - 1, min(n, len(index))).long()]
+
+
+def example_images(data, classes, n, seed=0):
+    """Indices of n random test images, taking the classes in turn; `seed` alone decides which."""
+    rng, labels = np.random.RandomState(seed), data.test_labels.cpu().numpy()
+    return torch.tensor([rng.choice(np.where(labels == classes[i % len(classes)])[0])
+                         for i in range(n)])
+
+
+def measured_images(subject, classes, images, default):
+    """Indices of the test images to measure on: of --classes; --images of them, else `default`."""
+    classes = chosen_classes(classes, subject.data)
+    return images_of(subject.data.test_labels, classes, image_count(subject, images, default))
+
+
+def image_count(subject, images, default):
+    """--images, else the default, of which large images (a minute or two on a CPU) get a sixth."""
+    if images:
+        return images
+    return default if subject.net.img_size <= 64 else default // 6
+
+
+def student_images(subject, index):
+    """Test images by their indices (n,), as the student is tested on them: (n,3,S,S) in [0,1]."""
+    images = subject.data.test_images[index.to(subject.data.test_images.device)]
+    return student_input(augment.to_float(images), subject.args.img_size, subject.args.eval_crop)
+
+
+def image_batches(subject, index, size=25):
+    """The same in small batches: the attention of all blocks takes much memory."""
+    for part in index.split(size):
+        yield student_images(subject, part)

@@ -1,0 +1,177 @@
+r"""One self-contained HTML page about a network: result, every figure that applies, settings.
+
+    build(path, network, args, data, rt, ...)    -> the page of a run or a file, a str
+    page(title, lead, sections)                  -> any page; a Section has text, a table, a picture
+
+Pictures are inlined as base64, so that nothing is fetched when the page is read. Colours follow the
+reader's light or dark setting; pictures keep their white ground.
+"""
+import base64
+import re
+from dataclasses import dataclass
+from html import escape
+
+from analysis import accuracy, drawing, figures, run_figures
+from engine.datasets import describe
+from engine.evaluation import COLUMNS
+from engine.networks import short_name
+from engine.runtime import UserError
+
+
+# ---- What the page of a network holds ------------------------------------------------------------
+
+HEADINGS = {    # figure -> its heading, by kind of network; figures that do not apply are left out
+    "student": {"curves": "The course of the training", "diversity": "How CLS and DIST diverge",
+                "attention": "Where the tokens look", "distance": "How far the heads look",
+                "rank": "Rank of the features", "augment": "What the student trains on"},
+    "teacher": {"curves": "The course of the training", "entropy": "How sure the teacher is",
+                "sharpness": "Flatness of the minimum"},
+}
+
+
+def build(path, network, args, data, rt, labels, flags, load_flags):
+    """The report of a Network, its settings and its data (loading.load), an HTML page.
+
+    labels, flags, load_flags: of figures.draw.
+    """
+    results = accuracy.accuracies(network, args, data, rt)
+    means = "Accuracy on the test set; head, mid and tail are means over the classes of a group."
+    class_picture = drawing.as_png(run_figures.class_accuracy(results, data))
+    sections = [Section("Result", means, result_rows(results)),
+                Section("Accuracy per class", "", accuracy.class_rows(results, data), class_picture,
+                        folded=True)]
+    left_out = []
+    for name, heading in HEADINGS[network.kind].items():
+        rt.print(f"{name} ...")
+        try:
+            figure = figures.draw(name, [path], rt, labels, flags, load_flags)
+        except UserError as error:
+            left_out.append({"figure": name, "why": str(error)})
+            continue
+        picture = drawing.as_png(drawing.without_text(figure.figure))
+        sections.append(Section(heading, figure.note, figure.table, picture, folded=True))
+    if network.config:
+        settings = [{"setting": name, "value": str(value)}
+                    for name, value in sorted(network.config.items())]
+        sections.append(Section("Settings", "", settings))
+    if left_out:
+        sections.append(Section("Left out", "What does not apply to this network.", left_out))
+    return page(short_name(path), f"{network.what}; on {describe(data, args)}.", sections)
+
+
+def result_rows(results):
+    """A row for each head of a student with both tokens; for other networks, one row."""
+    names = drawing.NAMES if "dist" in results else {"avg": "the network"}
+    rows = []
+    for head, name in names.items():
+        row = {"prediction of": name}
+        rows.append(row | {f"{column} %": round(results[head][column], 1) for column in COLUMNS})
+    return rows
+
+
+# ---- HTML ----------------------------------------------------------------------------------------
+
+STYLE = """
+:root { --ground: #fbfaf8; --card: #ffffff; --ink: #1d1f23; --soft: #5c616b;
+        --line: #e2dfd9; --accent: #0072b2; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #15171b; --card: #1e2126; --ink: #e8e6e3; --soft: #a3a8b1;
+          --line: #33373e; --accent: #6cb8e6; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+       font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 64rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 0 0 .4rem; }
+p { margin: .4rem 0; max-width: 48rem; }
+.lead, .soft { color: var(--soft); }
+nav { display: flex; flex-wrap: wrap; gap: .35rem 1.1rem; margin: 1.2rem 0 1.6rem;
+      font-size: .92rem; }
+a { color: var(--accent); text-decoration: none; }
+a:hover, a:focus { text-decoration: underline; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+          padding: 1.25rem; margin: 1.25rem 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums;
+        margin: .7rem 0; }
+th, td { padding: .28rem .8rem .28rem 0; border-bottom: 1px solid var(--line); text-align: left;
+         white-space: nowrap; }
+td.long { white-space: normal; overflow-wrap: anywhere; min-width: 16rem; }
+th { color: var(--soft); font-weight: 600; }
+.number { text-align: right; }
+figure { margin: .9rem 0 .2rem; background: #ffffff; border-radius: 8px; padding: .5rem;
+         overflow-x: auto; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+details summary { cursor: pointer; color: var(--accent); font-size: .92rem; margin-top: .6rem; }
+@media print { section { break-inside: avoid; } }
+"""
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body><main>
+<h1>{title}</h1>
+<p class="lead">{lead}</p>
+<nav>{links}</nav>
+{body}</main></body>
+</html>
+"""
+
+
+@dataclass
+class Section:
+    title: str
+    text: str = ""
+    table: list = None          # rows: dicts with the same keys
+    picture: bytes = None       # PNG
+    folded: bool = False        # show the table only when the reader opens it
+
+
+def page(title, lead, sections):
+    """The whole page, a str. All text is taken as text, not as HTML."""
+    links, body = "", ""
+    for section in sections:
+        anchor = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-")
+        links += f'<a href="#{anchor}">{escape(section.title)}</a>'
+        body += f'<section id="{anchor}">{section_html(section)}</section>\n'
+    return PAGE.format(title=escape(title), lead=escape(lead), links=links, body=body, style=STYLE)
+
+
+def section_html(section):
+    parts = [f"<h2>{escape(section.title)}</h2>"]
+    if section.picture:
+        data = base64.b64encode(section.picture).decode()
+        parts.append(f'<figure><img alt="{escape(section.title)}" '
+                     f'src="data:image/png;base64,{data}"></figure>')
+    if section.text:
+        parts.append(f'<p class="soft">{escape(section.text)}</p>')
+    if section.table:
+        table = f'<div class="wide">{table_html(section.table)}</div>'
+        if section.folded:
+            table = f"<details><summary>Numbers</summary>{table}</details>"
+        parts.append(table)
+    return "\n".join(parts)
+
+
+def table_html(rows):
+    """Rows as a table; numbers are right-aligned."""
+    head = "".join(f'<th class="{cell_class(value)}">{escape(key)}</th>'
+                   for key, value in rows[0].items())
+    body = ""
+    for row in rows:
+        cells = [f'<td class="{cell_class(value)}">{escape(str(value))}</td>'
+                 for value in row.values()]
+        body += f"<tr>{''.join(cells)}</tr>\n"
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>\n</table>"
+
+
+def cell_class(value):
+    """The CSS class of a cell."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "number"
+    return "long" if len(str(value)) > 40 else "text"

@@ -1,0 +1,281 @@
+r"""Figures of results: what runs say of themselves in log.jsonl and result.json, and accuracies.
+
+diversity, imbalance, curves: (logs, rt) -> drawing.Figure. logs: a list of loading.Log; no network
+is loaded. class_accuracy, confusion_matrix, summary: bare figures for eval, report and summary.
+"""
+import textwrap
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from analysis import drawing, student_figures
+from analysis.drawing import COLORS, NAMES, TOKENS, Figure
+from engine.checkpoints import read_json, read_log
+from engine.evaluation import COLUMNS
+from engine.networks import short_name
+from engine.runtime import UserError
+
+
+# ---- Over the training ---------------------------------------------------------------------------
+
+def mark_drw(axis, log, color="#888888", text=False):
+    """A vertical line at --drw-epoch, where the last stage of the training began.
+
+    Whether the method re-weights classes from then on or not. log: the epochs of read_log.
+    """
+    switch = next((record["epoch"] for record in log if record["drw"]), 0)
+    if switch == 0:
+        return
+    axis.axvline(switch, color=color, linestyle="--", linewidth=1)
+    if text:
+        axis.text(switch, 0.98, " drw-epoch", fontsize=8, color="#666666", va="top",
+                  transform=axis.get_xaxis_transform())
+
+
+def diversity(logs, rt):
+    """Cosine distance of the final CLS and DIST tokens, and head and tail accuracy of both heads,
+    over the training (Figure 4a).
+
+    1 - "cosine" of the log, the mean over test images (engine.evaluation.token_cosine). The paper's
+    claim: the tokens diverge, and more so from the DRW epoch on, CLS towards the head classes, DIST
+    towards the tail.
+    """
+    rows, table = [], []
+    figure, axes = plt.subplots(2, len(logs), figsize=(max(6.5, 4.2 * len(logs)), 6), squeeze=False,
+                                sharey="row", sharex="col", layout="constrained")
+    for (top, bottom), run in zip(axes.T, logs):
+        log = read_log(run.path)
+        run_rows = diversity_rows(run, log)
+        if not run_rows:
+            raise UserError(f"{run.path} has no distances of CLS and DIST in its log: name runs "
+                            "of a student with both")
+        epochs = [row["epoch"] for row in run_rows]
+        top.plot(epochs, [row["cosine distance"] for row in run_rows], color="black", marker=".")
+        for token, name in TOKENS.items():
+            for group, line in (("head", "-"), ("tail", "--")):
+                bottom.plot(epochs, [row[f"{name} {group} %"] for row in run_rows], line,
+                            color=COLORS[token], marker=".", label=f"{name}, {group} classes")
+        for axis in (top, bottom):
+            mark_drw(axis, log, text=True)
+        drawing.label_axes(top, "", "", run.label)
+        drawing.label_axes(bottom, "epoch", "")
+        drawing.whole_numbers(bottom.xaxis)
+        rows += run_rows
+        table += first_switch_last(run_rows)
+    axes[0, 0].set_ylim(bottom=0)
+    axes[1, 0].set_ylim(-3, 103)
+    axes[0, 0].set_ylabel("cosine distance of CLS and DIST")
+    axes[1, 0].set_ylabel("test accuracy, %")
+    drawing.shared_legend(figure, axes[1, 0])
+    note = ("Cosine distance: mean over test images of 1 - cos(CLS, DIST), the two tokens after "
+            "the last norm. Dashed vertical: the DRW epoch, from which on the teacher's labels are "
+            "re-weighted.")
+    drawing.finish(figure, "How CLS and DIST diverge", logs, note)
+    return Figure(figure, table, rows, note)
+
+
+def diversity_rows(run, log):
+    """A row for each evaluated epoch of a student with both tokens."""
+    rows = []
+    for record in log:
+        if record.get("cosine") is None:
+            continue
+        row = {"run": run.name, "epoch": record["epoch"] + 1, "drw": record["drw"],
+               "cosine distance": round(1 - record["cosine"], 4)}
+        for token, name in TOKENS.items():
+            for group in ("head", "tail"):
+                row[f"{name} {group} %"] = record[token][group]
+        rows.append(row)
+    return rows
+
+
+def first_switch_last(rows):
+    """Of a run's epochs: the first, the last one before re-weighting, and the last."""
+    before = [i for i, row in enumerate(rows) if not row["drw"]]
+    chosen = {0, before[-1] if before else 0, len(rows) - 1}
+    return [rows[i] for i in sorted(chosen)]
+
+
+def curves(logs, rt):
+    """Loss, learning rate and accuracies over the training, a line per run.
+
+    From log.jsonl: the mean training loss of each epoch, its last learning rate, and the test
+    accuracies of the prediction. Losses of different methods (or of LDAM and PaCo) are not of one
+    kind: compare their course, not their height.
+    """
+    rows, table = [], []
+    panels = {"loss": "training loss", "lr": "learning rate"}
+    panels |= {column: f"test accuracy, {column}, %" for column in COLUMNS}
+    figure, axes = plt.subplots(2, 3, figsize=(11.5, 6.4), layout="constrained")
+    for i, run in enumerate(logs):
+        log, color = read_log(run.path), drawing.run_color(i)
+        run_rows = curve_rows(run, log)
+        for axis, column in zip(axes.flat, panels):
+            shown = [row for row in run_rows if column in row]
+            axis.plot([row["epoch"] for row in shown], [row[column] for row in shown], color=color,
+                      label=run.label, marker="." if column in COLUMNS else None)
+            mark_drw(axis, log, color)
+        rows += run_rows
+        evaluated = [row for row in run_rows if "overall" in row]
+        for row in evaluated[-1:]:
+            table.append(row | {"loss": round(row["loss"], 4), "lr": f"{row['lr']:.1e}"})
+    for axis, (column, name) in zip(axes.flat, panels.items()):
+        drawing.label_axes(axis, "epoch", name)
+        drawing.whole_numbers(axis.xaxis)
+        if column in COLUMNS:
+            axis.set_ylim(-3, 103)
+    axes[0, 1].ticklabel_format(axis="y", scilimits=(0, 0))
+    if len(logs) > 1:
+        drawing.shared_legend(figure, axes[0, 0])
+    note = ("Accuracies are those of the prediction (of a student: the average of its heads) on "
+            "the test set. Dashed: the DRW epoch, from which on rare classes weigh more, where the "
+            "method does that, and a student's images are no longer mixed (unless by --mix-drw).")
+    drawing.finish(figure, "The course of the training", logs, note)
+    return Figure(figure, table, rows, note)
+
+
+def curve_rows(run, log):
+    """A row for each epoch; only those of evaluated epochs have accuracies."""
+    rows = []
+    for record in log:
+        row = {"run": run.name, "epoch": record["epoch"] + 1, "drw": record["drw"],
+               "loss": record["loss"], "lr": record["lr"]}
+        if "avg" in record:
+            row |= {column: record["avg"][column] for column in COLUMNS}
+        rows.append(row)
+    return rows
+
+
+# ---- Over several runs ---------------------------------------------------------------------------
+
+def imbalance(logs, rt, labels=None):
+    """Tail accuracy against the imbalance factor (Figure 1c), a line per label.
+
+    From each run's result.json: the prediction's tail accuracy at the last epoch. Without `labels`,
+    runs are labelled by method and model. Runs of one label and one imbalance are repetitions.
+    """
+    results = [read_json(run.path, "result.json") for run in logs]
+    names = labels or [f"{result['method']} {result['model']}" for result in results]
+    rows = [{"series": name, "run": short_name(run.path), "imbalance": result["imb"],
+             "seed": result["seed"], "overall %": result["avg"]["overall"],
+             "tail %": result["avg"]["tail"]} for name, run, result in zip(names, logs, results)]
+    rows.sort(key=lambda row: row["imbalance"])
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    table = []
+    for i, name in enumerate(dict.fromkeys(names)):
+        points = {}                                                 # imbalance -> tail accuracies
+        for row in rows:
+            if row["series"] == name:
+                points.setdefault(row["imbalance"], []).append(row["tail %"])
+        color = drawing.run_color(i)
+        axis.plot(list(points), [np.mean(tail) for tail in points.values()], color=color,
+                  marker="os^Dv"[i % 5], label=name)
+        for imb, tail in points.items():
+            axis.plot([imb] * len(tail), tail, ".", color=color, markersize=4, alpha=0.6)
+            table.append({"series": name, "imbalance": imb, "runs": len(tail),
+                          "tail %": round(float(np.mean(tail)), 1), "lowest": round(min(tail), 1),
+                          "highest": round(max(tail), 1)})
+    ticks = sorted({row["imbalance"] for row in rows})
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{imb:g}" for imb in ticks])
+    axis.minorticks_off()
+    axis.set_ylim(-3, 103)
+    drawing.label_axes(axis, "imbalance: images of the largest class / of the smallest",
+                       "test accuracy of the tail classes, %")
+    axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    note = ("Small dots: single runs; large marks: their mean. Accuracy of the prediction (of a "
+            "student: the average of its heads), at the last epoch.")
+    drawing.finish(figure, "Rare classes against the imbalance", logs, note)
+    return Figure(figure, table, rows, note)
+
+
+# ---- Accuracies of one network -------------------------------------------------------------------
+
+def draw_classes(axis, per_class, data):
+    """Accuracy of every head on every class, {head: [K percents]}, most common class first."""
+    counts, names = data.counts, {"avg": "the network"}
+    if "dist" in per_class:
+        names = NAMES
+    x = np.arange(len(counts))
+    for head, name in names.items():
+        axis.plot(x, per_class[head], color=COLORS[head], label=name,
+                  marker="o" if len(x) <= 20 else None, linewidth=2.5 if head == "avg" else 1.5)
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("test accuracy, %")
+    if len(x) <= 20:
+        ticks = [f"{name}\n{n}" for name, n in zip(data.class_names, counts)]
+        axis.set_xticks(x, ticks, fontsize=8)
+        axis.set_xlabel("class, and its training images")
+    else:
+        axis.set_xlabel("class, from most to least common")
+    for edge in np.cumsum([len(group) for group in data.groups.values()])[:-1]:
+        axis.axvline(edge - 0.5, color="#bbbbbb", linewidth=0.8)
+    drawing.legend_above(axis, columns=3)
+
+
+def draw_curves(axis, log):
+    """Test accuracy of the average by group over the training, and its DRW epoch."""
+    evaluated = [record for record in log if "avg" in record]
+    epochs = [record["epoch"] + 1 for record in evaluated]
+    for column in COLUMNS:
+        axis.plot(epochs, [record["avg"][column] for record in evaluated], color=COLORS[column],
+                  marker=".", label=column)
+    mark_drw(axis, log, text=True)
+    axis.set_ylim(0, 100)
+    axis.set_xlabel("epoch")
+    drawing.whole_numbers(axis.xaxis)
+    axis.set_ylabel(f"test accuracy of the {NAMES['avg']}, %")
+    drawing.legend_above(axis, columns=4, columnspacing=1)
+
+
+def class_accuracy(results, data):
+    """Figure of the accuracies {head: {"per_class": [K percents]}} on every class."""
+    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    draw_classes(axis, {head: result["per_class"] for head, result in results.items()}, data)
+    return figure
+
+
+def confusion_matrix(confusion, data, title):
+    """Figure of a confusion matrix (K,K): rows truth, columns prediction, percent of each row."""
+    K = len(confusion)
+    percent = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True)     # NaN: no test image
+    figure, axis = plt.subplots(figsize=(7.2, 6.2), layout="constrained")
+    picture = axis.imshow(percent.numpy(), cmap="viridis", vmin=0, vmax=100)
+    figure.colorbar(picture, ax=axis, label="% of the test images of a class")
+    if K <= 30:
+        axis.set_xticks(range(K), data.class_names, rotation=90)
+        axis.set_yticks(range(K), data.class_names)
+    if K <= 12:
+        for label, predicted in (percent > 0.5).nonzero().tolist():
+            value = float(percent[label, predicted])
+            axis.text(predicted, label, f"{value:.0f}", ha="center", va="center", fontsize=8,
+                      color="black" if value > 60 else "white")
+    axis.set_xlabel("predicted class, most to least common")
+    axis.set_ylabel("true class, most to least common")
+    axis.set_title(textwrap.fill(title, 80), fontsize=10)
+    return figure
+
+
+def summary(subject, result, log):
+    """A student's run on one page: accuracy per class, over the training, and attention maps.
+
+    subject: a loading.Subject. result: its result.json. log: the epochs of its log.jsonl.
+    """
+    data, columns = subject.data, 10
+    figure = plt.figure(figsize=(13, 8.2))
+    grid = figure.add_gridspec(2, 1, height_ratios=[1.25, 1], hspace=0.32)
+    top = grid[0].subgridspec(1, 2, width_ratios=[1.6, 1], wspace=0.16)
+    draw_classes(figure.add_subplot(top[0]), result["per_class"], data)
+    draw_curves(figure.add_subplot(top[1]), log)
+    rows = 1 + subject.net.num_tokens
+    axes = grid[1].subgridspec(rows, columns, hspace=0.3, wspace=0.08).subplots()
+    index = drawing.example_images(data, drawing.rare_classes(data), columns)
+    student_figures.draw_images(axes[0], subject, index)
+    student_figures.draw_maps(axes[1:], subject, index)
+    title = ("{method} {model} on {dataset}, imbalance {imb:g}, {epochs} epochs: ".format(**result)
+             + "{overall:.1f} % overall, {tail:.1f} % on the tail classes".format(**result["avg"]))
+    figure.suptitle(title, fontsize=12, y=0.95)
+    figure.text(0.5, 0.065, "Bottom: test images of the tail classes, and where each token looks "
+                "(attention rollout). Above each map, what that token predicts, bold when right.",
+                ha="center", fontsize=8)
+    return figure

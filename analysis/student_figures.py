@@ -1,0 +1,336 @@
+r"""Figures of students: where the tokens look, how far, what they span, what students train on.
+
+attention, distance, rank: (subjects, rt, flags of analyze.py) -> drawing.Figure. subjects: a list
+of loading.Subject. Images are test images of the tail classes unless `classes` names others.
+"""
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import augment
+from analysis import drawing, quantities
+from analysis.drawing import NAMES, TOKENS, Figure
+from engine.evaluation import student_heads, teacher_logits
+from engine.networks import load_teacher, short_name
+from engine.runtime import UserError
+
+
+# ---- Attention -----------------------------------------------------------------------------------
+
+def attention(subjects, rt, classes=None, index=None, columns=8, images=None, seed=0):
+    """Attention rollout of CLS and DIST on test images (Figures 1a and 5), networks in rows.
+
+    quantities.attention_rollout. Shown are `columns` example images, or those of `index`. The paper
+    shows single images; the table measures many (default 300), see measure_maps.
+    """
+    data = subjects[0].data
+    for s in subjects[1:]:
+        same_images = len(s.data.test_labels) == len(data.test_labels)
+        if s.data.class_names != data.class_names or not same_images:
+            raise UserError("attention shows the same test images to all networks: name runs on "
+                            "the same data set")
+    if index and not 0 <= min(index) <= max(index) < len(data.test_labels):
+        raise UserError("--index: test images are numbered from 0 to "
+                        f"{len(data.test_labels) - 1}")
+    if index:
+        shown, title = torch.tensor(index), f"test images {', '.join(map(str, index))}"
+    else:
+        wanted = drawing.chosen_classes(classes, data)
+        shown = drawing.example_images(data, wanted, columns, seed)
+        title = f"test images of {drawing.classes_text(classes)}"
+    rows = 1 + sum(s.net.num_tokens for s in subjects)
+    size = (max(6, 1.2 * len(shown) + 1), 1.38 * rows)
+    figure, axes = plt.subplots(rows, len(shown), squeeze=False, figsize=size, layout="constrained")
+    draw_images(axes[0], subjects[0], shown)
+    table, row = [], 1
+    for s in subjects:
+        draw_maps(axes[row:row + s.net.num_tokens], s, shown)
+        row += s.net.num_tokens
+        table += attention_rows(s, drawing.measured_images(s, classes, images, 300), seed)
+    spread = []
+    for entry in table:
+        name = entry["token"] if len(subjects) == 1 else f"{entry['run']} {entry['token']}"
+        spread.append(f"{name} {entry['patches']}")
+    note = ("Attention rollout of each token, every map scaled to its own range (bright: most). "
+            "Above each map, what that token predicts, bold when right. Patches that a map spreads "
+            f"over, of {table[0]['of']}, on average: {', '.join(spread)}.")
+    drawing.finish(figure, f"Where the tokens look: {title}", subjects, note)
+    note += (" Drop: the points of probability that the token's own prediction loses when the "
+             "quarter of the patches that its map marks most, or a random quarter, is covered.")
+    return Figure(figure, table, table, note)
+
+
+def draw_images(row, subject, index):
+    """A row of axes: test images, their classes above."""
+    labels = subject.data.test_labels.cpu()[index].tolist()
+    for axis, image, k in zip(row, drawing.student_images(subject, index), labels):
+        drawing.show_image(axis, image, subject.data.class_names[k])
+    drawing.row_label(row[0], "image")
+
+
+def draw_maps(rows, subject, index):
+    """A row of axes for each token: its rollout on test images, its predictions above."""
+    data, images = subject.data, drawing.student_images(subject, index)
+    labels = data.test_labels.cpu()[index].tolist()
+    with torch.no_grad():
+        heads = student_heads(subject.net, images)                  # {head: (n,K)}
+    for row, (token, maps) in zip(rows, quantities.token_maps(subject.net, images).items()):
+        predictions = heads[token].argmax(dim=1).tolist()
+        for axis, image, heat, predicted, label in zip(row, images, maps, predictions, labels):
+            drawing.show_map(axis, image, heat)
+            right = predicted == label
+            axis.set_title(data.class_names[predicted], fontsize=8,
+                           fontweight="bold" if right else "normal",
+                           color="black" if right else "#777777")
+        drawing.row_label(row[0], f"{subject.label} {NAMES[token]}".strip())
+
+
+def attention_rows(subject, index, seed):
+    """A row for each token: means of measure_maps over test images of these indices."""
+    torch.manual_seed(seed)                                         # of the random patches covered
+    batches = [measure_maps(subject.net, images)
+               for images in drawing.image_batches(subject, index)]
+    labels, rows = subject.data.test_labels.cpu()[index], []
+    for token in batches[0]:
+        values = {key: torch.cat([batch[token][key] for batch in batches]).cpu()
+                  for key in batches[0][token]}                     # (n,) each
+        right = values.pop("predicted") == labels
+        mean = {key: float(value.double().mean()) for key, value in values.items()}
+        rows.append({
+            "run": subject.name, "token": NAMES[token], "images": len(index),
+            "right %": round(100 * float(right.double().mean()), 1),
+            "patches": round(mean["patches"], 2),
+            "of": (subject.net.img_size // subject.net.patch_size) ** 2,
+            "like CLS": round(mean["like CLS"], 3),
+            "drop, marked": round(100 * mean["marked"], 1) + 0.0,   # + 0.0: no -0.0
+            "drop, random": round(100 * mean["random"], 1) + 0.0})
+    return rows
+
+
+@torch.no_grad()
+def measure_maps(net, images, fraction=0.25):
+    """What the maps of a batch of images say, {token: {quantity: (B,)}}.
+
+    predicted: the token's class. patches: on how many patches the map lies (effective_patches).
+    like CLS: cosine of the map with that of CLS. marked, random: how much of its probability the
+    prediction loses when the `fraction` of the patches that the map marks most, or a random one, is
+    covered (quantities.cover).
+    """
+    def probabilities(x):
+        return {head: logits.softmax(dim=1) for head, logits in student_heads(net, x).items()}
+    maps = quantities.token_maps(net, images)                       # {token: (B,G,G)}
+    clean = probabilities(images)
+    random = probabilities(quantities.cover(images, torch.rand_like(maps["cls"]), fraction))
+    measured = {}
+    for token, heat in maps.items():
+        p, predicted = clean[token].max(dim=1)                      # (B,) each
+        marked = probabilities(quantities.cover(images, heat, fraction))
+        similarity = F.cosine_similarity(heat.flatten(1), maps["cls"].flatten(1), dim=1)
+        measured[token] = {"predicted": predicted, "patches": quantities.effective_patches(heat),
+                           "like CLS": similarity}
+        for name, covered in (("marked", marked), ("random", random)):
+            left = covered[token].gather(1, predicted[:, None])[:, 0]
+            measured[token][name] = p - left
+    return measured
+
+
+@torch.no_grad()
+def distance(subjects, rt, classes=None, images=None):
+    """Mean attention distance of every head in every block (Figure 4b, supplement F).
+
+    quantities.attention_distance, in pixels of the network's own input, over `images` (default 300)
+    test images. The dotted line: uniform attention. The paper's claim: DeiT-LT's early blocks have
+    local heads, a plain ViT's look far.
+    """
+    rows, table = [], []
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for i, s in enumerate(subjects):
+        G, P = s.net.img_size // s.net.patch_size, s.net.patch_size
+        index = drawing.measured_images(s, classes, images, 300)
+        pixels = attention_distances(s, index).cpu().numpy()        # (blocks,H)
+        even = float(quantities.patch_distances(G, P).mean())
+        offset = 0.14 * (i - (len(subjects) - 1) / 2)               # runs side by side
+        x = 1 + np.arange(len(pixels)) + offset
+        axis.plot(x[:, None].repeat(pixels.shape[1], 1), pixels, "o", color=drawing.run_color(i),
+                  markersize=4.5, alpha=0.65)
+        axis.plot(x, pixels.mean(axis=1), color=drawing.run_color(i), linewidth=1.6, label=s.label)
+        axis.axhline(even, color="#888888", linestyle=":", linewidth=1)
+        for block, heads in enumerate(pixels, 1):
+            for head, px in enumerate(heads, 1):
+                rows.append({"run": s.name, "block": block, "head": head,
+                             "distance px": round(float(px), 3), "even px": round(even, 3)})
+            table.append({"run": s.name, "block": block, "mean px": round(float(heads.mean()), 2),
+                          "nearest": round(float(heads.min()), 2),
+                          "farthest": round(float(heads.max()), 2), "even": round(even, 2)})
+    drawing.whole_numbers(axis.xaxis)
+    drawing.label_axes(axis, "block", "mean attention distance, px")
+    if len(subjects) > 1:
+        axis.legend(frameon=False, fontsize=9)
+    note = ("A dot per head, a line through their means; dotted: attention spread evenly over the "
+            f"image. Over {len(index)} test images of {drawing.classes_text(classes)}.")
+    drawing.finish(figure, "How far the heads look", subjects, note)
+    return Figure(figure, table, rows, note)
+
+
+def attention_distances(subject, index):
+    """Mean attention distance of every head of every block over test images: (blocks,H) pixels."""
+    net, total = subject.net, 0
+    G = net.img_size // net.patch_size
+    for images in drawing.image_batches(subject, index):
+        _, attentions = net.forward_features(images, return_attention=True)     # blocks x (B,H,T,T)
+        means = [quantities.attention_distance(a, G, net.patch_size) for a in attentions]
+        total = total + len(images) * torch.stack(means)
+    return total / len(index)
+
+
+# ---- Features ------------------------------------------------------------------------------------
+
+def rank(subjects, rt, classes=None, images=None):
+    """Rank of the CLS and DIST features of each block, on all and on the tail classes (Figure 4c,
+    supplement G), and what is lost with fewer directions (Figure 1b).
+
+    quantities.feature_rank and reconstruction_error, of the tokens as they leave each block, over
+    `images` (default 1,000) test images of either set. Where the curve of the last block crosses
+    1 % is its rank. The paper's claim: students of SAM teachers have DIST features of lower rank on
+    the tail. A set with fewer images than features cannot show a high rank.
+    """
+    table, errors = [], []
+    rare = "chosen" if classes else "tail"
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained",
+                                width_ratios=[1, 1, 1.15])
+    for i, s in enumerate(subjects):
+        every = drawing.images_of(s.data.test_labels, range(s.data.num_classes),
+                                  drawing.image_count(s, images, 1000))
+        measured = {"all": every, rare: drawing.measured_images(s, classes, images, 1000)}
+        for axis, (name, index) in zip(axes, measured.items()):
+            for token, features in token_features(s, index).items():            # (blocks,n,d)
+                dashed = token == "DIST"
+                style = dict(color=drawing.run_color(i), linestyle="--" if dashed else "-",
+                             label=drawing.join_label(s.label, token))
+                ranks = [quantities.feature_rank(x) for x in features]
+                blocks = range(1, len(ranks) + 1)
+                axis.plot(blocks, ranks, marker="s" if dashed else "o", **style)
+                error = quantities.reconstruction_error(features[-1]).tolist()
+                if name == rare:
+                    axes[2].plot(range(1, len(error)), [100 * e for e in error[1:]], **style)
+                entry = {"run": s.name, "token": token, "images": name, "n": len(index),
+                         "features": features.shape[-1]}
+                errors.append(entry | {"error": [round(e, 7) for e in error]})
+                table.append(entry | {f"block {b}": r for b, r in zip(blocks, ranks)})
+    finish_rank(axes, drawing.classes_text(classes))
+    drawing.shared_legend(figure, axes[0], columns=3)
+    n = {row["images"]: row["n"] for row in table}
+    note = (f"Features of the tokens as they leave each block, of {n['all']} test images of all "
+            f"classes and {n[rare]} of {drawing.classes_text(classes)}; each feature vector's own "
+            "mean is subtracted. Dotted: 1 %, where the rank is read.")
+    drawing.finish(figure, "How many directions the features span", subjects, note)
+    return Figure(figure, table, {"rank": table, "reconstruction_error": errors}, note)
+
+
+def finish_rank(axes, tail):
+    """Labels and limits of the three panels: rank on all classes, on the tail, and the error."""
+    highest = max(max(line.get_ydata()) for axis in axes[:2] for line in axis.lines)
+    for axis, text in zip(axes, ("all classes", tail)):
+        drawing.label_axes(axis, "block", "rank (99 % of squared singular values)", f"rank, {text}")
+        drawing.whole_numbers(axis.xaxis)
+        drawing.whole_numbers(axis.yaxis)
+        axis.set_ylim(0, 1.08 * highest)
+    axes[2].axhline(1, color="#888888", linestyle=":", linewidth=1)
+    axes[2].set_yscale("log")
+    axes[2].set_ylim(0.1, 100)
+    axes[2].set_xlim(0, 1.6 * highest)
+    drawing.label_axes(axes[2], "directions kept", "lost of the squared length, %",
+                       f"last block, {tail}")
+
+
+def token_features(subject, index):
+    """The tokens as they leave each block, on test images: {"CLS": (blocks,n,d), "DIST": the same}.
+
+    Without "DIST" for a student that has no such token.
+    """
+    features = [quantities.block_tokens(subject.net, images)
+                for images in drawing.image_batches(subject, index)]
+    tokens = torch.cat(features, dim=1).unbind(dim=2)               # (blocks,n,tokens,d)
+    return dict(zip(TOKENS.values(), tokens))
+
+
+# ---- What the student trains on ------------------------------------------------------------------
+
+def training_images(subjects, rt, columns=8, seed=0):
+    """What a student trains on, and its teacher's labels (Figure 2): clean, strong, mixed images.
+
+    A batch of `columns` training images, augmented and mixed as train_student.py does it, with the
+    run's own settings. Above each image its label (of a mixed image the parts, without label
+    smoothing) and the teacher's hard label.
+    """
+    subject, = subjects
+    args, data, n = subject.args, subject.data, columns
+    if not hasattr(args, "magnitude"):
+        raise UserError(f"{subject.path} does not say how its student was trained; name a run of "
+                        "train_student.py")
+    if args.method == "deit-iii":
+        raise UserError(f"{subject.path}: DeiT-III has an augmentation of its own, which is not "
+                        "drawn here; name a run of train_student.py")
+    teacher = None
+    if args.teacher:
+        teacher, text = load_teacher(args.teacher, data, rt, args.teacher_norm, args.teacher_size)
+        rt.print(f"Teacher {args.teacher}: {text}")
+    views = training_views(args, data, n, seed, rt)
+    figure, axes = plt.subplots(len(views), n, figsize=(1.35 * n + 0.6, 0.2 + 1.8 * len(views)),
+                                squeeze=False, layout="constrained")
+    table = []
+    for row, (view, (images, targets)) in zip(axes, views.items()):
+        labels = [None] * n
+        if teacher:
+            labels = teacher_logits(teacher, images).argmax(dim=1).tolist()
+        for axis, image, target, label in zip(row, images, targets, labels):
+            table.append({"view": view} | draw_training_image(axis, image, target, label, data))
+        drawing.row_label(row[0], view)
+    title, note = "What the student trains on", "Above each image its label."
+    if teacher:
+        title += f", and how {short_name(args.teacher)} labels it"
+        note += (" In colour the teacher's: bold blue where it names the class with the largest "
+                 "part, orange where it does not.")
+        if args.teacher_view == "weak":
+            note += " (In this training the teacher was given weakly augmented images instead.)"
+    drawing.finish(figure, title, subjects, note)
+    return Figure(figure, table, table, note)
+
+
+def training_views(args, data, n, seed, rt):
+    """n training images as the student's settings make them: {view: ((n,3,S,S), targets (n,K))}."""
+    torch.manual_seed(seed)
+    index = torch.randperm(len(data.train_labels))[:n].to(rt.device)
+    images, labels = data.train_images[index], data.train_labels[index]
+    clean = augment.resize(augment.to_float(images), args.img_size)
+    strong = augment.strong_augment(images, args.img_size, args.crop, args.rand_ops, args.magnitude,
+                                    args.erasing)
+    mixed, mixed_target = augment.mixup_cutmix(strong, labels, data.num_classes, args.mixup,
+                                               args.cutmix, smoothing=0.0)
+    target = augment.smooth_one_hot(labels, data.num_classes)
+    views = {"clean": (clean, target), "strong": (strong, target)}
+    if args.mixup + args.cutmix > 0:
+        views["mixed"] = (mixed, mixed_target)
+    return views
+
+
+def draw_training_image(axis, image, target, label, data):
+    """Draw an image with its target (K,) and the teacher's label (or None); returns a table row."""
+    fractions, classes = (values.tolist() for values in target.topk(2))
+    parts = []
+    for fraction, k in zip(fractions, classes):
+        if fraction >= 0.995:
+            parts.append(data.class_names[k])
+        elif fraction > 0.005:
+            parts.append(f"{100 * fraction:.0f} % {data.class_names[k]}")
+    row = {"label": " + ".join(parts)}
+    if label is not None:
+        agrees = label == classes[0]
+        row |= {"teacher": data.class_names[label], "agrees": agrees}
+        axis.text(0.5, 1.02, data.class_names[label], transform=axis.transAxes, ha="center",
+                  va="bottom", fontsize=8, fontweight="bold" if agrees else "normal",
+                  color=drawing.COLORS["cls" if agrees else "dist"])
+        parts.append("")                                            # a line for the teacher's
+    drawing.show_image(axis, image, "\n".join(parts))
+    return row

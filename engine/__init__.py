@@ -1,0 +1,11 @@
+"""What every run needs, and nothing of the method. Lower modules know nothing of higher ones:
+
+    runtime       device and processes, seeds, signals, how a script ends
+    checkpoints   files that are written atomically and read without running code from them
+    settings      one table of settings per script: flags, recipes, ranges, names of runs
+    training      learning rate, averaged weights, optimizer steps that are undone when not finite
+    datasets      loads a data set that the flags name; folders and lists of images
+    networks      networks from settings and from files; a teacher's classes in the data's order
+    evaluation    what networks predict, and the accuracies of that
+    run_folder    a run on disk: log, checkpoint, resume, result
+"""

@@ -1,0 +1,247 @@
+r"""Files of a run: written atomically, read without running code from them.
+
+A file is written under a temporary name, flushed to disk and then renamed, so that at any moment
+either the new file or the one before is there, and whole. Checkpoints are read with
+weights_only=True, which unpickles tensors and plain values only. Settings of runs made by earlier
+versions get today's names in one place, `upgrade_config`.
+"""
+import argparse
+import io
+import json
+import math
+import os
+import re
+import sys
+import zipfile
+from contextlib import suppress
+
+import numpy as np
+import torch
+
+from engine.runtime import UserError
+
+
+# ---- Writing -------------------------------------------------------------------------------------
+
+def write_atomically(path, write, previous=None):
+    """Call write(file) on a temporary file in the same folder, force it to disk, rename it to path.
+
+    previous: where to keep the file that was there. Raises UserError if it cannot be written; the
+    file that was there is then intact.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and os.path.exists(path):
+            os.replace(path, previous)          # killed between these two: `previous` is there
+        os.replace(temporary, path)
+        sync_folder(os.path.dirname(path))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; what was written before is "
+                        "intact") from None
+    finally:
+        with suppress(OSError):
+            os.remove(temporary)
+
+
+def sync_folder(path):
+    """Force a folder's entries to disk, so that a rename survives a power failure."""
+    with suppress(OSError):                     # not every system lets a folder be opened
+        folder = os.open(path or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save_json(path, data):
+    """Write plain values as JSON, atomically; NaN becomes null."""
+    text = json.dumps(null_for_nan(data), indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_checkpoint(path, previous=None, **state):
+    """Write a dict of tensors and plain values, atomically; the old file becomes `previous`."""
+    contents = io.BytesIO()
+    torch.save(state, contents)     # into memory: on a full disk torch.save has no clear error
+    write_atomically(path, lambda file: file.write(contents.getbuffer()), previous)
+
+
+# ---- JSON ----------------------------------------------------------------------------------------
+
+def null_for_nan(data):
+    """The same values with None for NaN, which JSON lacks: accuracies of what was not measured."""
+    if isinstance(data, dict):
+        return {key: null_for_nan(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [null_for_nan(value) for value in data]
+    if isinstance(data, float) and math.isnan(data):
+        return None
+    return data
+
+
+def nan_for_null(read):
+    """The way back, json's object_hook: NaN for null in lists and in accuracies.
+
+    A dict is one of accuracies if it has "overall". Elsewhere null stays None.
+    """
+    restored = {}
+    for key, value in read.items():
+        if isinstance(value, list):
+            value = [math.nan if x is None else x for x in value]
+        elif value is None and "overall" in read:
+            value = math.nan
+        restored[key] = value
+    return restored
+
+
+def read_json(folder, name):
+    """A run's config.json or result.json, a dict. UserError if there is none."""
+    try:
+        with open(os.path.join(folder, name)) as file:
+            return json.load(file, object_hook=nan_for_null)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} has no {name}: it is no run folder, or its run is not finished; "
+                        "continue it with --resume") from None
+
+
+def read_log(folder):
+    """The epochs of a run, a list of one dict each. UserError if there are none."""
+    log = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        with open(os.path.join(folder, "log.jsonl")) as file:
+            log = [json.loads(line, object_hook=nan_for_null) for line in file]
+    if not log:
+        raise UserError(f"{folder} has no log.jsonl with an epoch in it: name the folder of a run")
+    return log
+
+
+# ---- Reading checkpoints -------------------------------------------------------------------------
+
+# What published files hold beside tensors: settings, and accuracies as NumPy numbers.
+numpy_scalar = np.float64(0).__reduce__()[0]
+SAFE_GLOBALS = [argparse.Namespace, np.dtype,
+                *(type(np.dtype(name)) for name in ("float32", "float64", "int64")),
+                (numpy_scalar, "numpy.core.multiarray.scalar"),
+                (numpy_scalar, "numpy._core.multiarray.scalar")]
+
+
+def load_checkpoint(path, keys=("model", "config")):
+    """Read a checkpoint (`path`: the file, or a run folder) onto the CPU: a dict.
+
+    Of a folder: last.pt or, if that is damaged or missing, previous.pt, with a line on stderr and
+    "fallback": True in the dict. A run's config has today's names, see `upgrade_config`. Raises
+    UserError if there is no checkpoint, if it is damaged, or if it lacks one of `keys`.
+    """
+    if os.path.isdir(path):
+        return load_last_or_previous(path, keys)
+    if not os.path.exists(path):
+        raise UserError(f"there is no checkpoint {path}")
+    state = read_safely(path)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
+    if any(key not in state for key in keys):
+        raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(keys)}")
+    if is_run(state):
+        try:
+            state["config"] = upgrade_config(state["config"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    return state
+
+
+def load_last_or_previous(folder, keys):
+    """last.pt of a run folder, or previous.pt; UserError about last.pt if neither can be read."""
+    last, previous = os.path.join(folder, "last.pt"), os.path.join(folder, "previous.pt")
+    try:
+        return load_checkpoint(last, keys)
+    except UserError as error:
+        try:
+            state = load_checkpoint(previous, keys)
+        except UserError:
+            raise error from None
+        print(f"{error}; taking {previous}", file=sys.stderr, flush=True)
+        return state | {"fallback": True}
+
+
+def read_safely(path):
+    """torch.load without running code from the file. UserError for a file that is damaged."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():           # torch.load would take a flipped bit for a weight
+                    raise zipfile.BadZipFile
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                  # damaged files raise nearly anything
+        forbidden = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
+        if forbidden:
+            raise UserError(f"{path} holds an object of type {forbidden[1]}, and reading that "
+                            "would run code; save its state_dict() instead") from None
+        raise UserError(f"{path} is not a readable checkpoint: not a file that torch.save wrote, "
+                        "or damaged") from None
+
+
+def is_run(state):
+    """Is this a checkpoint of this project: weights, class names and a run's settings?"""
+    config = state.get("config")
+    if not isinstance(config, dict) or not {"model", "class_names"} <= state.keys():
+        return False
+    student, teacher = {"method", "model", "img_size", "patch_size", "drop_path"}, {"arch", "loss"}
+    return student <= config.keys() or teacher <= config.keys()
+
+
+def load_weights(model, weights, what):
+    """load_state_dict with strict=True. UserError, about `what`, that says where they differ."""
+    try:
+        model.load_state_dict(weights, strict=True)
+    except (RuntimeError, ValueError, TypeError) as error:      # TypeError: there are none
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{what} does not fit the network: {text}") from None
+
+
+# ---- Settings of older runs ----------------------------------------------------------------------
+
+# Settings that were added later, with the value that runs had before.
+OLD_DEFAULTS = {
+    "student": dict(stem="patch", layer_scale=0.0, tau=1.0, teacher_view="same", rand_ops=2,
+                    logit_adjustment=False, mix_drw=False, teacher_rho=None, teacher_norm=None,
+                    teacher_size=None, holdout=None, train_list=None, test_list=None),
+    "teacher": dict(img_size=32, norm="cifar", augment="weak", rho_schedule="constant",
+                    holdout=None, train_list=None, test_list=None),
+}
+# Older names and values. Those without a counterpart mattered in training only.
+RENAMED = {"adjust": "logit_adjustment", "policy": "rand_ops", "teacher_sees": "teacher_view"}
+NEW_VALUES = {
+    "recipe": {"best": "ours"},
+    "stem": {"conv2": "conv"},
+    "adjust": {"none": False, "cls": True, "dist": True, "both": True},
+    "policy": {"rand": 2, "three": 0, "none": 0},
+    "teacher_sees": {"mirrored": "same"},
+}
+DROPPED = ("trained", "sampling", "cls_loss", "tensorboard", "wandb")
+
+
+def upgrade_config(config):
+    """An older run's settings (a dict) under today's names, with "format": 1.
+
+    Settings that have a "format" are returned as they are. Raises UserError for a student whose
+    stem no longer exists: "conv" was one convolution per size, and is now what "conv2" was.
+    """
+    if "format" in config:
+        return config
+    if config.get("stem") == "conv":
+        raise UserError("its stem of one convolution per size no longer exists; train the run "
+                        "again with --stem conv")
+    upgraded = {"format": 1} | OLD_DEFAULTS["student" if "method" in config else "teacher"]
+    if "method" in config:
+        alone = config["method"] == "vit"       # the one method that had neither DIST nor a teacher
+        upgraded |= dict(tokens=1 if alone else 2, distill="none" if alone else "hard")
+    for name, value in config.items():
+        if name not in DROPPED:
+            value = NEW_VALUES[name].get(value, value) if name in NEW_VALUES else value
+            upgraded[RENAMED.get(name, name)] = value
+    return upgraded

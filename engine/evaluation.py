@@ -1,0 +1,222 @@
+r"""What networks predict, and how often they are right.
+
+A student's prediction is the mean of its heads' logits. Accuracies: overall is plain top-1; head,
+mid and tail are means of their classes' recalls. Test sets are balanced unless a user's own is not.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+import augment
+import data_lt
+from engine.runtime import all_sum, share_buffers
+
+COLUMNS = ("overall", "head", "mid", "tail")
+
+
+# ---- What a network is given ---------------------------------------------------------------------
+
+def student_input(x, img_size, eval_crop):
+    """Clean float images (B,3,H,W) -> what the student is tested on, (B,3,S,S).
+
+    Resized to img_size / eval_crop, of which the centre is cut out.
+    """
+    return augment.center_crop(augment.resize(x, round(img_size / eval_crop)), img_size)
+
+
+def teacher_input(x, img_size):
+    """Clean float images (B,3,H,W), resized to the teacher's own size, (B,3,S,S)."""
+    return augment.resize(x, img_size).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def teacher_logits(teacher, x):
+    """Logits (B,K) of the teacher for the student's training images x (B,3,S,S) in [0,1].
+
+    x is resized to the teacher's size without antialiasing, as in the published code: 224 -> 32 px
+    keeps every seventh pixel, noise and all.
+    """
+    if x.shape[-1] != teacher.img_size:
+        x = F.interpolate(x, size=teacher.img_size, mode="bicubic", antialias=False).clamp(0, 1)
+    return teacher(x.contiguous(memory_format=torch.channels_last))
+
+
+# ---- What it predicts ----------------------------------------------------------------------------
+
+def student_heads(net, x):
+    """Logits (B,K) of every head that the student has, and "avg", their mean: its prediction."""
+    cls_logits, dist_logits = net(x)
+    if dist_logits is None:
+        return {"cls": cls_logits, "avg": cls_logits}
+    return {"cls": cls_logits, "dist": dist_logits, "avg": (cls_logits + dist_logits) / 2}
+
+
+def entropy(logits):
+    """-sum_k p_k ln p_k, p = softmax(logits): (B,K) -> (B,) in nats, 0 (certain) to ln K."""
+    log_p = logits.float().log_softmax(dim=1)
+    return -(log_p.exp() * log_p.clamp(min=-1e30)).sum(dim=1)           # 0 ln 0 = 0
+
+
+# ---- How often that is right ---------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(predict, images, labels, groups, rt, batch=500):
+    """Accuracy of every head on a test set, over all processes, each image counted once.
+
+    predict: float images (B,3,H,W) in [0,1] -> {head: logits (B,K)}. images uint8 (N,3,H,W),
+    labels (N,). Returns {head: {"overall", "head", "mid", "tail": percent, "per_class": [K]}}.
+    """
+    num_classes = sum(map(len, groups.values()))
+    mine = torch.arange(len(labels), device=labels.device)[rt.rank::rt.world]
+    correct = {}                                            # head -> correct images by class (K,)
+    for index in mine.split(batch):
+        with rt.autocast():
+            heads = predict(augment.to_float(images[index]))
+        for head, logits in heads.items():
+            right = (logits.argmax(dim=1) == labels[index]).double()
+            counts = torch.bincount(labels[index], right, minlength=num_classes)
+            correct[head] = correct.get(head, 0) + counts
+    total = torch.bincount(labels, minlength=num_classes).cpu()
+    return {head: accuracies(all_sum(counts, rt).cpu(), total, groups)
+            for head, counts in correct.items()}
+
+
+def accuracies(correct, total, groups):
+    """Correct and all test images of each class (K,) -> accuracies in percent.
+
+    A class without test images is NaN and left out of its group; so is a group of such classes.
+    """
+    recall = 100 * correct / total
+    out = {"overall": round(float(100 * correct.sum() / total.sum()), 3)}
+    for name, classes in groups.items():
+        out[name] = round(float(recall[classes].nanmean()), 3)
+    return out | {"per_class": [round(float(r), 2) for r in recall]}
+
+
+def evaluate_student(net, data, img_size, eval_crop, rt):
+    """{"cls", "dist", "avg": accuracies} of a student on the test set, see `evaluate`."""
+    net.eval()
+    share_buffers(net, rt)                                  # --stem conv: BatchNorm's statistics
+
+    def predict(x):
+        return student_heads(net, student_input(x, img_size, eval_crop))
+    return evaluate(predict, data.test_images, data.test_labels, data.groups, rt)
+
+
+def evaluate_teacher(net, data, rt):
+    """{"avg": accuracies} of a teacher on the test set."""
+    net.eval()
+    share_buffers(net, rt)                                  # the statistics that are saved
+
+    def predict(x):
+        return {"avg": net(teacher_input(x, net.img_size))}
+    return evaluate(predict, data.test_images, data.test_labels, data.groups, rt)
+
+
+@torch.no_grad()
+def token_cosine(net, data, img_size, eval_crop, rt):
+    """Mean cosine similarity of the final CLS and DIST tokens on (up to) 1,000 test images.
+
+    None without a DIST token. Figure 4a of the paper.
+    """
+    if not net.distilled:
+        return None
+    n = min(1000, len(data.test_labels))
+    spread = torch.linspace(0, len(data.test_labels) - 1, n).long().to(rt.device)
+    cosines = []
+    for index in spread.split(500):
+        x = student_input(augment.to_float(data.test_images[index]), img_size, eval_crop)
+        with rt.autocast():
+            tokens, _ = net.forward_features(x)             # (B,T,D)
+        cosines.append(F.cosine_similarity(tokens[:, 0].float(), tokens[:, 1].float(), dim=1))
+    return round(torch.cat(cosines).mean().item(), 4)
+
+
+@torch.no_grad()
+def teacher_on_training_images(net, data, rt, kinds=("clean", "strong", "mixed"), limit=20000,
+                               batch=64):
+    """A teacher on (up to `limit`) training images as a student's augmentation makes them.
+
+    kinds: "clean"; "strong": cropped, RandAugmented, erased; "mixed": those, mixed. At the data's
+    own size. Returns {kind: (correct (n,) bool, entropy (n,) in nats)}; a mixed image's label is
+    the one with the larger share. Table 1 and Figure 3 of the paper.
+    """
+    net.eval()
+    torch.manual_seed(0)
+    n = min(limit, len(data.train_labels))
+    spread = torch.linspace(0, len(data.train_labels) - 1, n).long()
+    found = {kind: ([], []) for kind in kinds}
+    for index in data_lt.shard(spread[torch.randperm(n)], batch):
+        index = index.to(rt.device)
+        images, labels = data.train_images[index], data.train_labels[index]
+        strong = augment.strong_augment(images, images.shape[-1])
+        mixed, target = augment.mixup_cutmix(strong, labels, data.num_classes)
+        views = {"clean": (augment.to_float(images), labels), "strong": (strong, labels),
+                 "mixed": (mixed, target.argmax(dim=1))}
+        for kind, (correct, entropies) in found.items():
+            x, label = views[kind]
+            with rt.autocast():
+                logits = net(teacher_input(x, net.img_size))
+            correct.append(logits.argmax(dim=1) == label)
+            entropies.append(entropy(logits))
+    return {kind: (torch.cat(correct), torch.cat(entropies))
+            for kind, (correct, entropies) in found.items()}
+
+
+def teacher_summary(net, data, rt):
+    """How right and how sure a teacher is on training images, for result.json.
+
+    {"clean", "strong" (the mixed images): {"accuracy": percent, "entropy": nats}}: means over
+    images, so over the long-tailed distribution.
+    """
+    found = teacher_on_training_images(net, data, rt, ("clean", "mixed"))
+    summary = {}
+    for name, (correct, entropies) in zip(("clean", "strong"), found.values()):
+        summary[name] = {"accuracy": round(100 * float(correct.double().mean()), 2),
+                         "entropy": round(float(entropies.double().mean()), 4)}
+    return summary
+
+
+def teacher_summary_text(summary):
+    """The summary for people."""
+    parts = [f"{kind} {s['accuracy']:.1f} % right, entropy {s['entropy']:.2f} nats"
+             for kind, s in summary.items()]
+    return "on its training images: " + "; ".join(parts)
+
+
+# ---- Tables for people ---------------------------------------------------------------------------
+
+def group_by_count(results, data):
+    """The large sets' results with groups by training images, > 100, 20 to 100, < 20; else {}.
+
+    Published tables mix these groups and those of the published code, which split the classes by
+    their order (data_lt.PUBLISHED_GROUPS).
+    """
+    if data.name not in data_lt.LISTS:
+        return {}
+    groups, regrouped = data_lt.head_mid_tail("", data.counts), {}
+    for head, result in results.items():
+        recall = torch.tensor(result["per_class"])
+        regrouped[head] = {"overall": result["overall"]}
+        for group, classes in groups.items():
+            regrouped[head][group] = round(float(recall[classes].nanmean()), 3)
+    return regrouped
+
+
+def tables(results, title, data):
+    """The table of results and, for the large sets, the one with groups by count, as text."""
+    text, regrouped = table(results, title), group_by_count(results, data)
+    if regrouped:
+        text += f"\nby training images (> 100, 20 to 100, < 20)\n{table(regrouped, title)}"
+    return text
+
+
+def table(results, title=""):
+    """The head/mid/tail table as text, a row per entry of {row name: accuracies}."""
+    width = max([6, len(title), *map(len, results)])
+    lines = [f"{title:<{width}}" + "".join(f"{column:>9}" for column in COLUMNS)]
+    for name, result in results.items():
+        cells = [f"{'-':>9}" if math.isnan(result[c]) else f"{result[c]:9.1f}" for c in COLUMNS]
+        lines.append(f"{name:<{width}}" + "".join(cells))
+    return "\n".join(lines)

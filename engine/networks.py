@@ -1,0 +1,412 @@
+r"""Networks from a run's settings, and from files: this project's, the published ones, your own.
+
+`load_network(path)` looks at the weights in a file, works out what they belong to, and loads them
+with strict=True:
+
+    keys in the file (without PREFIXES)               recognised as
+    config, class_names, model                        a run of this project: last.pt, or its folder
+    encoder_q.*, linear.weight (K,d)                  PaCo teacher: query encoder, its classifier
+    layer3.4.*, linear.weight (64,K) without bias     ResNet-32, cosine classifier: LDAM
+    layer3.4.*, linear.weight (K,64), linear.bias     ResNet-32: cross-entropy, vector scaling
+    layer4.*, fc.weight (2048,K) without bias         ResNet-50, cosine classifier: LDAM
+    patch_embed.*, blocks.*, head.*[, head_dist.*]    ViT, DeiT, DeiT-III, DeiT-LT, timm's too
+    torchvision's keys of a classification network    that network, by its number of parameters
+
+The weights may be the file itself or lie under one of WRAPPERS in it. Reading runs no code from the
+file; argparse.Namespace and NumPy's numbers, which published files hold, are allowed by name. A
+ResNet-50 with an ordinary classifier is taken for torchvision's, which it is: give `norm` for the
+pixel statistics of iNaturalist.
+
+`match_classes` puts outputs into the order of the data at hand: by class names where the file has
+them ("class_names"), else by numbers. A published teacher of ImageNet-LT or iNaturalist numbers
+classes as the data set does (PaCo) or by descending training count (LDAM), DeiT-LT's students by
+descending count.
+"""
+import os
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import nn
+
+import resnet
+import vit
+from engine.checkpoints import is_run, load_checkpoint, load_weights
+from engine.runtime import UserError
+
+NORMALISATIONS = {  # mean and standard deviation of the pixels that a network was trained on
+    "cifar": (resnet.CIFAR_MEAN, resnet.CIFAR_STD),
+    "imagenet": (resnet.IMAGENET_MEAN, resnet.IMAGENET_STD),
+    "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+
+
+@dataclass
+class Network:
+    """A network from a file, on the CPU, in evaluation mode."""
+    net: nn.Module
+    kind: str                   # "teacher": logits; "student": (CLS logits, DIST logits or None)
+    what: str                   # which network it is, for people
+    config: dict                # a run's settings; empty for files from elsewhere
+    class_names: list = None    # in the order of the outputs, or None
+    data: str = ""              # fingerprint of the data that a run was trained on
+    numbering: str = "own"      # of outputs without names: as the data set's own, or by "count"
+
+    @property
+    def num_classes(self):
+        return last_layers(self)[0].out_features
+
+
+class Mirrored(nn.Module):
+    """A network whose logits are the mean over an image and its mirror image: twice the work."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.img_size = net, net.img_size
+
+    def forward(self, x):
+        logits, mirrored = self.net(x), self.net(x.flip(3))
+        if not isinstance(logits, tuple):                               # a teacher's (B,K)
+            return (logits + mirrored) / 2
+        cls_logits, dist_logits = logits                                # a student's
+        cls_logits = (cls_logits + mirrored[0]) / 2
+        if dist_logits is not None:
+            dist_logits = (dist_logits + mirrored[1]) / 2
+        return cls_logits, dist_logits
+
+
+class Ensemble(nn.Module):
+    """Several teachers as one: logits (B,K) are the log of the mean of their probabilities."""
+
+    def __init__(self, nets):
+        super().__init__()
+        self.nets, self.img_size = nn.ModuleList(nets), nets[0].img_size
+
+    def forward(self, x):
+        log_p = [net(x).log_softmax(dim=1, dtype=torch.float32) for net in self.nets]
+        return torch.stack(log_p).logsumexp(dim=0) - log(len(log_p))    # (n,B,K) -> (B,K)
+
+
+# ---- From settings -------------------------------------------------------------------------------
+
+def build_teacher(config, num_classes):
+    """The untrained teacher of a run's settings (a dict). UserError for an impossible `arch`."""
+    mean, std = NORMALISATIONS[config.get("norm", "cifar")]
+    try:
+        return resnet.make(config["arch"], num_classes, cosine=config["loss"] == "ldam",
+                           img_size=config.get("img_size", 32), mean=mean, std=std)
+    except (ValueError, AssertionError) as error:       # AssertionError: a ViT's patches do not fit
+        raise UserError(f"--arch {config['arch']}: {error}") from None
+
+
+def build_student(config, num_classes, distilled):
+    """The untrained student of a run's settings (a dict), with or without the DIST token.
+
+    Raises ValueError for sizes that do not fit together.
+    """
+    return vit.MODELS[config["model"]](
+        img_size=config["img_size"], patch_size=config["patch_size"], num_classes=num_classes,
+        drop_path=config["drop_path"], distilled=distilled, stem=config.get("stem", "patch"),
+        layer_scale=config.get("layer_scale") or None,
+        checkpointing=config.get("checkpointing", False))
+
+
+# ---- From files ----------------------------------------------------------------------------------
+
+def load_network(path, norm=None, size=None):
+    """Network of a file or run folder, recognised by its contents (see above).
+
+    norm: one of NORMALISATIONS, instead of the network's own. size: side in pixels of the images
+    that a CNN is to get, instead of the size it is known for. UserError for files that are not
+    understood.
+    """
+    state = load_checkpoint(path, keys=())
+    name = os.path.basename(os.path.normpath(path))
+    network = run_network(state, name) if is_run(state) else foreign_network(state, name)
+    if norm is not None:
+        set_normalisation(network.net, norm)
+    network.net.eval().requires_grad_(False)
+    if size is not None and size != network.net.img_size:
+        set_size(network, size, name)
+    network.what += (f", {network.num_classes} classes, {network.net.img_size} px, "
+                     f"{norm or normalisation_of(network.net)} normalisation")
+    return network
+
+
+def run_network(state, name):
+    """The network of one of this project's checkpoints."""
+    config, weights, K = state["config"], state["model"], len(state["class_names"])
+    if "method" in config:
+        kind, what = "student", f"{config['method']} {config['model']}"
+        net = build_student(config, K, distilled="dist_token" in weights)
+    else:
+        kind, what = "teacher", f"teacher {config['arch']}, {config['loss']}"
+        net = build_teacher(config, K)
+    load_weights(net, weights, name)
+    return Network(net, kind, f"this project's {what}", config, state["class_names"],
+                   state.get("data", ""))
+
+
+def foreign_network(state, name):
+    """The network of a file from elsewhere."""
+    weights = bare_weights(state)
+    try:
+        network = recognise(weights)(weights, name)
+    except (KeyError, IndexError, TypeError, ValueError) as error:      # known keys, odd shapes
+        raise UserError(f"{name} holds no network that is known here "
+                        f"({type(error).__name__}: {error})") from None
+    names = state.get("class_names")
+    if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names):
+        network.class_names = names
+    if "tail_acc_avg" in state or "best_acc_avg" in state:              # DeiT-LT's own files
+        network.numbering = "count"
+    return network
+
+
+def bare_weights(state):
+    """The tensors of a checkpoint by their names in the network, without WRAPPERS and PREFIXES."""
+    for wrapper in WRAPPERS:
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+            break
+    weights = {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    while weights:
+        common = [p for p in PREFIXES if all(k.startswith(p) for k in weights)]
+        if not common:
+            break
+        weights = {k.removeprefix(common[0]): v for k, v in weights.items()}
+    return {k.removeprefix("module."): v for k, v in weights.items()}
+
+
+def recognise(weights):
+    """Which of the functions below understands these weights."""
+    if any(k.startswith("encoder_q.") for k in weights):
+        return paco_network
+    if "patch_embed.proj.weight" in weights:
+        return vit_network
+    if "linear.weight" in weights and "layer3.4.conv1.weight" in weights:
+        return resnet32_network
+    if "layer4.0.conv1.weight" in weights and has_cosine_fc(weights):
+        return cosine_resnet50_network
+    return torchvision_network
+
+
+def has_cosine_fc(weights):
+    """A ResNet-50's classifier (2048,K) without bias, where torchvision's is (K,2048)?"""
+    fc = weights.get("fc.weight", torch.empty(0, 0))
+    return "fc.bias" not in weights and len(fc) == 2048 and fc.shape[1] != 2048
+
+
+def paco_network(weights, name):
+    """PaCo's training wrapper: query encoder without its projection, and the classifier beside."""
+    encoder = {k.removeprefix("encoder_q."): v for k, v in weights.items()
+               if k.startswith("encoder_q.") and not k.startswith("encoder_q.fc.")}
+    if "linear.weight" not in weights or "linear.bias" not in weights:
+        raise UserError(f"{name} has PaCo's encoder but not its classifier, linear.weight and "
+                        "linear.bias")
+    last = "fc" if "layer4.0.conv1.weight" in encoder else "linear"
+    encoder |= {f"{last}.{k}": weights[f"linear.{k}"] for k in ("weight", "bias")}
+    network = published_resnet(encoder, name, cosine=False)
+    network.what = f"PaCo teacher ({network.what})"
+    return network
+
+
+def resnet32_network(weights, name):
+    return published_resnet(weights, name, cosine="linear.bias" not in weights)
+
+
+def cosine_resnet50_network(weights, name):
+    network = published_resnet(weights, name, cosine=True)
+    network.numbering = "count"
+    return network
+
+
+def published_resnet(weights, name, cosine):
+    """ResNet-32 or ResNet-50 of the published repositories, with its data's pixel statistics."""
+    if "fc.weight" in weights:
+        arch, what, last = "resnet50", "ResNet-50", weights["fc.weight"]
+    elif "linear.weight" in weights:
+        arch, what, last = "resnet32", "ResNet-32", weights["linear.weight"]
+    else:
+        raise UserError(f"{name} has no classifier, fc.weight or linear.weight")
+    K = last.shape[1] if cosine else last.shape[0]
+    if arch == "resnet32":
+        norm = "cifar"
+    else:
+        norm = "inat" if K == 8142 else "imagenet"
+    mean, std = NORMALISATIONS[norm]
+    net = resnet.make(arch, K, cosine=cosine, mean=mean, std=std)
+    load_weights(net, weights, name)
+    return Network(net, "teacher", f"{what} with a cosine classifier" if cosine else what, {})
+
+
+def vit_network(weights, name):
+    """ViT of timm's and DeiT's layout. All sizes follow from the weights, with heads of 64."""
+    weights = {k.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2"): v
+               for k, v in weights.items()}
+    D, _, P, _ = weights["patch_embed.proj.weight"].shape
+    K, hidden = len(weights["head.weight"]), len(weights["blocks.0.mlp.fc1.weight"])
+    depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+    distilled = "dist_token" in weights
+    tokens, positions = 2 if distilled else 1, weights["pos_embed"].shape[1]
+    G = int(positions ** 0.5)           # G x G patches: a few tokens do not make it a larger square
+    if positions == G * G:              # DeiT-III: only patches have a position
+        zeros = weights["pos_embed"].new_zeros(1, tokens, D)
+        weights["pos_embed"] = torch.cat([zeros, weights["pos_embed"]], dim=1)
+    elif positions != G * G + tokens:
+        raise UserError(f"{name}: {positions} positions are neither a square grid nor one and "
+                        f"{tokens} more")
+    if D % 64:
+        raise UserError(f"{name}: a ViT {D} wide does not have heads of 64, and the file does not "
+                        "say how many it has")
+    H = 16 if D == 1280 else D // 64    # ViT-H has heads of 80
+    net = vit.VisionTransformer(
+        img_size=G * P, patch_size=P, num_classes=K, embed_dim=D, depth=depth, num_heads=H,
+        mlp_ratio=hidden / D, distilled=distilled,
+        layer_scale=1.0 if "blocks.0.gamma_1" in weights else None)
+    load_weights(net, weights, name)
+    what = f"ViT {D} x {depth} x {H}, patch {P}"
+    return Network(net, "student", f"distilled {what}" if distilled else what, {})
+
+
+def torchvision_network(weights, name):
+    """The network of torchvision that loads these weights, found by its number of parameters."""
+    from torchvision import models
+    known = ", ".join(list(weights)[:3]) or "no tensors"
+    unknown = UserError(f"{name} holds no network that is known here ({known})")
+    matrices = [k for k, v in weights.items() if v.ndim == 2 and k.endswith(".weight")]
+    if not matrices:
+        raise unknown
+    K, d = weights[matrices[-1]].shape          # of the last layer; torchvision's has K = 1000
+    has_bias = matrices[-1].removesuffix("weight") + "bias" in weights
+    buffers = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index",
+               "relative_coords_table")
+    parameters = sum(v.numel() for k, v in weights.items() if not k.endswith(buffers))
+    parameters += (1000 - K) * (d + 1 if has_bias else d)
+    for arch in models.list_models(module=models):
+        if models.get_model_weights(arch).DEFAULT.meta["num_params"] == parameters:
+            mean, std = NORMALISATIONS["imagenet"]
+            try:
+                net = resnet.TorchvisionNetwork(arch, K, mean=mean, std=std)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+            load_weights(net, net.from_torchvision(weights), name)
+            return Network(net, "teacher", f"torchvision's {arch}", {})
+    raise unknown
+
+
+def set_size(network, size, name):
+    """Let a CNN see images of another size. UserError if it cannot."""
+    net = network.net
+    if network.kind == "student" or hasattr(getattr(net, "body", None), "image_size"):
+        raise UserError(f"{name}: {network.what} takes images of {net.img_size} px only")
+    try:
+        net(torch.zeros(1, 3, max(size, 0), max(size, 0)))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        text = " ".join(str(error).split())[:90]
+        raise UserError(f"{name}: {network.what} cannot take {size} px ({text})") from None
+    net.img_size = size
+
+
+def set_normalisation(net, norm):
+    """Normalise images otherwise: the published student loop fed CIFAR teachers "imagenet"."""
+    if norm not in NORMALISATIONS:
+        raise UserError(f"the normalisation is one of {', '.join(NORMALISATIONS)}, not {norm}")
+    mean, std = NORMALISATIONS[norm]
+    net.mean.copy_(torch.tensor(mean).view(3, 1, 1))
+    net.std.copy_(torch.tensor(std).view(3, 1, 1))
+
+
+def normalisation_of(net):
+    """Name of a network's normalisation, or "own"."""
+    for norm, (mean, _) in NORMALISATIONS.items():
+        if torch.allclose(net.mean.flatten(), torch.tensor(mean)):
+            return norm
+    return "own"
+
+
+# ---- Teachers of a student -----------------------------------------------------------------------
+
+def teacher_files(path):
+    """The files of a teacher: one, or several joined by commas. UserError for an empty name."""
+    files = [path] if os.path.exists(path) else [file.strip() for file in path.split(",")]
+    if not all(files):
+        raise UserError(f"--teacher '{path}': a name is empty")
+    return files
+
+
+def short_name(path):
+    """The name of a run or teacher in other runs' names and in pictures."""
+    return "+".join(os.path.basename(os.path.normpath(file)) for file in teacher_files(path))
+
+
+def load_teacher(path, data, rt, norm=None, size=None):
+    """A teacher from a run folder or file, ready to label the data's classes: (network, text).
+
+    On the device, in evaluation mode, without gradients, its outputs in the order of the data's
+    classes. Several files joined by commas are an Ensemble. norm, size: see load_network. Raises
+    UserError if a file is no teacher, knows other classes, or takes another image size than the
+    other files.
+    """
+    files = teacher_files(path)
+    teachers = [load_network(file, norm, size) for file in files]
+    for file, teacher in zip(files, teachers):
+        if teacher.kind != "teacher":
+            raise UserError(f"{file} is not a teacher: it is {teacher.what}")
+        match_classes(teacher, data, f"the teacher {file}")
+    sizes = sorted({teacher.net.img_size for teacher in teachers})
+    if len(sizes) > 1:
+        raise UserError(f"--teacher {path}: one --teacher-size for all, not {sizes} px")
+    net, text = teachers[0].net, teachers[0].what
+    if len(teachers) > 1:
+        net = Ensemble([teacher.net for teacher in teachers]).eval()
+        kinds = dict.fromkeys(teacher.what for teacher in teachers)     # each once, in order
+        text = f"the mean of {len(teachers)}, " + ", and ".join(kinds)
+    return net.to(rt.device, memory_format=torch.channels_last), text
+
+
+def match_classes(network, data, what):
+    """Put a Network's outputs into the order of data.class_names, and return it.
+
+    what: its name in messages. Raises UserError if the classes are not the same.
+    """
+    names, known = list(data.class_names), network.class_names
+    if network.num_classes != len(names):
+        raise UserError(f"{what} knows {network.num_classes} classes, the data have {len(names)}")
+    by_count = list(range(len(names)))
+    if known is None:
+        if sorted(data.class_ids) != by_count:
+            raise UserError(f"the data's own class numbers are not 0 to {len(names) - 1}")
+        order = data.class_ids if network.numbering == "own" else by_count
+    elif sorted(known) == sorted(names):
+        order = [list(known).index(name) for name in names]
+    else:
+        different = sorted(set(known) ^ set(names))
+        raise UserError(f"{what} knows other classes than the data ({', '.join(different[:3])}, "
+                        "...)")
+    if order != by_count:
+        for layer in last_layers(network):
+            reorder_outputs(layer, torch.tensor(order))
+    network.class_names = names
+    return network
+
+
+def last_layers(network):
+    """A Network's classifiers: of a student one per head."""
+    net = network.net
+    if network.kind == "teacher":
+        return [net.classifier]
+    return [net.head, net.head_dist] if net.distilled else [net.head]
+
+
+@torch.no_grad()
+def reorder_outputs(layer, order):
+    """Output k of a classifier becomes what output order[k] was."""
+    if isinstance(layer, resnet.CosineClassifier):
+        layer.weight.copy_(layer.weight[:, order].clone())              # (d,K)
+    else:
+        for p in layer.parameters():                                    # weight (K,d), bias (K,)
+            p.copy_(p[order].clone())

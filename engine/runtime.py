@@ -1,0 +1,250 @@
+r"""Where a run computes: device and processes, autocast, seeds, signals, and how a script ends.
+
+Under `torchrun` there are several processes, of which rank 0 prints and writes files. Errors that a
+person can cause are `UserError`s: one line that says what to do, exit code 2, no traceback.
+"""
+import atexit
+import ctypes
+import os
+import platform
+import re
+import signal
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from images.files import DataError
+
+
+class UserError(Exception):
+    """A mistake that a person can put right; the message is one line that says how."""
+
+
+# ---- How a script ends ---------------------------------------------------------------------------
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+stop_signal = 0           # the signal that has asked this process to stop; 0: none
+stop_requested_at = 0.0   # seconds, time.monotonic()
+
+
+def request_stop(number, _):
+    """Signal handler: the first signal asks for a stop after the step, the second stops at once.
+
+    Signals within one second count as one: torchrun forwards a signal to workers that may have
+    received it themselves.
+    """
+    global stop_signal, stop_requested_at
+    if stop_signal and time.monotonic() - stop_requested_at > 1:
+        os._exit(128 + number)
+    if not stop_signal:
+        stop_signal, stop_requested_at = number, time.monotonic()
+        print(f"{signal.Signals(number).name}: saving after this step (or evaluation); once more "
+              "stops at once", file=sys.stderr, flush=True)
+
+
+def run_main(main):
+    """Run a script's main(); UserError, DataError and file errors end it with one line, code 2.
+
+    Any other exception is a bug and keeps its traceback. Signal handlers are put back at the end.
+    """
+    global stop_signal
+    handlers, stop_signal = {number: signal.getsignal(number) for number in STOP_SIGNALS}, 0
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):      # characters that the terminal lacks are escaped
+            stream.reconfigure(errors="backslashreplace")
+    code = 0
+    try:
+        main()
+    except (UserError, DataError) as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)       # all ranks have the same error: let rank 0 print it, then torchrun
+        print(f"error: {error}", file=sys.stderr)                   # ends the others
+        code = 2
+    except KeyboardInterrupt:
+        print("Interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = 2
+    except SystemExit as error:
+        code = error.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    grouped = dist.is_available() and dist.is_initialized()
+    if grouped and not code:
+        dist.destroy_process_group()        # after an error NCCL might wait for the other processes
+    if grouped:
+        hard_exit(code or 0)
+    if code:
+        sys.exit(code)
+
+
+def hard_exit(code=0):
+    """End one of several processes without the interpreter's shutdown.
+
+    gloo's threads, alive after DDP, abort during that shutdown now and then, and torchrun would
+    report a finished run as failed.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# ---- Device and processes ------------------------------------------------------------------------
+
+@dataclass
+class Runtime:
+    """Device, this process's rank among `world` processes, autocast type (None: float32)."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    amp: torch.dtype = None
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        dtype = self.amp or torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.amp is not None)
+
+    def print(self, *args):
+        if self.main:
+            print(*args, flush=True)
+
+    def hardware(self):
+        """For people: the GPU's name, or the CPU's with the threads in use."""
+        if self.device.type == "cuda":
+            return f"{self.world} x {torch.cuda.get_device_name(self.device)}"
+        n, match = torch.get_num_threads(), cpu_info(r"model name\s*:\s*(.+)")
+        name = match[1] if match else platform.machine()
+        threads = f"{n} threads of {name}" if n > 1 else f"{n} thread of {name}"
+        return f"{self.world} x {threads}" if self.world > 1 else threads
+
+
+def cpu_info(pattern):
+    """First match of a regular expression in /proc/cpuinfo; None if there is none."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return re.search(pattern, file.read())
+    except OSError:
+        return None
+
+
+def has_bf16(device):
+    """Does the hardware multiply bfloat16 matrices faster than float32 ones?
+
+    GPUs from Ampere on do; on a CPU AMX, ARM's bf16 and AMD's avx512_bf16. Intel's avx512_bf16
+    without AMX takes twice the time of float32 (results/README.md, speed).
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    fast = r"\b(amx_bf16|bf16)\b|AuthenticAMD(?s:.*)\bavx512_bf16\b"
+    return device.type == "cpu" and cpu_info(fast) is not None
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory for the next tensor instead of returning it to the system."""
+    with suppress(OSError, AttributeError):         # other systems have other allocators
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)                         # M_MMAP_MAX: no allocation is mapped separately
+        libc.mallopt(-1, 2 ** 31 - 1)               # M_TRIM_THRESHOLD: nothing is returned
+
+
+def setup(device="auto", amp="auto"):
+    """Runtime of this process; joins torchrun's process group. UserError for a missing device."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (":" in device and world > 1):
+        raise UserError(f"--device is auto, cpu, cuda or, for one process, cuda:N, not {device}")
+    if device != "cpu" and int(device[5:] or local) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA "
+                        "devices; use --device cpu")
+    device = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    else:
+        keep_freed_memory()
+    if world > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend)
+    if amp == "auto":
+        amp = "bf16" if has_bf16(device) else "none"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
+    return Runtime(device, rank, world, dtype)
+
+
+def seed_step(*key):
+    """Seed torch from (seed, epoch, step, rank): all that is random in that step follows."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+def barrier(rt):
+    """Wait for all processes: what the main process has written by now, the others may read."""
+    if rt.world > 1:
+        dist.barrier()
+
+
+def exit_together(error, rt):
+    """End all processes because of a UserError that all of them have come to.
+
+    Rank 0 prints it. torchrun kills every process as soon as one has ended, so all wait until it
+    is printed. With one process the error is raised.
+    """
+    if rt.world == 1:
+        raise error
+    if rt.main:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    dist.barrier()
+    sys.exit(2)
+
+
+def all_sum(tensor, rt):
+    """Sum over processes, in place."""
+    if rt.world > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_max(numbers, rt):
+    """Elementwise maximum of every process's whole numbers, a list, the same in each process."""
+    if rt.world == 1:
+        return list(numbers)
+    largest = torch.tensor(numbers, dtype=torch.long)   # on the CPU, by gloo: no GPU is waited for
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def gather(tensor, rt):
+    """Rows of all processes (n_r, ...) -> (sum of n_r, ...), by rank; the n_r may differ."""
+    if rt.world == 1:
+        return tensor
+    sizes = [torch.zeros((), dtype=torch.long) for _ in range(rt.world)]
+    dist.all_gather(sizes, torch.tensor(len(tensor)))   # on the CPU, by gloo: no GPU is waited for
+    sizes = [int(n) for n in sizes]
+    padding = tensor.new_zeros(max(sizes) - len(tensor), *tensor.shape[1:])
+    padded = torch.cat([tensor, padding])
+    parts = [torch.empty_like(padded) for _ in range(rt.world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, sizes)])
+
+
+def share_buffers(net, rt):
+    """Give every process rank 0's buffers: BatchNorm's statistics differ between processes."""
+    if rt.world > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)

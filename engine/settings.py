@@ -1,0 +1,256 @@
+r"""Settings of a run: each is stated once, in a table at the top of its training script.
+
+A row of that table is a `Setting`: name, the paper's value, what is allowed, what it is. Flags,
+their types, ranges and `--help` follow from it. A recipe is a dict of the settings that it changes.
+A run's settings are the table, changed by its recipe, by its method or loss, then by flags.
+"""
+import argparse
+import hashlib
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import data_lt
+from engine.runtime import UserError
+from images.files import shown
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    value: object               # the paper's; its type is the flag's type
+    allowed: object             # an Interval, several choices, or None: anything
+    help: str
+
+    def check(self, value):
+        """UserError for a value that is not allowed."""
+        if self.allowed is None or value in self.allowed:
+            return
+        if isinstance(self.allowed, Interval):
+            raise UserError(f"{flag(self.name)} must be {self.allowed}, not {value}")
+        choices = ", ".join(map(str, self.allowed))
+        raise UserError(f"{flag(self.name)} is one of {choices}, not {value}")
+
+
+@dataclass(frozen=True)
+class Interval:
+    low: float
+    high: float = math.inf
+
+    def __contains__(self, value):
+        return self.low <= value <= self.high       # False for NaN
+
+    def __str__(self):
+        if self.high == math.inf:
+            return f"at least {self.low:g}"
+        return f"from {self.low:g} to {self.high:g}"
+
+
+# Settings of both scripts that say which images there are, and how a run goes. None: no default.
+DATA_SETTINGS = ("dataset", "imb", "imb_type", "holdout", "train_list", "test_list")
+CARRIED = (*DATA_SETTINGS, "data_dir", "seed", "device", "amp", "save_every", "compile", "skip_bad")
+NOT_RESUMED = ("out", "name", "resume", "overwrite", "force", "device", "data_dir", "compile",
+               "checkpointing", "save_every", "skip_bad", "eval_every")     # free to differ
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for each flag: no list of all flags as usage, no choices spelled out."""
+
+    def __init__(self, description):
+        def formatter(prog):
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=100)
+        super().__init__(usage="python %(prog)s [--flag value ...]", description=description,
+                         formatter_class=formatter, allow_abbrev=False)
+
+
+def add_run_flags(parser):
+    """The flags that both training scripts have."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", default="cifar10", choices=data_lt.DATASETS, metavar="NAME",
+                      help=f"{', '.join(data_lt.DATASETS)} [cifar10]")
+    data.add_argument("--imb", type=float, metavar="N",
+                      help="imbalance n_max / n_min [100; folder and large sets: as they are]")
+    data.add_argument("--imb-type", default="exp", choices=("exp", "step"), metavar="TYPE",
+                      help="shape of the tail: exp or step [exp]")
+    data.add_argument("--data-dir", default="data", metavar="DIR",
+                      help="CIFAR's folder (downloaded if missing), or of your images [data]")
+    data.add_argument("--holdout", type=float, metavar="SHARE",
+                      help="test on this share of each class's training images instead")
+    data.add_argument("--train-list", metavar="FILE", help="large sets: lines 'path label'")
+    data.add_argument("--test-list", metavar="FILE", help="the same for the test images")
+    data.add_argument("--skip-bad", action="store_true",
+                      help="list unusable images and continue without them [list and stop]")
+    run = parser.add_argument_group("run")
+    run.add_argument("--recipe", default="auto", choices=("auto", "paper", "cpu", "ours", "best"),
+                     metavar="NAME", help="paper, cpu or ours [paper on a GPU, else cpu]")
+    run.add_argument("--seed", type=int, default=0, metavar="N",
+                     help="of weights, order and augmentation [0]")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    run.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
+                     metavar="TYPE", help="autocast: bf16, fp16, none [bf16 where it is faster]")
+    run.add_argument("--compile", action="store_true", help="torch.compile the network")
+    run.add_argument("--out", metavar="DIR", help="run folder [runs/<name of the settings>]")
+    run.add_argument("--save-every", type=save_interval, default="10m", metavar="N",
+                     help="checkpoint every N steps, or minutes with an m [10m]")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue where the run stopped")
+    again.add_argument("--overwrite", action="store_true", help="start again in the same folder")
+    run.add_argument("--force", action="store_true", help="resume although settings have changed")
+    return run
+
+
+def save_interval(text):
+    """argparse type: "500" (steps) or "10m" (minutes), above 0; returned as it is."""
+    number = float(text.removesuffix("m"))
+    if not 0 < number < math.inf or not (text.endswith("m") or text.isdecimal()):
+        raise ValueError
+    return text
+
+
+def add_settings(parser, table):
+    """A flag of the same name for every Setting; None when it is not given."""
+    group = parser.add_argument_group("settings of the recipe [the paper's value]")
+    for setting in table:
+        text = f"{setting.help} [{setting.value}]"
+        if isinstance(setting.value, bool):
+            group.add_argument(flag(setting.name), action=BooleanFlag, default=None, help=text)
+        else:
+            kind = type(setting.value)
+            group.add_argument(flag(setting.name), type=kind, help=text, metavar="X")
+
+
+class BooleanFlag(argparse.BooleanOptionalAction):
+    """--x and --no-x, of which --help shows the first."""
+
+    def format_usage(self):
+        return self.option_strings[0]
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def as_flags(args, names):
+    """The settings of these names as command-line flags; those that are unset are left out."""
+    flags = []
+    for name in names:
+        value = getattr(args, name)
+        if value is True:
+            flags.append(flag(name))
+        elif value is not None and value is not False:
+            flags.append(f"{flag(name)}={value}")
+    return flags
+
+
+def check_ranges(args, **ranges):
+    """UserError for a setting outside its (lowest, highest) allowed value; NaN is outside."""
+    for name, limits in ranges.items():
+        if getattr(args, name) not in Interval(*limits):
+            raise UserError(f"{flag(name)} must be {Interval(*limits)}, not {getattr(args, name)}")
+
+
+def resolve_data(args):
+    """Fill --imb where it has a default. UserError for flags that the data set does not have."""
+    check_ranges(args, seed=(0, 2 ** 62))
+    if args.imb is None and args.dataset not in ("folder", *data_lt.LISTS):
+        args.imb = 100.0
+    if args.holdout is not None and args.dataset not in ("folder", "cifar10", "cifar100"):
+        raise UserError("--holdout is for --dataset folder, cifar10 and cifar100")
+    if args.dataset not in data_lt.LISTS and (args.train_list or args.test_list):
+        raise UserError("--train-list and --test-list are for --dataset "
+                        + " or ".join(data_lt.LISTS))
+    if args.dataset in data_lt.LISTS and args.imb is not None:
+        raise UserError(f"--imb: {args.dataset} is as imbalanced as its lists")
+    if args.holdout is not None:
+        check_ranges(args, holdout=(0.01, 0.9))
+
+
+def pick_recipe(args, recipes, rt):
+    """Replace args.recipe by its name and return its row for args.dataset, a dict.
+
+    recipes: {recipe: {dataset: row}}. "auto" is the paper's on a GPU and cpu without one, or
+    whichever the data set has; "best" is an older name of "ours". UserError if there is none.
+    """
+    known = [name for name in recipes if args.dataset in recipes[name]]
+    if args.recipe == "best":
+        args.recipe = "ours"
+    if args.recipe == "auto":
+        preferred = "paper" if rt.device.type == "cuda" else "cpu"
+        args.recipe = preferred if preferred in known else (known or ["paper"])[0]
+    if args.recipe not in known:
+        hint = f"; use --recipe {known[0]}" if known else ""
+        raise UserError(f"there is no {args.recipe} recipe for {args.dataset}{hint}")
+    return recipes[args.recipe][args.dataset]
+
+
+def defaults(table):
+    """{name: the paper's value} of a table of settings."""
+    return {setting.name: setting.value for setting in table}
+
+
+def fill_settings(args, table, row):
+    """Set every setting that no flag gave to its value in `row`, a dict of all of them.
+
+    Returns {name: value} of the flags that differ from that. UserError for a value not allowed.
+    """
+    changed = {}
+    for setting in table:
+        name, default = setting.name, row[setting.name]
+        given = getattr(args, name)
+        if given is None:
+            setattr(args, name, default)
+        elif given != default:
+            changed[name] = given
+        setting.check(getattr(args, name))
+    return changed
+
+
+def fit_to_folder(row, survey, largest_size):
+    """A recipe's row for a user's own folder: image size, patch size and length follow from it.
+
+    Image size: the largest of 32, 64, 128, 224 px up to `largest_size` that is not above 1.25
+    times the median shorter side. Epochs: as many samples as on CIFAR-10-LT (12,406 images), but
+    from a quarter to three times the row's epochs; re-weighting in proportion.
+    """
+    limit = min(1.25 * survey.side, largest_size)
+    size = max([32, *(size for size in (64, 128, 224) if size <= limit)])
+    longest = row["epochs"]
+    epochs = round(min(max(longest * 12406 / survey.images, longest / 4), 3 * longest))
+    fitted = row | dict(img_size=size, epochs=epochs)
+    if "patch_size" in row:
+        fitted["patch_size"] = 8 if size < 128 else 16
+    if "drw_epoch" in row:
+        fitted["drw_epoch"] = round(row["drw_epoch"] / longest * epochs)
+    return fitted
+
+
+# ---- Names of runs -------------------------------------------------------------------------------
+
+def data_name(args):
+    """What the data are, for a run's name: cifar10_imb100."""
+    name = args.dataset
+    if name == "folder":
+        folder = shown(os.path.basename(os.path.abspath(args.data_dir)))
+        name = re.sub(r"[^\w.-]+", "-", folder)
+    if args.imb is not None:
+        name += f"_imb{args.imb:g}"
+        if args.imb_type == "step":
+            name += "step"
+    if args.holdout and args.dataset != "folder":
+        name += f"_holdout{args.holdout:g}"
+    return name
+
+
+def run_name(kind, args, changed, longest=48):
+    """Short name of a run: deit-lt_cifar10_imb100_cpu_s0.
+
+    changed {name: value}: settings other than the recipe's, spelled out, or, where that would take
+    more than `longest` characters, eight digits that stand for them (config.json has them all).
+    """
+    changes = "".join(f"_{name.replace('_', '')}{value}" for name, value in changed.items()
+                      if name != "eval_every")
+    changes = re.sub(r"[^\w.,+-]+", "-", changes)
+    if len(changes) > longest:
+        changes = "_" + hashlib.sha256(changes.encode()).hexdigest()[:8]
+    return f"{kind}_{data_name(args)}_{args.recipe}{changes}_s{args.seed}"

@@ -1,0 +1,173 @@
+r"""Pieces of a training step: learning rate, weight decay, averaged weights, finite steps."""
+import copy
+import math
+
+import torch
+
+from engine.runtime import UserError, all_sum, exit_together
+
+
+def cosine_lr(t, epochs, peak, warmup_epochs, warmup_lr=1e-6, min_lr=1e-5):
+    """Learning rate at fractional epoch t: linear warm-up, then a half cosine (the published rule).
+
+        t < W:  warmup_lr + (peak - warmup_lr) t / W
+        else:   min_lr + (peak - min_lr) (1 + cos(pi t / epochs)) / 2
+
+    W = warmup_epochs. The cosine starts at epoch 0, not at W.
+    """
+    if t < warmup_epochs:
+        return warmup_lr + (peak - warmup_lr) * t / warmup_epochs
+    return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * t / epochs))
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def parameter_groups(net, weight_decay):
+    """AdamW's groups: decay for matrices; none for biases, norms, scales, tokens and positions."""
+    decayed, others = [], []
+    for name, p in net.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.ndim <= 1 or name in ("cls_token", "dist_token", "pos_embed"):
+            others.append(p)
+        else:
+            decayed.append(p)
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0}]
+
+
+class EMA:
+    """Exponential moving average of a network: e <- d e + (1 - d) w. `.model` is the averaged one.
+
+    BatchNorm's running statistics are averaged too. decay: d, per optimizer step.
+    """
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.pairs = [(mine, theirs) for mine, theirs in
+                      zip(self.model.state_dict().values(), model.state_dict().values())
+                      if mine.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, finite=1.0):
+        """After an optimizer step; finite: 0 for a step that was undone, where e stays as it is."""
+        mine, theirs = zip(*self.pairs)
+        change = torch._foreach_sub(theirs, mine)
+        torch._foreach_mul_(change, (1 - self.decay) * finite)
+        torch._foreach_add_(mine, change)
+
+    def state_dict(self):
+        return self.model.state_dict()
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state)
+
+
+class FiniteScaler:
+    """Gradient scaling by torch.amp.GradScaler's protocol; steps that are not finite are undone.
+
+        scaler.scale(loss).backward()       as often as gradients are accumulated
+        scaler.unscale_()                   under SAM these two come twice in a step
+        scaler.step(optimizer)              leaves weights and moments alone if not finite
+        finite = scaler.update()            puts back what else the step has moved; 1 or 0, a tensor
+
+    A step is not finite if its loss or a gradient is infinite or NaN, in any process. Nothing here
+    waits for the device: PyTorch's fused optimizers read `found_inf` there. What a step moves
+    besides the weights (BatchNorm's statistics, PaCo's queue and key encoder, `extra` tensors) is
+    restored from a copy.
+
+    float16 lacks small numbers: under float16 autocast the loss is multiplied by `scale`, which a
+    step that is not finite halves and 2,000 finite ones double: GradScaler's rule. GradScaler
+    itself refuses to unscale twice in a step, as SAM must.
+    """
+    LIMIT = 10          # steps in a row that are not finite, after which the run ends
+    GROWTH = 2000       # finite steps in a row after which the scale doubles
+
+    def __init__(self, net, optimizer, rt, *extra):
+        if not optimizer.defaults.get("fused"):
+            raise ValueError("only a fused optimizer can skip a step without a host-device sync")
+        self.rt, self.optimizer, self.scaled = rt, optimizer, rt.amp is torch.float16
+        self.nonfinite = torch.zeros((), device=rt.device)      # of the present step: 0 or 1
+        start = {"scale": 2.0 ** 16 if self.scaled else 1.0, "good": 0, "in_a_row": 0, "skipped": 0}
+        self.counts = {name: torch.tensor(value, device=rt.device) for name, value in start.items()}
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        trained = {id(p) for p in self.params}
+        moved = [t for t in net.state_dict(keep_vars=True).values() if id(t) not in trained]
+        self.moved = {}                                         # dtype -> the tensors to restore
+        for tensor in [*moved, *extra]:
+            self.moved.setdefault(tensor.dtype, []).append(tensor.detach())
+        self.remember()
+        optimizer.found_inf = self.nonfinite
+
+    def remember(self):
+        """Copy what a step moves, one flat tensor per dtype; again after loading a state."""
+        self.before = {dtype: flat(tensors) for dtype, tensors in self.moved.items()}
+
+    def scale(self, loss):
+        self.nonfinite += ~loss.detach().isfinite()
+        return loss * self.counts["scale"] if self.scaled else loss
+
+    @torch.no_grad()
+    def unscale_(self):
+        """Divide the gradients by the scale and find out, for all processes, if they are finite."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if self.scaled:
+            torch._foreach_mul_(grads, 1 / self.counts["scale"])
+        self.nonfinite += ~torch.stack(torch._foreach_norm(grads)).isfinite().all()
+        all_sum(self.nonfinite, self.rt).clamp_(max=1)
+
+    def step(self, optimizer):
+        optimizer.step()
+
+    @torch.no_grad()
+    def update(self):
+        """Undo what a step that is not finite has moved, count it; returns 1.0 if it was finite."""
+        bad = self.nonfinite > 0
+        for dtype, tensors in self.moved.items():
+            kept = torch.where(bad, self.before[dtype], flat(tensors))
+            parts = kept.split([t.numel() for t in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
+            self.before[dtype] = kept
+        c = self.counts
+        c["skipped"] += bad
+        c["in_a_row"].add_(bad).mul_(bad)
+        if self.scaled:
+            c["good"].add_(1).mul_(~bad)
+            grown = torch.where(c["good"] == self.GROWTH, 2.0, 1.0)
+            c["scale"].mul_(torch.where(bad, 0.5, grown))
+            c["good"].remainder_(self.GROWTH)
+        self.nonfinite.zero_()
+        return (~bad).float()
+
+    def stop_if_lost(self, epoch, step, lr):
+        """UserError after LIMIT steps in a row that were not finite. Waits for the device."""
+        n = int(self.counts["in_a_row"])
+        if n >= self.LIMIT:
+            now = self.optimizer.param_groups[0]["lr"]
+            exit_together(UserError(
+                f"epoch {epoch + 1}, step {step + 1}: loss or gradients were not finite in {n} "
+                f"steps in a row, at learning rate {now:.3g}; the last checkpoint is from before "
+                f"them. Try a lower --lr than {lr:g}, more --warmup-epochs or --amp none, from the "
+                "start or with --resume --force"), self.rt)
+
+    @property
+    def skipped(self):
+        """How many steps of the run were not finite. Waits for the device."""
+        return int(self.counts["skipped"])
+
+    def state_dict(self):
+        return self.counts
+
+    def load_state_dict(self, counts):
+        for name, value in counts.items():
+            self.counts[name].copy_(value)
+        self.remember()
+
+
+def flat(tensors):
+    """One new tensor (n,) of all elements."""
+    return torch.cat([t.reshape(-1) for t in tensors])

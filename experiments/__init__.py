@@ -1,0 +1,6 @@
+"""Whole studies: the paper's tables as lists of commands, baselines with code of their own, speed.
+
+    ablate       tables of runs over seeds            bench       speed, side by side with timm
+    crt          classifier re-training, arXiv 1910.09217
+    deit3        DeiT-III's augmentation and loss, arXiv 2204.07118
+"""

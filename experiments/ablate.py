@@ -1,0 +1,333 @@
+r"""Tables of runs over several seeds, beside the published numbers: each row is a command.
+
+    python -m experiments.ablate main --seeds 0 1 2         ViT, DeiT-LT and ours, means of 3 seeds
+    python -m experiments.ablate table5 --imb 50            further flags go to every run
+    python -m experiments.ablate table1 --show              the table of finished runs; no training
+    python -m experiments.ablate table2 --commands          the commands; no training
+
+Runs one command after the other. Finished runs are skipped, one that was stopped is resumed,
+teachers are shared. A signal to this process reaches the run, which saves; then both end.
+
+Printed as markdown: accuracies in percent, mean and standard deviation over the finished seeds.
+"teacher right": percent of training images whose teacher label is that of the image (if mixed: of
+its larger part), mean of the epochs before re-weighting.
+
+main     ViT, DeiT-LT (LDAM-DRW-SAM) and ours, at the length of the cpu recipe
+table1   the teacher and its input (the paper's Table 1; here without re-weighting)
+table2   the methods that the paper compares on a ViT, of its Table 2
+table5   the parts of DeiT-LT, added one by one
+table6   sizes of the student
+ours     --recipe ours, and each of its changes taken back; 20 epochs
+modes    DeiT's modes of distillation on balanced images, beside a course report's; 20 epochs
+search   the cpu recipe, its neighbours and the way to ours, on held-out images; 20 epochs
+"""
+import argparse
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import train_student
+import train_teacher
+from engine import runtime
+from engine.evaluation import COLUMNS
+from engine.runtime import STOP_SIGNALS, UserError
+from engine.settings import CARRIED, as_flags, flag, resolve_data
+import experiments.deit3  # noqa: F401: its method, deit-iii
+from experiments import crt
+
+
+@dataclass(frozen=True)
+class Row:
+    title: str
+    command: str                # what follows `python`
+    head: str = "avg"           # whose accuracies are shown: cls, dist or avg
+    published: tuple = ()       # overall accuracies, percent, as PUBLISHED_FOR; None: not published
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+STUDENT, TEACHER = "train_student.py", "train_teacher.py"
+CRT, DEIT3 = "-m experiments.crt", "-m experiments.deit3"
+NOT_MIXED = "--mixup 0 --cutmix 0"
+
+MAIN = [
+    Row("ViT", f"{STUDENT} --method vit --recipe cpu", "avg", (62.6, 70.1, 35.0, 39.0)),
+    Row("DeiT-LT, CLS", f"{STUDENT} --recipe cpu", "cls"),
+    Row("DeiT-LT, DIST", f"{STUDENT} --recipe cpu", "dist"),
+    Row("DeiT-LT, average", f"{STUDENT} --recipe cpu", "avg", (84.8, 87.5, 52.0, 54.1)),
+    Row("ours, CLS", f"{STUDENT} --recipe ours", "cls"),
+    Row("ours, DIST", f"{STUDENT} --recipe ours", "dist"),
+    Row("ours, average", f"{STUDENT} --recipe ours", "avg"),
+    Row("ours without a teacher", f"{STUDENT} --method vit --recipe ours"),
+]
+TABLE1 = [
+    Row("in-distribution teacher, mixed images", f"{STUDENT} --method deit", "avg", (70.2,)),
+    Row("DeiT-LT's teacher, weak images, not mixed",
+        f"{STUDENT} --beta 0 --teacher-view weak {NOT_MIXED}", "avg", (54.2,)),
+    Row("DeiT-LT's teacher, strong images, not mixed",
+        f"{STUDENT} --beta 0 {NOT_MIXED}", "avg", (69.6,)),
+    Row("DeiT-LT's teacher, strong images, mixed", f"{STUDENT} --beta 0", "avg", (79.4,)),
+]
+TABLE2 = [
+    Row("ViT", f"{STUDENT} --method vit", "avg", (62.6, 70.1, 35.0, 39.0)),
+    Row("ViT, cRT", CRT, "avg", (68.9, 74.5, 38.9, 42.2)),
+    Row("DeiT", f"{STUDENT} --method deit", "avg", (70.2, 77.5, 31.3, 39.1)),
+    Row("DeiT-III", DEIT3, "avg", (59.1, 68.2, 38.1, 44.1)),
+    Row("DeiT-LT (LDAM-DRW-SAM)", STUDENT, "avg", (84.8, 87.5, 52.0, 54.1)),
+    Row("DeiT-LT (PaCo-SAM)", f"{STUDENT} --teacher paco", "avg", (87.5, 89.8, 55.6, 60.5)),
+]
+TABLE5 = [
+    Row("DeiT", f"{STUDENT} --method deit", "avg", (70.2, None, 31.3)),
+    Row("+ out-of-distribution teacher", f"{STUDENT} --beta 0 --teacher-rho 0", "avg",
+        (84.5, None, 48.9)),
+    Row("+ DRW", f"{STUDENT} --teacher-rho 0", "avg", (87.3, None, 54.5)),
+    Row("+ SAM for the teacher", STUDENT, "avg", (87.5, None, 55.6)),
+]
+TABLE6 = [
+    Row("DeiT-LT tiny", f"{STUDENT} --model tiny", "avg", (80.8, None, 49.3)),
+    Row("DeiT-LT small", f"{STUDENT} --model small", "avg", (85.5, None, 54.3)),
+    Row("DeiT-LT base", f"{STUDENT} --model base", "avg", (87.5, None, 55.6)),
+]
+# The stem, the soft labels, the adjusted loss and the learning rate of ours, each as in cpu.
+OURS_20 = f"{STUDENT} --recipe ours --epochs 20 --drw-epoch 13"
+OURS = [
+    Row("ours", OURS_20),
+    Row("without the convolutional stem", f"{OURS_20} --stem patch"),
+    Row("hard labels", f"{OURS_20} --distill hard --alpha 0.5"),
+    Row("re-weighting, no logit adjustment", f"{OURS_20} --no-logit-adjustment --beta 0.9999"),
+    Row("half the learning rate", f"{OURS_20} --lr 0.0005"),
+]
+CPU_20 = f"{STUDENT} --recipe cpu --holdout 0.1 --epochs 20 --drw-epoch 13"
+SOFT, ADJUSTED = "--distill soft --alpha 0.909", "--logit-adjustment --beta 0"
+CHANGES = [
+    "", "--lr 0.00025", "--lr 0.001", "--lr 0.002", "--batch 32", "--batch 128 --lr 0.001",
+    "--magnitude 5", "--erasing 0", "--drw-epoch 7", "--drw-epoch 17", "--patch-size 4",
+    "--model tiny", "--model micro", SOFT, ADJUSTED, f"--stem conv {ADJUSTED}",
+    f"--stem conv {ADJUSTED} --lr 0.001", f"--stem conv {ADJUSTED} {SOFT} --lr 0.001",
+]
+SEARCH = [Row(change.replace("--", "") or "cpu recipe", f"{CPU_20} {change}".strip())
+          for change in CHANGES]
+
+# The teacher of `modes`: plain cross-entropy on the students' balanced images.
+MODES_TEACHER = f"{TEACHER} --imb 1 --loss ce --rho 0 --epochs 10 --drw-epoch 10"
+
+
+def modes(teacher):
+    """Rows of the table `modes`, for the teacher in this run folder.
+
+    "usual" is DeiT's soft loss: temperature 3, a tenth of the loss, divided by images and classes.
+    The report's (temperature 2, half of the loss) is divided by images alone.
+    """
+    plain = f"{STUDENT} --imb 1 --epochs 20 --drw-epoch 20 {NOT_MIXED}"
+    hard = f"{plain} --method deit --teacher {teacher}"
+    hard_one = f"{hard} --tokens 1"
+    soft = f"{hard} --distill soft --tau 3"
+    soft_one = f"{hard_one} --distill soft --tau 3 --alpha 0.1"
+    return [
+        Row("none", f"{plain} --method vit", "avg", (67.69,)),
+        Row("usual: soft, one token", soft_one, "avg", (68.85,)),
+        Row("hard, one token", hard_one, "avg", (40.19,)),
+        Row("hard, two tokens: class embedding", hard, "cls", (61.69,)),
+        Row("hard, two tokens: distil embedding", hard, "dist", (8.07,)),
+        Row("hard, two tokens: both", hard, "avg", (46.11,)),
+        Row("soft, two tokens: class embedding", soft, "cls"),
+        Row("soft, two tokens: distil embedding", soft, "dist"),
+        Row("soft, two tokens: both", soft, "avg", (69.19,)),
+    ]
+
+
+TABLES = {"main": MAIN, "table1": TABLE1, "table2": TABLE2, "table5": TABLE5, "table6": TABLE6,
+          "ours": OURS, "modes": modes, "search": SEARCH}
+# Data set and imbalance of each number in Row.published.
+PUBLISHED_FOR = [("cifar10", 100), ("cifar10", 50), ("cifar100", 100), ("cifar100", 50)]
+PUBLISHED_FOR_MODES = [("cifar10", 1)]
+PUBLISHED_BY = {"table5": "paper, by PaCo", "table6": "paper, by PaCo-SAM",
+                "modes": "course report"}
+
+
+# ---- Commands and their run folders --------------------------------------------------------------
+
+def split(command):
+    """(program, flags): "-m experiments.crt --imb 9" -> ("-m experiments.crt", ["--imb", "9"])."""
+    words = shlex.split(command)
+    n = 2 if words[0] == "-m" else 1
+    return " ".join(words[:n]), words[n:]
+
+
+def student_settings(command):
+    """The settings that a student's command gives; those of its recipe are None."""
+    program, flags = split(command)
+    args = train_student.parse(flags)
+    if program == DEIT3:
+        args.method = "deit-iii"
+    elif program == CRT:
+        args.method = "vit"                                 # of its first run
+    return args
+
+
+def folder_of(command, rt):
+    """Run folder of a command. UserError for settings that cannot be."""
+    program, flags = split(command)
+    if program == TEACHER:
+        return train_teacher.teacher_folder(flags, rt, train=False)
+    args = student_settings(command)
+    train_student.resolve(args, rt)
+    if program == CRT:
+        args = crt.second_run(args)
+        train_student.resolve(args, rt)
+    return args.out
+
+
+def is_finished(folder):
+    return os.path.exists(os.path.join(folder, "result.json"))
+
+
+def plan(table, common, seeds, rt):
+    """(teacher commands to run first, [(Row, [command of each seed])]) of a table.
+
+    common: flags of every run, a list. UserError for one that the rows set themselves.
+    """
+    teachers, tables = [], []                               # tables: [[command of each row]]
+    for seed in seeds:
+        flags = [*common, "--seed", str(seed)]
+        rows = TABLES[table]
+        if table == "modes":
+            shared = as_flags(train_student.parse(flags), (*CARRIED, "recipe"))
+            teachers.append(f"{MODES_TEACHER} {shlex.join(shared)}")
+            rows = modes(folder_of(teachers[-1], rt))
+        check_common_flags(common, rows)
+        tables.append([f"{row.command} {shlex.join(flags)}" for row in rows])
+    return teachers, list(zip(rows, zip(*tables)))
+
+
+def check_common_flags(common, rows):
+    """UserError for a common flag in which the rows differ, or that each run needs of its own."""
+    given, default = vars(train_student.parse(common)), vars(train_student.parse([]))
+    settings = [vars(student_settings(row.command)) for row in rows]
+    own = {"out", "seed"}
+    for name in given:
+        if len({each[name] for each in settings}) > 1:
+            own.add(name)
+    if settings[0]["recipe"] != default["recipe"]:          # the table is about one recipe
+        own.add("recipe")
+    mistaken = [flag(name) for name in sorted(own) if given[name] != default[name]]
+    if mistaken:
+        raise UserError(f"{', '.join(mistaken)}: every run has its own here (seeds: --seeds)")
+
+
+# ---- Running -------------------------------------------------------------------------------------
+
+def run(command):
+    """Run or resume a command as a child process, which gets the signals that this one gets.
+
+    Exits as the child does, if it fails; and after a signal, once the child has saved and ended.
+    """
+    child, received = None, []
+
+    def hand_on(number, _):
+        received.append(number)
+        if child:
+            child.send_signal(number)
+
+    handlers = {number: signal.signal(number, hand_on) for number in STOP_SIGNALS}
+    print(f"python {command}", flush=True)
+    child = subprocess.Popen([sys.executable, *shlex.split(command), "--resume"])
+    for number in received:                                 # while there was no child yet
+        child.send_signal(number)
+    status = child.wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if received:
+        sys.exit(128 + received[0])
+    if status < 0:                                          # ended by this signal
+        sys.exit(128 - status)
+    if status:
+        sys.exit(status)
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+def read(folder, head):
+    """Accuracies of a head in a finished run, and "teacher": how often it was right, or None."""
+    with open(os.path.join(folder, "result.json")) as file:
+        accuracies = json.load(file)[head]
+    with open(os.path.join(folder, "log.jsonl")) as file:
+        epochs = [json.loads(line) for line in file]
+    right = [epoch["teacher_accuracy"] for epoch in epochs
+             if "teacher_accuracy" in epoch and not epoch["drw"]]
+    return accuracies | {"teacher": statistics.mean(right) if right else None}
+
+
+def spread(values):
+    """"71.2 ± 0.4" of some numbers, "71.2" of one, "-" of none; None is left out."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def published_column(table, command):
+    """Which number of Row.published is for a command's data; None if none is."""
+    args = student_settings(command)
+    resolve_data(args)
+    columns = PUBLISHED_FOR_MODES if table == "modes" else PUBLISHED_FOR
+    if args.imb_type != "exp" or args.holdout or (args.dataset, args.imb) not in columns:
+        return None
+    return columns.index((args.dataset, args.imb))
+
+
+def as_markdown(measured, column, source):
+    """The table: a line for each of `measured`, (Row, [accuracies of each finished seed])."""
+    lines = [f"| | overall | head | mid | tail | teacher right | seeds | {source} |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for row, accuracies in measured:
+        published = None
+        if column is not None and column < len(row.published):
+            published = row.published[column]
+        cells = [row.title, *(spread([each[key] for each in accuracies])
+                              for key in (*COLUMNS, "teacher")), str(len(accuracies))]
+        cells.append("-" if published is None else str(published))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.ablate", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    parser.add_argument("--show", action="store_true", help="print the table; train nothing")
+    parser.add_argument("--commands", action="store_true", help="print the commands; train nothing")
+    options, common = parser.parse_known_args()
+    settings = train_student.parse(common)
+    rt = runtime.setup(settings.device, settings.amp)
+    teachers, rows = plan(options.table, common, options.seeds, rt)
+
+    commands = [*teachers, *(command for _, by_seed in rows for command in by_seed)]
+    for command in dict.fromkeys(commands):                 # rows of the same run: once
+        if options.commands:
+            print(f"python {command}")
+        elif not options.show and not is_finished(folder_of(command, rt)):
+            run(command)
+    if options.commands:
+        return
+
+    measured = []
+    for row, by_seed in rows:
+        folders = [folder_of(command, rt) for command in by_seed]
+        measured.append((row, [read(folder, row.head) for folder in folders
+                               if is_finished(folder)]))
+    column = published_column(options.table, rows[0][1][0])
+    print(as_markdown(measured, column, PUBLISHED_BY.get(options.table, "paper")))
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)

@@ -1,0 +1,68 @@
+r"""DeiT-III (Touvron et al., ECCV 2022, arXiv 2204.07118): a ViT without a teacher.
+
+    python -m experiments.deit3 --dataset cifar10 --imb 100          flags as of train_student.py
+
+Changes to the recipe: 3-Augment instead of RandAugment and erasing, LayerScale, binary
+cross-entropy without label smoothing. Optimizer, crop and stochastic depth stay the recipe's
+(published: LAMB, a simple random crop, stronger stochastic depth).
+"""
+import torch
+import torch.nn.functional as F
+
+import augment
+import train_student
+from engine import runtime
+from images.operations import ID, apply_operations, apply_where, gaussian_blur, grayscale, uniform
+from images.policies import color_jitter
+
+train_student.METHODS["deit-iii"] = dict(
+    distill="none", tokens=1, layer_scale=1e-4, rand_ops=0, erasing=0.0, smoothing=0.0,
+    logit_adjustment=False)
+
+
+def three_augment(images):
+    """Each image gray, solarized from 128 on, or blurred (sigma U(0.1, 2) px); then color jitter.
+
+    uint8 (B,3,H,W) -> the same; the argument is left as it is.
+    """
+    kind = torch.randint(0, 3, (len(images),))
+    images = apply_where(images, kind == 0, lambda x: grayscale(x).expand_as(x))
+    images = apply_where(images, kind == 2, lambda x: gaussian_blur(x, uniform(len(x), 0.1, 2.0)))
+    solarized = torch.where(kind == 1, ID["solarize"], -1)
+    images = apply_operations(images, solarized, torch.full((len(images),), 128.0))
+    return color_jitter(images, 0.3, 0.3, 0.3)
+
+
+def augment_images(images, args):
+    """uint8 (B,3,H,W) -> (B,3,S,S) in [0,1]: the recipe's crop and flip, then 3-Augment."""
+    if args.crop == "resized":
+        images = augment.random_resized_crop(images, args.img_size)
+    elif args.crop == "padded":
+        images = augment.random_crop_flip(images, images.shape[-1] // 8)
+        images = augment.resize(images, args.img_size)
+    return augment.to_float(augment.random_erasing(three_augment(images), args.erasing))
+
+
+def binary_cross_entropy(logits, target):
+    """Is class k in the image, yes or no? Mean over all B*K answers.
+
+    logits (B,K); target: labels (B,), or soft labels (B,K), where all classes above 0 are a yes.
+    """
+    if target.ndim == 2:
+        present = target > 0
+    else:
+        present = F.one_hot(target, logits.shape[1])
+    logits = logits.float()
+    return F.binary_cross_entropy_with_logits(logits, present.to(logits.dtype))
+
+
+def main():
+    args = train_student.parse()
+    args.method = "deit-iii"
+    rt = runtime.setup(args.device, args.amp)
+    train_student.run_student(args, rt, augment_images=augment_images,
+                              label_loss=binary_cross_entropy)
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)

@@ -1,0 +1,48 @@
+"""Folders of pictures such as people have, whole and damaged, for several test files."""
+import os
+
+import numpy as np
+from PIL import Image
+
+
+def picture(w=40, h=30, seed=0):
+    """A smooth random RGB picture, without two equal corners."""
+    small = np.random.RandomState(seed).randint(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((w, h), Image.BICUBIC)
+
+
+def close(image, other, by=3):
+    """Do two pictures differ by less than `by` of 255 on average?"""
+    return np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int)).mean() < by
+
+
+def make_folder(root, n=6, size=(36, 40), classes=("apple pie", "Bär", "c,3")):
+    """root/train and root/test with n - k and 2 pictures of class k. Returns root."""
+    for split in ("train", "test"):
+        for k, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(n - k if split == "train" else 2):
+                ending = "jpg" if i % 2 else "png"
+                picture(*size, seed=10 * k + i).save(folder / f"{i}.{ending}", quality=95)
+    return root
+
+
+def damage(root):
+    """Damage a folder in every way. Returns {file name: words that its line must have}."""
+    folder = root / "train" / "apple pie"
+    Image.new("RGB", (64, 64)).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:60])
+    picture(300, 300).save(folder / "half.jpg")
+    (folder / "half.jpg").write_bytes((folder / "half.jpg").read_bytes()[:3000])
+    (folder / "text.jpg").write_text("this is no image")
+    (folder / "empty.png").touch()
+    Image.fromarray(np.random.rand(8, 8).astype(np.float32)).save(folder / "float.tif")
+    Image.new("1", (14000, 14000)).save(folder / "huge.png")
+    os.symlink(folder / "nowhere.png", folder / "lost.png")
+    (root / "train" / "void").mkdir()
+    (root / "test" / "unknown").mkdir()
+    picture().save(root / "test" / "unknown" / "u.png")
+    return {"cut.png": "truncated", "half.jpg": "truncated", "text.jpg": "no image",
+            "empty.png": "empty", "float.tif": "floating-point", "huge.png": "179 million pixels",
+            "lost.png": "No such file", "void": "has no images", "unknown": "is not in"}

@@ -1,0 +1,174 @@
+"""The tables of runs: their commands, which of them are run, and the numbers in the table."""
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_teacher
+from conftest import ROOT, script
+from engine.runtime import Runtime
+from experiments import ablate
+from experiments.ablate import Row
+
+CPU = Runtime(torch.device("cpu"))
+
+
+@pytest.fixture
+def ablation(monkeypatch, capsys, tmp_path):
+    """f(*flags) -> what is printed, as lines, in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+    def ablation(*flags):
+        capsys.readouterr()
+        script(ablate, monkeypatch, *flags)
+        return capsys.readouterr().out.splitlines()
+    return ablation
+
+
+def finish(folder, overall, teacher_accuracy=None):
+    """Write the files of a finished run: CLS 10 points below the average, in all groups."""
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    heads = {"avg": dict.fromkeys(ablate.COLUMNS, overall),
+             "cls": dict.fromkeys(ablate.COLUMNS, overall - 10)}
+    (folder / "result.json").write_text(json.dumps(heads))
+    log = [{"drw": False}, {"drw": True}]
+    if teacher_accuracy:
+        log = [{"drw": False, "teacher_accuracy": teacher_accuracy - 5},
+               {"drw": False, "teacher_accuracy": teacher_accuracy + 5},
+               {"drw": True, "teacher_accuracy": 99.0}]
+    (folder / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in log))
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("table", ablate.TABLES)
+def test_every_row_of_a_table_is_another_run(table, ablation):
+    """A flag that was renamed, two rows that are the same run by mistake, a row without seeds."""
+    lines = ablation(table, "--commands", "--seeds", 0, 1)
+    students = [line.removeprefix("python ") for line in lines if "train_teacher" not in line]
+    rows = ablate.TABLES[table]
+    if table == "modes":
+        rows = ablate.modes("runs/teacher")
+    folders = {ablate.folder_of(command, CPU) for command in students}
+    assert len(folders) == len(students) == 2 * len({row.command for row in rows})
+    assert not Path("runs").exists()
+
+
+def test_methods_with_code_of_their_own_have_the_folders_that_they_name(ablation):
+    """cRT's second run, not the ViT that it starts from; DeiT-III by its own settings."""
+    kinds = [Path(ablate.folder_of(f"{program} --dataset shapes", CPU)).name.split("_")[0]
+             for program in (ablate.CRT, ablate.DEIT3, f"{ablate.STUDENT} --method vit")]
+    assert kinds == ["vit-crt", "deit-iii", "vit"]
+
+
+def test_further_flags_go_to_every_run(ablation):
+    lines = ablation("table2", "--commands", "--imb", 50, "--seeds", 3)
+    assert len(lines) == len(ablate.TABLE2)
+    assert all(line.endswith("--imb 50 --seed 3") for line in lines)
+
+
+@pytest.mark.parametrize("flags", [
+    "table5 --out=x", "table5 --seed 3", "table6 --model tiny", "table2 --teacher paco",
+    "table2 --method vit", "table1 --beta=0", "search --recipe ours", "modes --tokens 1"])
+def test_flags_in_which_the_rows_differ_are_refused(flags, ablation, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ablation(*flags.split())
+    assert stop.value.code == 2 and "every run has its own" in capsys.readouterr().err
+
+
+def test_the_teacher_of_the_modes_has_its_students_data(ablation):
+    """Images that its students are tested on, or another imbalance than theirs."""
+    teacher, *students = ablation("modes", "--holdout", "0.1", "--imb", "20", "--commands")
+    program, flags = ablate.split(teacher.removeprefix("python "))
+    args = train_teacher.parse(flags)
+    assert (program, args.holdout, args.imb, args.epochs) == (ablate.TEACHER, 0.1, 20, 10)
+    folder = train_teacher.teacher_folder(flags, CPU, train=False)
+    assert sum(f"--teacher {folder} " in student for student in students) == len(students) - 1
+
+
+# ---- Running and reading -------------------------------------------------------------------------
+
+def test_what_is_missing_is_run_once_and_the_table_tells_heads_and_seeds_apart(ablation,
+                                                                               monkeypatch):
+    """A run that is trained twice; a row with another's folder, head, mean or spread."""
+    rows = [Row("plain", "train_student.py --method vit", "avg", (12.5, 34.5)),
+            Row("CLS", "train_student.py --teacher ldam", "cls", (None, None)),
+            Row("both", "train_student.py --teacher ldam", "avg", (55.0,))]
+    monkeypatch.setitem(ablate.TABLES, "table1", rows)
+    monkeypatch.setattr(ablate, "PUBLISHED_FOR", [("cifar10", 10), ("shapes", 10)])
+    ran = []
+
+    def finish_run(command):
+        ran.append(command)
+        seed = int(command.split()[-1])
+        if "vit" in command:
+            finish(ablate.folder_of(command, CPU), 40 + 2 * seed)
+        else:
+            finish(ablate.folder_of(command, CPU), 70 + seed, teacher_accuracy=50)
+    monkeypatch.setattr(ablate, "run", finish_run)
+    flags = "table1", "--seeds", 0, 1, "--dataset", "shapes", "--imb", 10
+
+    assert ablation(*flags, "--show")[2:] == ["| plain | - | - | - | - | - | 0 | 34.5 |",
+                                              "| CLS | - | - | - | - | - | 0 | - |",
+                                              "| both | - | - | - | - | - | 0 | - |"]
+    assert not ran
+    table = ablation(*flags)
+    assert len(ran) == len(set(ran)) == 4
+    assert table[2:] == [f"| plain |{' 41.0 ± 1.4 |' * 4} - | 2 | 34.5 |",
+                         f"| CLS |{' 60.5 ± 0.7 |' * 4} 50.0 ± 0.0 | 2 | - |",
+                         f"| both |{' 70.5 ± 0.7 |' * 4} 50.0 ± 0.0 | 2 | - |"]
+    assert ablation(*flags) == table and len(ran) == 4
+
+
+@pytest.mark.parametrize("table, flags, column", [
+    ("table2", "", 0), ("table2", "--imb 50", 1), ("table2", "--dataset cifar100 --imb 50", 3),
+    ("table2", "--imb 20", None), ("table2", "--imb-type step", None),
+    ("table2", "--holdout 0.1", None), ("modes", "--imb 1", 0), ("modes", "--imb 100", None)])
+def test_published_numbers_stand_beside_their_own_data_only(table, flags, column):
+    assert ablate.published_column(table, f"train_student.py {flags}") == column
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 99), (signal.SIGINT, 0)])
+def test_a_signal_reaches_the_run_and_ends_the_table(number, status, tmp_path):
+    """A run that is killed where it should save; one that goes on without its table."""
+    (tmp_path / "child.py").write_text(f"""
+import signal, sys, time
+def save(*_):
+    time.sleep(0.3)
+    print("saved", *sys.argv[1:])
+    sys.exit({status})
+signal.signal({int(number)}, save)
+print("begun", flush=True)
+time.sleep(60)
+""")
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "from experiments import ablate\n"
+            "ablate.run('child.py --seed 0')\nprint('next run')")
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                              cwd=tmp_path)
+    assert parent.stdout.readline() == "python child.py --seed 0\n"
+    assert parent.stdout.readline() == "begun\n"
+    parent.send_signal(number)
+    # Its end is the end of both: the child holds the pipe too.
+    assert parent.communicate(timeout=30)[0] == "saved --seed 0 --resume\n"
+    assert parent.returncode == 128 + number
+
+
+@pytest.mark.parametrize("end, status", [
+    ("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 128 + 9), ("sys.exit(0)", 0)])
+def test_a_run_that_fails_ends_the_table_as_it_does(end, status, tmp_path, monkeypatch):
+    (tmp_path / "child.py").write_text(f"import os, sys\n{end}\n")
+    monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(number) for number in ablate.STOP_SIGNALS]
+    try:
+        ablate.run("child.py")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    assert code == status
+    assert [signal.getsignal(number) for number in ablate.STOP_SIGNALS] == handlers

@@ -1,0 +1,461 @@
+"""engine/datasets.py: CIFAR, folders and lists of known pixels, and what people get wrong."""
+import io
+import json
+import os
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets.cifar
+from PIL import Image
+
+import data_lt
+from engine import datasets
+from engine.runtime import Runtime
+from image_folders import close, damage, make_folder, picture
+from images.files import DataError, Stream
+
+
+class Recorder(Runtime):
+    """A runtime on the CPU that remembers what was printed."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self.printed = []
+
+    def print(self, text):
+        self.printed.append(text)
+
+
+def settings(dataset, data_dir, **changes):
+    defaults = dict(imb=None, imb_type="exp", img_size=32, holdout=None, train_list=None,
+                    test_list=None, skip_bad=False)
+    return SimpleNamespace(dataset=dataset, data_dir=str(data_dir), **(defaults | changes))
+
+
+def load(dataset, data_dir, rt=None, **changes):
+    return datasets.load_data(settings(dataset, data_dir, **changes), rt or Recorder())
+
+
+# ---- CIFAR ---------------------------------------------------------------------------------------
+
+NAMES = [f"kind{k}" for k in range(1, 11)]      # kind10 is last, the alphabet puts it second
+
+
+def pixels(n, seed):
+    return np.random.RandomState(seed).randint(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+
+
+def as_tensor(images):
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def write_folder(root, split, images, labels, names=NAMES):
+    """root/split/<class>/<i>.png, numbered within each class from 0 on, not zero-padded."""
+    counts = [0] * len(names)
+    for image, k in zip(images, labels):
+        folder = root / split / names[k]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{counts[k]}.png")
+        counts[k] += 1
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """12 training and 2 test images of each of 10 classes."""
+    write_folder(tmp_path, "train", pixels(120, 0), np.arange(120) % 10)
+    write_folder(tmp_path, "test", pixels(20, 1), np.arange(20) % 10)
+    return tmp_path
+
+
+def published_selection(labels, counts):
+    """As the published code writes it, with NumPy's global generator."""
+    np.random.seed(0)
+    kept = []
+    for k, n in enumerate(counts):
+        members = np.where(labels == k)[0]
+        np.random.shuffle(members)
+        kept.extend(members[:n])
+    return kept
+
+
+def test_a_folder_loads_the_published_selection_of_its_images(cifar):
+    """Class 10 before class 2, file 10 before file 2, height and width or the colors exchanged,
+    labels of other images."""
+    data, labels = load("cifar10", cifar, imb=4), np.arange(120) % 10
+    assert data.counts == [12, 10, 8, 7, 6, 5, 4, 4, 3, 3]
+    assert torch.bincount(data.train_labels).tolist() == data.counts
+    kept = published_selection(labels, data.counts)
+    assert torch.equal(data.train_images, as_tensor(pixels(120, 0)[kept]))
+    assert data.train_labels.tolist() == labels[kept].tolist()
+    by_class = np.argsort(np.arange(20) % 10, kind="stable")
+    assert torch.equal(data.test_images, as_tensor(pixels(20, 1)[by_class]))
+    assert data.test_labels.tolist() == [k for k in range(10) for _ in range(2)]
+    assert data.class_names == NAMES and (data.name, data.label) == ("cifar10", "CIFAR-10")
+    assert data.train_images.dtype == data.test_images.dtype == torch.uint8
+    assert data.train_labels.dtype == data.test_labels.dtype == torch.int64
+
+
+def test_step_imbalance_reaches_the_data(cifar):
+    assert load("cifar10", cifar, imb=3, imb_type="step").counts == [12] * 5 + [4] * 5
+
+
+def test_holding_images_out_of_cifar_leaves_the_test_set_alone(cifar):
+    """An image both trained and tested on, the real test set used, a part of the long tail instead
+    of the whole class."""
+    data, labels = load("cifar10", cifar, imb=3, holdout=0.25), np.arange(120) % 10
+    assert data.counts[0] == 9 and data.counts[-1] == 3
+    assert torch.bincount(data.test_labels).tolist() == [3] * 10
+    held_out = np.concatenate([np.where(labels == k)[0][9:] for k in range(10)])
+
+    def as_set(images):
+        return {image.numpy().tobytes() for image in images}
+    everything = as_set(as_tensor(pixels(120, 0)))
+    assert as_set(data.test_images) == as_set(as_tensor(pixels(120, 0)[held_out]))
+    assert as_set(data.train_images) <= everything - as_set(data.test_images)
+    assert data.label == "CIFAR-10 validation"
+
+
+def write_torchvision(root, K, train, test, names):
+    """The pickled files of the original archives: a row is 1024 reds, greens, then blues."""
+    def write(name, images, labels):
+        rows = images.transpose(0, 3, 1, 2).reshape(len(images), 3072)
+        label_key = "labels" if K == 10 else "fine_labels"
+        content = {"data": rows, label_key: labels.tolist(), "coarse_labels": [0] * len(labels)}
+        (root / name).write_bytes(pickle.dumps(content))
+    root = root / ("cifar-10-batches-py" if K == 10 else "cifar-100-python")
+    root.mkdir(parents=True)
+    if K == 10:
+        for i, part in enumerate(np.array_split(np.arange(len(train[0])), 5), start=1):
+            write(f"data_batch_{i}", train[0][part], train[1][part])
+        write("test_batch", *test)
+        (root / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    else:
+        write("train", *train)
+        write("test", *test)
+        (root / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+
+
+@pytest.mark.parametrize("K, n, holdout", [(10, 12, None), (100, 3, None), (10, 12, 0.25)])
+def test_torchvisions_files_and_a_folder_give_the_same_data(tmp_path, monkeypatch, K, n, holdout):
+    """The order within a class is all that the selection may depend on; colors read as rows."""
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    names = [f"kind{k}" for k in range(K)]
+    labels = np.random.RandomState(2).permutation(np.repeat(np.arange(K), n))
+    train, test = (pixels(K * n, 3), labels), (pixels(K, 4), np.arange(K))
+    write_torchvision(tmp_path / "files", K, train, test, names)
+    write_folder(tmp_path / "folder", "train", *train, names)
+    write_folder(tmp_path / "folder", "test", *test, names)
+    a = load(f"cifar{K}", tmp_path / "files", imb=2, holdout=holdout)
+    b = load(f"cifar{K}", tmp_path / "folder", imb=2, holdout=holdout)
+    for field in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert torch.equal(getattr(a, field), getattr(b, field)), field
+    for field in ("counts", "class_names", "class_ids", "groups", "label"):
+        assert getattr(a, field) == getattr(b, field), field
+    if not holdout:
+        kept = published_selection(labels, a.counts)
+        assert torch.equal(a.train_images, as_tensor(train[0][kept])) and sum(a.counts) < K * n
+
+
+def test_images_are_read_once_for_teacher_and_student_but_again_when_they_change(cifar,
+                                                                                 monkeypatch):
+    """Everything decoded twice; old images under changed files or for other settings."""
+    reads, read_all = [], datasets.read_all
+    monkeypatch.setattr(datasets, "read_all", lambda *args, **how: reads.append(args)
+                        or read_all(*args, **how))
+    first = load("cifar10", cifar, imb=4)
+    again = load("cifar10", cifar, imb=4, img_size=224)         # CIFAR is not resized when read
+    assert again is first and len(reads) == 2                   # training and test
+    assert load("cifar10", cifar, imb=2).counts[-1] == 6
+    Image.new("RGB", (32, 32)).save(cifar / "test" / "kind1" / "9.png")
+    assert len(load("cifar10", cifar, imb=2).test_labels) == 21
+
+
+# ---- What people get wrong with CIFAR ------------------------------------------------------------
+
+def message(dataset, data_dir, **changes):
+    """The one line that loading ends with."""
+    with pytest.raises(DataError) as error:
+        load(dataset, data_dir, **({"imb": 1} | changes))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_missing_test_folder_is_named(cifar):
+    (cifar / "test").rename(cifar / "tests")
+    assert message("cifar10", cifar) == f"there is no folder {cifar / 'test'}"
+
+
+def test_a_folder_without_classes_is_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    assert f"{tmp_path / 'train'} has no class folders" in message("cifar10", tmp_path)
+
+
+def test_an_empty_class_is_named(cifar):
+    for file in (cifar / "train" / "kind3").iterdir():
+        file.rename(file.with_suffix(".txt"))
+    assert f"{cifar / 'train' / 'kind3'} has no images" in message("cifar10", cifar)
+
+
+def test_a_wrong_number_of_classes_is_named(cifar):
+    for split in ("train", "test"):
+        (cifar / split / "kind10").rename(cifar / f"{split}-10")
+    expected = f"{cifar / 'train'} has 9 class folders, 10 are expected"
+    assert message("cifar10", cifar) == expected
+
+
+def test_classes_that_differ_between_train_and_test_are_named(cifar):
+    (cifar / "test" / "kind4").rename(cifar / "test" / "sort4")
+    expected = f"train and test under {cifar} have different classes: kind4, sort4"
+    assert message("cifar10", cifar) == expected
+
+
+@pytest.mark.parametrize("how", ["not an image", "cut off"])
+def test_an_image_that_cannot_be_read_is_named(cifar, how):
+    """In a folder of 60,000 files a traceback from inside PIL helps nobody."""
+    path = cifar / "train" / "kind7" / "5.png"
+    path.write_bytes(b"hello" if how == "not an image" else path.read_bytes()[:900])
+    assert message("cifar10", cifar).startswith(f"{path}: ")
+
+
+def test_an_image_of_another_size_is_named_with_its_width_and_height(cifar):
+    path = cifar / "test" / "kind2" / "1.png"
+    Image.new("RGB", (40, 24)).save(path)
+    assert message("cifar10", cifar).startswith(f"{path}: is 40x24, not 32x32")
+
+
+def test_a_class_with_too_few_images_is_refused(cifar):
+    for i in range(6):
+        (cifar / "train" / "kind2" / f"{i}.png").unlink()
+    assert "class 1 has 6 images, 11 are needed" in message("cifar10", cifar)
+
+
+def test_an_imbalance_that_leaves_a_class_empty_is_refused(cifar):
+    text = message("cifar10", cifar, imb=5000)
+    assert "without a training image; lower --imb" in text
+
+
+def test_an_unknown_data_set_is_refused(tmp_path):
+    expected = ("unknown data set 'mnist': choose one of cifar10, cifar100, shapes, folder, "
+                "imagenet_lt, inat18")
+    assert message("mnist", tmp_path) == expected
+
+
+def test_a_download_that_fails_says_where_to_put_the_files(tmp_path, monkeypatch):
+    """The usual first run on a machine without a network. It leaves no empty folder behind."""
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
+    text = message("cifar100", tmp_path / "nothing")
+    assert f"CIFAR-100 is not under {tmp_path / 'nothing'}" in text
+    assert "no network" in text and "--data-dir" in text and not (tmp_path / "nothing").exists()
+
+
+# ---- A user's own folder -------------------------------------------------------------------------
+
+def test_all_that_is_wrong_is_listed_at_once(tmp_path):
+    """One complaint a run, ten runs to find all; or a crash in epoch 3."""
+    expected = damage(make_folder(tmp_path))
+    with pytest.raises(DataError) as error:
+        load("folder", tmp_path)
+    text = str(error.value)
+    for name, words in expected.items():
+        line, = [line for line in text.splitlines() if name in line]
+        assert words in line
+    assert text.startswith(f"{len(expected)} problems") and "--skip-bad" in text
+
+
+def test_skip_bad_continues_with_the_good_ones(tmp_path):
+    """Labels shifted against the images after some are left out; a class without images that stays
+    in the network."""
+    damage(make_folder(tmp_path))
+    rt = Recorder()
+    data = load("folder", tmp_path, rt, skip_bad=True)
+    assert "continuing without" in rt.printed[0] and "9 problems" in rt.printed[0]
+    assert data.class_names == ["apple pie", "Bär", "c,3"] and data.counts == [6, 5, 4]
+    assert len(data.test_labels) == 6
+    for k in range(3):
+        for i, image in enumerate(data.train_images[data.train_labels == k]):
+            source = picture(36, 40, seed=10 * k + i)
+            expected = source.resize((32, 32), Image.BICUBIC, (0, 2, 36, 38))
+            assert close(image.permute(1, 2, 0), expected, by=5)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_class_that_loses_all_its_images_leaves(on_disk, tmp_path, monkeypatch):
+    """Names and numbers of the classes behind it must close up, in memory and on disk."""
+    make_folder(tmp_path)
+    for file in (tmp_path / "train" / "Bär").iterdir():
+        file.write_text("no image")
+    if on_disk:
+        monkeypatch.setattr(datasets, "total_memory", lambda: 0)
+    data = load("folder", tmp_path, skip_bad=True)
+    assert data.class_names == ["apple pie", "c,3"] and data.counts == [6, 4]
+    assert data.test_labels.tolist() == [0, 0, 1, 1] and len(data.test_images[:]) == 4
+    expected = picture(36, 40, seed=20).resize((32, 32), Image.BICUBIC, (0, 2, 36, 38))
+    assert close(data.test_images[2:3][0].permute(1, 2, 0), expected, by=5)
+
+
+def test_links_in_a_circle_end(tmp_path):
+    """A search that never ends, an image that is there forty times, a class lost for a link to
+    itself."""
+    make_folder(tmp_path)
+    os.symlink(tmp_path / "train" / "c,3", tmp_path / "train" / "c,3" / "again")
+    os.symlink("self", tmp_path / "train" / "c,3" / "self")
+    assert load("folder", tmp_path).counts == [6, 5, 4]
+
+
+@pytest.mark.parametrize("to", ["", "apple pie"])
+def test_a_link_out_of_its_class_is_a_problem(to, tmp_path):
+    """Images of one class that are trained as another's."""
+    make_folder(tmp_path)
+    os.symlink(tmp_path / "train" / to, tmp_path / "train" / "Bär" / "up")
+    with pytest.raises(DataError, match="link out of its class"):
+        load("folder", tmp_path)
+    assert load("folder", tmp_path, skip_bad=True).counts == [6, 5, 4]
+
+
+@pytest.mark.parametrize("holdout", [None, 0.2])
+def test_other_files_are_counted_once(holdout, tmp_path):
+    """A folder of .heic ignored without a word; counted for training and test although it is there
+    once."""
+    root = make_folder(tmp_path)
+    for name in ("a.heic", "b.heic", "c.TXT", ".hidden"):
+        (root / "train" / "Bär" / name).touch()
+    rt = Recorder()
+    load("folder", root / "train" if holdout else root, rt, holdout=holdout)
+    assert rt.printed == ["Ignored, not images: 2 .heic, 1 .txt"]
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    """Files of an old archive: a UnicodeError when the name is printed, or saved as JSON."""
+    make_folder(tmp_path)
+    for split in ("train", "test"):
+        folder = os.fsencode(tmp_path / split)
+        os.rename(os.path.join(folder, b"c,3"), os.path.join(folder, b"caf\xe9"))
+    names = load("folder", tmp_path).class_names
+    assert "caf\\xe9" in names and json.loads(json.dumps(names)) == names
+    open(os.path.join(os.fsencode(tmp_path / "train"), b"caf\xe9", b"\xff.jpg"), "w").close()
+    with pytest.raises(DataError, match=r"\\xff.jpg"):
+        load("folder", tmp_path)
+
+
+def test_classes_come_in_order_of_count_ties_in_their_own(tmp_path):
+    """An unstable sort; names that stay in the order of the folders."""
+    for name, n in {"a": 2, "b": 5, "c": 2, "d": 5, "e": 9}.items():
+        (tmp_path / name).mkdir()
+        for i in range(n):
+            picture(8, 8, seed=i).save(tmp_path / name / f"{i}.png")
+    data = load("folder", tmp_path, holdout=0.2)
+    assert data.class_names == ["e", "b", "d", "a", "c"] and data.class_ids == [4, 1, 3, 0, 2]
+
+
+@pytest.mark.parametrize("make, changes, words", [
+    (lambda root: None, {}, "no class folders"),
+    (lambda root: (root / "cat").mkdir(), {}, "--holdout"),
+    (make_folder, {"holdout": 0.2}, "leave --holdout out")])
+def test_a_folder_that_cannot_be_split_says_what_to_do(make, changes, words, tmp_path):
+    make(tmp_path)
+    with pytest.raises(DataError, match=words):
+        load("folder", tmp_path, **changes)
+
+
+def test_the_test_folder_may_be_called_val_and_imb_makes_a_tail(tmp_path):
+    """--imb that adds images, or leaves the selection to chance."""
+    make_folder(tmp_path, n=12)
+    os.rename(tmp_path / "test", tmp_path / "val")
+    data = load("folder", tmp_path, imb=4)
+    assert data.counts == [12, 6, 3] and len(data.test_labels) == 6
+
+
+def test_the_summary_of_a_folder_says_what_is_in_it(tmp_path):
+    """The paragraph that a user checks a run by: counts, groups, sizes, classes without tests."""
+    root = make_folder(tmp_path / "my pictures", n=12, size=(90, 70)) / "train"
+    (root / "only one").mkdir()
+    picture(90, 70).save(root / "only one" / "x.png")
+    args = settings("folder", root, holdout=0.2, patch_size=8, epochs=3, recipe="cpu")
+    rt = Recorder()
+    datasets.print_data_summary(datasets.load_data(args, rt), args, rt)
+    text, = rt.printed
+    for words in ("train (imb 10, 28 images, 4 classes of 10 to 1), the largest 'apple pie', the "
+                  "smallest 'only one'; 6 images to test on",
+                  "mid (20 to 100) 0, tail (fewer than 20) 4",
+                  "Without a test image, so without an accuracy: only one.",
+                  "3 classes have fewer than 10 test images",
+                  "at least 70 px", "32 px in patches of 8 px", "3 epochs make 84 samples",
+                  "Recipe cpu"):
+        assert words in text, words
+    survey = datasets.survey(args)
+    assert (survey.images, survey.classes, survey.side) == (28, 4, 70)
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+def test_a_folder_too_large_for_memory_stays_on_disk(tmp_path, monkeypatch):
+    """The system's killer in place of an epoch; other images for the same command on a machine of
+    less memory: random boxes as of the large sets, which a folder's recipes would crop again."""
+    make_folder(tmp_path)
+    in_memory = load("folder", tmp_path)
+    monkeypatch.setattr(datasets, "total_memory", lambda: 0)
+    datasets.last_loaded.clear()
+    streamed = load("folder", tmp_path)
+    datasets.last_loaded.clear()
+    assert isinstance(streamed.train_images, Stream)
+    assert streamed.fingerprint == in_memory.fingerprint
+    assert torch.equal(streamed.train_images[:4], in_memory.train_images[:4])
+    steps = list(enumerate(torch.arange(7).split(3)))
+    pairs = zip(in_memory.batches(steps, (0, 1, 0)), streamed.batches(steps, (0, 1, 0)),
+                strict=True)
+    for (step, x, y), (same_step, same_x, same_y) in pairs:
+        assert step == same_step and torch.equal(x, same_x) and torch.equal(y, same_y)
+
+
+@pytest.mark.parametrize("limit, is_container", [("4096\n", True), ("max\n", False)])
+def test_memory_is_that_of_the_container(limit, is_container, monkeypatch):
+    """A container of 8 GiB on a machine of 512, filled as if it were the machine."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(datasets, "open", lambda path: io.StringIO(limit), raising=False)
+    assert datasets.total_memory() == (4096 if is_container else machine)
+
+
+@pytest.mark.parametrize("device, processes, free, budget", [
+    ("cpu", 1, 0, 400), ("cpu", 4, 0, 100), ("cuda", 1, 500, 200), ("cuda", 4, 500, 100)])
+def test_the_budget_is_that_of_one_process_and_its_gpu(device, processes, free, budget,
+                                                       monkeypatch):
+    """Eight processes that each fill two fifths of one machine; a GPU that is asked to hold what
+    its machine can."""
+    monkeypatch.setattr(datasets, "total_memory", lambda: 1000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
+    assert datasets.memory_budget(Runtime(torch.device(device))) == budget
+
+
+# ---- Lists ---------------------------------------------------------------------------------------
+
+def test_a_listed_set_keeps_the_map_of_its_classes(tmp_path, monkeypatch):
+    """Ties out of order, a class without images that stays, a test label that is not renumbered,
+    test images not of the size that the test crop is cut from."""
+    monkeypatch.setitem(data_lt.LISTS, "imagenet_lt", ("ImageNet-LT", 5))
+    counts = {"train": (4, 9, 0, 9, 1), "test": (2, 2, 0, 2, 2)}
+    for split in counts:
+        lines = []
+        for k, n in enumerate(counts[split]):
+            for i in range(n):
+                picture(80, 60, seed=100 * k + i).save(tmp_path / f"{split}_{k}_{i}.jpg")
+                lines.append(f"{split}_{k}_{i}.jpg {k}")
+        (tmp_path / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines) + "\n")
+    rt = Recorder()
+    data = load("imagenet_lt", tmp_path, rt, eval_crop=0.875, skip_bad=True)
+    assert data.label == "ImageNet-LT"
+    assert data.class_ids == [1, 3, 0, 4] and data.class_names == ["1", "3", "0", "4"]
+    assert data.counts == [9, 9, 4, 1]
+    assert data.train_images.shape == (23, 3, 32, 32)
+    assert data.test_images.shape == (8, 3, 37, 37)             # 32 / 0.875
+    assert data.test_labels.tolist() == [2, 2, 0, 0, 1, 1, 3, 3]
+    assert "no image of 1 classes: 2" in rt.printed[0]
+    steps = [(0, torch.arange(23))]
+    one, = data.batches(steps, (0, 0, 0))
+    other, = data.batches(steps, (0, 1, 0))
+    assert not torch.equal(one[1], other[1]) and torch.equal(one[2], data.train_labels)

@@ -1,0 +1,223 @@
+"""engine/evaluation.py: what networks are given, what they predict, how often that is right."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import data_lt
+from engine import evaluation
+from engine.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"))
+GROUPS = {"head": [0], "mid": [1, 2], "tail": [3]}
+
+
+def small_data(n=16, side=32, name="shapes", counts=(8, 4, 2, 2)):
+    torch.manual_seed(0)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    images = torch.randint(0, 256, (len(labels), 3, side, side), dtype=torch.uint8)
+    return data_lt.LongTailData(name, name, images, labels, images, labels,
+                                [f"class{k}" for k in range(len(counts))], list(counts), GROUPS)
+
+
+class Student(nn.Module):
+    """Answers with given logits, and keeps the images that it was given."""
+
+    def __init__(self, cls_logits, dist_logits):
+        super().__init__()
+        self.answers, self.images = (cls_logits, dist_logits), []
+
+    def forward(self, x):
+        self.images.append(x)
+        return tuple(a if a is None else a.expand(len(x), -1) for a in self.answers)
+
+
+class Teacher(Student):
+    def __init__(self, logits, img_size):
+        super().__init__(logits, None)
+        self.img_size = img_size
+
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+# ---- What a network is given ---------------------------------------------------------------------
+
+def test_a_student_is_tested_on_the_centre_of_a_larger_image():
+    """The whole image, a corner of it, or a crop that is resized: 28 / 0.875 = 32, 2 px cut off."""
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(evaluation.student_input(x, 28, 0.875), x[:, :, 2:30, 2:30])
+    assert torch.equal(evaluation.student_input(x, 32, 1.0), x)
+
+
+def test_the_evaluation_crop_reaches_the_network():
+    """--eval-crop or the image size ignored in what is reported."""
+    data, net = small_data(), Student(torch.eye(4)[:1], None)
+    evaluation.evaluate_student(net, data, 28, 0.875, CPU)
+    seen = torch.cat(net.images)
+    assert torch.equal(seen, data.test_images[:, :, 2:30, 2:30] / 255)
+
+
+def test_a_teacher_in_training_is_given_every_seventh_pixel():
+    """Antialiasing, which would smooth away noise that the published teacher sees: 224 -> 32."""
+    x = torch.rand(2, 3, 224, 224)
+    teacher = Teacher(torch.eye(4)[:1], 32)
+    evaluation.teacher_logits(teacher, x)
+    seen, = teacher.images
+    assert seen.shape == (2, 3, 32, 32) and 0 <= seen.min() and seen.max() <= 1
+    # Each output pixel's centre is at 7 i + 3: bicubic interpolation gives that very pixel.
+    torch.testing.assert_close(seen, x[:, :, 3::7, 3::7], rtol=0, atol=1e-5)
+
+
+def test_a_teacher_of_the_students_size_is_given_its_very_images():
+    """A resize that is not needed, or a clone that is augmented again."""
+    x, teacher = torch.rand(2, 3, 32, 32), Teacher(torch.eye(4)[:1], 32)
+    assert torch.equal(evaluation.teacher_logits(teacher, x), torch.eye(4)[:1].expand(2, -1))
+    assert torch.equal(teacher.images[0], x)
+
+
+def test_a_teacher_labels_without_a_graph():
+    """Memory for gradients that nobody takes, or a teacher that the student's loss trains."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 2))
+    net.img_size = 4
+    assert not evaluation.teacher_logits(net, torch.rand(2, 3, 4, 4)).requires_grad
+
+
+# ---- What it predicts ----------------------------------------------------------------------------
+
+def test_the_prediction_is_the_mean_of_logits_not_of_probabilities():
+    """Here the mean of logits says class 1, the mean of the heads' probabilities class 0."""
+    cls_logits = torch.tensor([[10.0, 4.0, 0.0]])
+    dist_logits = torch.tensor([[-12.0, 3.0, 3.5]])
+    heads = evaluation.student_heads(Student(cls_logits, dist_logits), torch.zeros(2, 3, 4, 4))
+    assert heads["cls"].tolist() == [[10, 4, 0]] * 2
+    assert heads["dist"].tolist() == [[-12, 3, 3.5]] * 2
+    assert heads["avg"].tolist() == [[-1, 3.5, 1.75]] * 2
+    p = (cls_logits.softmax(1) + dist_logits.softmax(1)) / 2
+    assert p.argmax() == 0 and heads["avg"].argmax(dim=1).tolist() == [1, 1]
+
+
+def test_a_student_of_one_token_predicts_with_it():
+    """A second head that is not there, or its logits halved."""
+    heads = evaluation.student_heads(Student(torch.eye(3)[:1], None), torch.zeros(1, 3, 4, 4))
+    assert list(heads) == ["cls", "avg"] and heads["avg"] is heads["cls"]
+
+
+def test_every_head_has_its_own_accuracy():
+    """CLS's accuracies under DIST's name, or the mean's under either."""
+    cls_logits, dist_logits = torch.tensor([[9.0, 8, 0, 0]]), torch.tensor([[0.0, 8, 0, 9]])
+    results = evaluation.evaluate_student(Student(cls_logits, dist_logits), small_data(), 32, 1.0,
+                                          CPU)
+    found = {head: [r["per_class"].index(100.0), r["overall"]] for head, r in results.items()}
+    assert found == {"cls": [0, 50.0], "dist": [3, 12.5], "avg": [1, 25.0]}
+
+
+def test_entropy_runs_from_0_to_ln_k():
+    """Bits for nats; 0 ln 0 = NaN."""
+    logits = torch.tensor([[0.0, 0, 0, 0], [0, -math.inf, -math.inf, -math.inf],
+                           [math.log(3), 0, -math.inf, -math.inf]])
+    by_hand = [math.log(4), 0, -0.75 * math.log(0.75) - 0.25 * math.log(0.25)]
+    assert evaluation.entropy(logits).tolist() == pytest.approx(by_hand, abs=1e-6)
+
+
+# ---- How often that is right ---------------------------------------------------------------------
+
+def test_evaluation_equals_a_loop_over_images():
+    """Groups are means of recalls, overall is top-1: with unequal test counts they differ."""
+    torch.manual_seed(0)
+    labels = torch.tensor([0] * 7 + [1] * 2 + [2] * 5 + [3])
+    images = torch.randint(0, 256, (len(labels), 3, 4, 4), dtype=torch.uint8)
+    weight = torch.randn(3 * 4 * 4, 4)
+
+    def predict(x):
+        return {"avg": x.flatten(1) @ weight}
+    result = evaluation.evaluate(predict, images, labels, GROUPS, CPU, batch=4)["avg"]
+    right = [[] for _ in range(4)]
+    for image, label in zip(images, labels.tolist()):
+        predicted = int((image.float().flatten() / 255 @ weight).argmax())
+        right[label].append(predicted == label)
+    recall = [100 * sum(r) / len(r) for r in right]
+    assert result["per_class"] == pytest.approx(recall, abs=0.006)
+    overall = 100 * sum(map(sum, right)) / len(labels)
+    assert result["overall"] == pytest.approx(overall, abs=1e-3)
+    assert result["mid"] == pytest.approx((recall[1] + recall[2]) / 2, abs=1e-3)
+
+
+def test_classes_without_test_images_are_left_out_of_their_group():
+    """A recall of 0 / 0 that makes a group NaN, or counts as 0."""
+    correct, total = torch.tensor([3.0, 1, 0, 0]), torch.tensor([4.0, 2, 0, 0])
+    result = evaluation.accuracies(correct, total, GROUPS)
+    assert (result["overall"], result["head"], result["mid"]) == (66.667, 75, 50)
+    assert math.isnan(result["tail"]) and math.isnan(result["per_class"][2])
+
+
+def test_networks_are_evaluated_in_evaluation_mode():
+    """BatchNorm that normalises with the test batch, or drop path in what is reported."""
+    class Net(Student):
+        distilled = False
+
+        def forward(self, x):
+            assert not self.training and not torch.is_grad_enabled()
+            return super().forward(x)
+    net = Net(torch.eye(4)[:1], None).train()
+    evaluation.evaluate_student(net, small_data(), 32, 1.0, CPU)
+
+    class OfTeacher(Teacher):
+        def forward(self, x):
+            assert not self.training
+            return super().forward(x)
+    teacher = OfTeacher(torch.eye(4)[:1], 16).train()
+    results = evaluation.evaluate_teacher(teacher, small_data(), CPU)
+    assert results["avg"]["overall"] == 50 and teacher.images[0].shape[-1] == 16
+
+
+def test_the_cosine_of_cls_and_dist():
+    """The patches' tokens, or an unnormalised product."""
+    class Tokens(nn.Module):
+        distilled = True
+
+        def forward_features(self, x):
+            tokens = torch.tensor([[[3.0, 4.0], [6.0, 0.0], [0.0, 9.0]]])
+            return tokens.expand(len(x), -1, -1), []
+    net = Tokens()
+    assert evaluation.token_cosine(net, small_data(), 32, 1.0, CPU) == pytest.approx(0.6)
+    net.distilled = False
+    assert evaluation.token_cosine(net, small_data(), 32, 1.0, CPU) is None
+
+
+def test_a_teacher_is_described_by_what_it_says_of_training_images():
+    """Accuracy of the clean images under the strong ones' name; entropy in other units."""
+    data = small_data(counts=(8, 4, 2, 2))
+    teacher = Teacher(torch.tensor([[math.log(3), 0, -math.inf, -math.inf]]), 32)
+    found = evaluation.teacher_on_training_images(teacher, data, CPU)
+    assert {kind: len(c) for kind, (c, _) in found.items()} == dict(clean=16, strong=16, mixed=16)
+    summary = evaluation.teacher_summary(teacher, data, CPU)
+    assert list(summary) == ["clean", "strong"]
+    assert summary["clean"] == {"accuracy": 50.0, "entropy": 0.5623}
+    assert "50.0 % right, entropy 0.56 nats" in evaluation.teacher_summary_text(summary)
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+def test_large_sets_are_also_grouped_by_count():
+    """The published code's order of classes where the literature's counts are meant."""
+    counts = [500, 100, 20, 19]
+    results = {"avg": dict(overall=40.0, head=1, mid=2, tail=3,
+                           per_class=[80.0, 60.0, 40.0, 20.0])}
+    data = small_data(name="inat18", counts=(8, 4, 2, 2))
+    data.counts = counts
+    by_count = evaluation.group_by_count(results, data)
+    assert by_count == {"avg": dict(overall=40.0, head=80, mid=50, tail=20)}
+    data.name = "cifar10"
+    assert evaluation.group_by_count(results, data) == {}
+    data.name = "inat18"
+    assert "by training images" in evaluation.tables(results, "vit", data)
+
+
+def test_tables_name_their_columns_and_show_no_nan():
+    """A column under another's name."""
+    rows = {"cls": dict(overall=62.64, head=1, mid=2, tail=math.nan)}
+    head, line = evaluation.table(rows, "vit").splitlines()
+    assert head.split() == ["vit", "overall", "head", "mid", "tail"]
+    assert line.split() == ["cls", "62.6", "1.0", "2.0", "-"]

@@ -1,0 +1,197 @@
+"""engine/runtime.py: device and processes, seeds, signals, and how a script ends."""
+import atexit
+import os
+import re
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+
+from engine import runtime
+from engine.runtime import Runtime, UserError
+from images.files import DataError
+
+CPU = Runtime(torch.device("cpu"))
+
+
+# ---- Device --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cpu, faster", [
+    ("vendor_id : GenuineIntel\nflags : avx512f", False),
+    ("vendor_id : GenuineIntel\nflags : avx512_bf16 avx512_fp16", False),
+    ("vendor_id : GenuineIntel\nflags : avx512_bf16 amx_bf16", True),
+    ("vendor_id : AuthenticAMD\nflags : avx512f", False),
+    ("vendor_id : AuthenticAMD\nflags : avx2 avx512_bf16", True),
+    ("Features : fp asimd bf16 i8mm", True)])
+def test_bfloat16_is_for_processors_that_multiply_it_faster(cpu, faster, monkeypatch):
+    """Intel's avx512_bf16 without amx_bf16 would train at two thirds of float32's speed."""
+    monkeypatch.setattr(runtime, "cpu_info", lambda pattern: re.search(pattern, cpu))
+    assert runtime.has_bf16(torch.device("cpu")) is faster
+    assert runtime.setup("cpu").amp is (torch.bfloat16 if faster else None)
+
+
+def test_autocast_has_the_type_that_was_asked_for():
+    """bfloat16 under --amp fp16, or autocast under --amp none."""
+    x = torch.ones(2, 2)
+    for amp, dtype in (("none", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        with runtime.setup("cpu", amp).autocast():
+            assert (x @ x).dtype is dtype
+
+
+@pytest.mark.parametrize("device, words", [("tpu", "--device is auto"), ("cuda:99", "--device cpu"),
+                                           ("cuda:x", "--device is auto")])
+def test_devices_that_are_not_there(device, words):
+    """torch's traceback, or the CPU in silence."""
+    with pytest.raises(UserError, match=words):
+        runtime.setup(device)
+
+
+# ---- Seeds ---------------------------------------------------------------------------------------
+
+def test_step_seeds_replay_and_differ_in_every_part_of_the_key():
+    """A collision (say of step and rank added up) would give two ranks the same augmentation."""
+    def draw(*key):
+        runtime.seed_step(*key)
+        return tuple(torch.rand(4).tolist())
+    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 1, 1, 0)]
+    draws = [draw(*key) for key in keys]
+    assert draws == [draw(*key) for key in keys]
+    assert len(set(draws)) == len(keys)
+
+
+# ---- How a script ends ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [UserError("do this instead"), DataError("do this instead")])
+def test_a_users_error_ends_with_code_2_and_one_line(error, capsys):
+    """A traceback for a mistyped path."""
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        runtime.run_main(main)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: do this instead\n"
+
+
+def test_a_missing_file_is_named_in_one_line_but_a_bug_keeps_its_traceback(capsys, tmp_path):
+    """A bug that reads like a user's mistake."""
+    with pytest.raises(SystemExit) as stop:
+        runtime.run_main(lambda: open(tmp_path / "no.txt"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "no.txt" in error and error.count("\n") == 1
+    with pytest.raises(ZeroDivisionError):
+        runtime.run_main(lambda: 1 / 0)
+
+
+def test_signal_handlers_are_put_back():
+    """A program that imports a script could no longer be stopped by Ctrl-C."""
+    before = signal.getsignal(signal.SIGTERM)
+    runtime.run_main(lambda: signal.signal(signal.SIGTERM, runtime.request_stop))
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_first_signal_asks_and_only_a_later_one_ends_at_once(monkeypatch, capsys):
+    """torchrun's copy of a Ctrl-C, right after it, that loses the step; or a run that cannot be
+    killed."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(runtime, "stop_signal", 0)
+    for _ in range(2):                                  # within a second: one
+        runtime.request_stop(signal.SIGINT, None)
+    assert runtime.stop_signal == signal.SIGINT and not ended
+    monkeypatch.setattr(runtime, "stop_requested_at", time.monotonic() - 2)
+    runtime.request_stop(signal.SIGTERM, None)
+    assert ended == [128 + signal.SIGTERM] and runtime.stop_signal == signal.SIGINT
+    assert capsys.readouterr().err.count("once more") == 1
+
+
+@pytest.mark.parametrize("ending, code", [
+    (None, 0), (UserError("no"), 2), (SystemExit(143), 143), (SystemExit(), 0)])
+def test_one_of_several_processes_ends_at_once_with_its_code(ending, code, monkeypatch):
+    """Python's own ending of a process, which gloo's threads now and then abort, or a lost code."""
+    def main():
+        if ending:
+            raise ending
+
+    def hard_exit(code):
+        raise RuntimeError(f"left with {code}")
+    destroyed = []
+    monkeypatch.setattr(runtime.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(runtime.dist, "destroy_process_group", lambda: destroyed.append(1))
+    monkeypatch.setattr(runtime, "hard_exit", hard_exit)
+    with pytest.raises(RuntimeError, match=f"left with {code}"):
+        runtime.run_main(main)
+    assert len(destroyed) == (code == 0)                # after an error NCCL may wait for others
+
+
+def test_a_hard_exit_loses_neither_output_nor_code():
+    """Output that Python still holds, functions registered for the end, or the exit code."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        atexit._clear()                                 # pytest's own
+        sys.stdout = os.fdopen(write, "w")              # buffered
+        atexit.register(print, "last")
+        print("first")
+        runtime.hard_exit(3)
+    os.close(write)
+    with os.fdopen(read) as output:
+        assert output.read().split() == ["first", "last"]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+def rows_of(rank):
+    """What a process brings to gather: rows that differ in number, type and shape, none zero."""
+    generator = torch.Generator().manual_seed(rank)
+    floats = 1 + torch.rand(2 + 3 * rank, 4, generator=generator)
+    return {"floats": floats, "doubles": floats.double()[:5 - 4 * rank, None],
+            "labels": torch.arange(4 - rank) + 10 * rank + 1, "as many": floats[:2],
+            "none of rank 0": floats[:3 * rank], "a column": floats[:, 1],
+            "transposed": floats[:2].T}
+
+
+def one_of_two(rank, folder):
+    """Process `rank` of two: what it gets from the others goes to a file."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+        timeout=timedelta(minutes=2))
+    rt = Runtime(torch.device("cpu"), rank, 2)
+    results = {name: runtime.gather(rows, rt) for name, rows in rows_of(rank).items()}
+    results["sum"] = runtime.all_sum(torch.tensor([1.0, rank]), rt)
+    results["max"] = torch.tensor(runtime.all_max([3 - rank, rank], rt))
+    net = torch.nn.BatchNorm1d(2)
+    net.running_mean.fill_(rank + 5.0)
+    runtime.share_buffers(net, rt)
+    results["buffer"] = net.running_mean
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+    os._exit(0)                     # a fork: pytest's own ending is not this process's
+
+
+def test_one_process_is_alone():
+    """A copy, or a call to a process group that is not there."""
+    rows = torch.rand(3, 2)
+    assert runtime.gather(rows, CPU) is rows and runtime.all_sum(rows, CPU) is rows
+    assert runtime.all_max([3, 1], CPU) == [3, 1]
+    runtime.barrier(CPU)
+    with pytest.raises(UserError, match="all of us"):
+        runtime.exit_together(UserError("all of us"), CPU)
+
+
+def test_two_processes_gather_sum_and_share(tmp_path):
+    """Padding left in, rows cut, a rank's own rows first, labels turned into floats."""
+    torch.multiprocessing.start_processes(one_of_two, args=(str(tmp_path),), nprocs=2,
+                                          start_method="fork")
+    zero, one = rows_of(0), rows_of(1)
+    for rank in (0, 1):
+        results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert results.pop("sum").tolist() == [2, 1] and results.pop("max").tolist() == [3, 1]
+        assert results.pop("buffer").tolist() == [5, 5]                 # rank 0's
+        assert results.keys() == zero.keys()
+        for name, rows in results.items():
+            assert rows.dtype == zero[name].dtype
+            assert torch.equal(rows, torch.cat([zero[name], one[name]])), name

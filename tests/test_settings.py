@@ -1,0 +1,228 @@
+"""engine/settings.py: tables, recipes, flags, ranges and names; which settings are refused."""
+import argparse
+import math
+import re
+
+import pytest
+import torch
+
+import train_student
+import train_teacher
+from engine import settings
+from engine.run_folder import duration
+from engine.runtime import Runtime, UserError
+from engine.settings import Interval, Setting
+
+CPU = Runtime(torch.device("cpu"))
+TABLE = [Setting("lr", 0.1, Interval(0), "rate"), Setting("batch", 8, Interval(1), "size"),
+         Setting("loss", "ce", ("ce", "focal"), "which"), Setting("mix", True, None, "mix")]
+
+
+def parsed(*flags):
+    parser = argparse.ArgumentParser()
+    settings.add_settings(parser, TABLE)
+    return parser.parse_args(flags)
+
+
+# ---- Tables and recipes --------------------------------------------------------------------------
+
+def test_a_run_has_the_table_changed_by_its_row_changed_by_flags():
+    """A flag that the recipe overrides, a table's value that replaces the recipe's."""
+    args = parsed("--lr", "0.5", "--no-mix")
+    changed = settings.fill_settings(args, TABLE, settings.defaults(TABLE) | dict(batch=4))
+    assert vars(args) == dict(lr=0.5, batch=4, loss="ce", mix=False)
+    assert changed == dict(lr=0.5, mix=False)
+
+
+def test_a_flag_that_repeats_the_recipe_changes_nothing():
+    """Two folders for one run."""
+    args = parsed("--batch", "4", "--mix")
+    assert settings.fill_settings(args, TABLE, settings.defaults(TABLE) | dict(batch=4)) == {}
+
+
+def test_recipes_are_picked_by_name_data_set_and_device():
+    """A recipe of another data set, or an auto that is not what it ran as."""
+    recipes = {"paper": {"a": "paper's"}, "cpu": {"a": "small", "b": "b's"}}
+
+    def pick(recipe, dataset, rt=CPU):
+        args = argparse.Namespace(recipe=recipe, dataset=dataset)
+        return settings.pick_recipe(args, recipes, rt), args.recipe
+    gpu = Runtime(torch.device("cuda"))
+    assert pick("auto", "a") == pick("cpu", "a") == ("small", "cpu")
+    assert pick("auto", "a", gpu) == pick("paper", "a") == ("paper's", "paper")
+    assert pick("auto", "b", gpu) == ("b's", "cpu")
+    with pytest.raises(UserError, match="no paper recipe for b; use --recipe cpu"):
+        pick("paper", "b")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--lr", "-1"), "--lr must be at least 0, not -1"), (("--lr", "nan"), "--lr must be"),
+    (("--batch", "0"), "--batch must be at least 1"),
+    (("--loss", "la"), "--loss is one of ce, focal, not la")])
+def test_values_that_are_not_allowed(flags, words):
+    """A NaN that no comparison is true for, a choice that is only found out epochs later."""
+    with pytest.raises(UserError, match=words):
+        settings.fill_settings(parsed(*flags), TABLE, settings.defaults(TABLE))
+
+
+def test_every_recipes_row_knows_only_settings_of_its_table():
+    """A misspelled name in a row, which would change nothing."""
+    for module, tables in ((train_student, (train_student.RECIPES,)),
+                           (train_teacher, (train_teacher.RECIPES, train_teacher.PACO_RECIPES))):
+        names = {setting.name for setting in module.SETTINGS}
+        for row in (row for recipes in tables for rows in recipes.values()
+                    for row in rows.values()):
+            assert row.keys() <= names
+    names = {setting.name for setting in train_student.SETTINGS}
+    assert all(changes.keys() <= names for changes in train_student.METHODS.values())
+
+
+@pytest.mark.parametrize("module", [train_student, train_teacher])
+def test_help_states_every_setting_once_and_fits_on_two_screens(module, capsys):
+    """A flag without a word, a % that argparse takes for a format, three pages."""
+    with pytest.raises(SystemExit) as stop:
+        module.parse(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and len(text.splitlines()) <= 110
+    for setting in module.SETTINGS:
+        lines = [line for line in text.splitlines()
+                 if re.match(rf" *{settings.flag(setting.name)}[ ,]", line)]
+        assert len(lines) == 1, setting.name
+
+
+# ---- Flags and names -----------------------------------------------------------------------------
+
+def test_settings_become_flags_that_say_the_same():
+    """A teacher's flags that lose a value, or say "--skip-bad=False"."""
+    args = argparse.Namespace(imb=50.0, holdout=None, skip_bad=True, compile=False, data_dir="x y",
+                              seed=0)
+    names = ("imb", "holdout", "skip_bad", "compile", "data_dir", "seed")
+    assert settings.as_flags(args, names) == ["--imb=50.0", "--skip-bad", "--data-dir=x y",
+                                              "--seed=0"]
+
+
+def data_args(**changes):
+    usual = dict(dataset="cifar10", imb=100.0, imb_type="exp", holdout=None, data_dir="data",
+                 train_list=None, test_list=None, recipe="cpu", seed=0)
+    return argparse.Namespace(**usual | changes)
+
+
+@pytest.mark.parametrize("changes, name", [
+    ({}, "cifar10_imb100"), (dict(imb=2.5, imb_type="step"), "cifar10_imb2.5step"),
+    (dict(holdout=0.1), "cifar10_imb100_holdout0.1"),
+    (dict(dataset="folder", data_dir="/a/my fish/", imb=None, holdout=0.2), "my-fish"),
+    (dict(dataset="inat18", imb=None), "inat18")])
+def test_data_names(changes, name):
+    """Two data sets under one name: their runs would share a folder."""
+    assert settings.data_name(data_args(**changes)) == name
+
+
+def test_run_names_spell_out_what_changed_or_stand_for_it():
+    """Two runs in one folder; a name too long for a file system."""
+    def name(**changed):
+        return settings.run_name("vit", data_args(seed=3), changed)
+    assert name() == "vit_cifar10_imb100_cpu_s3"
+    assert name(lr=0.001, drop_path=0.1) == "vit_cifar10_imb100_cpu_lr0.001_droppath0.1_s3"
+    assert name(eval_every=1) == name()                             # changes nothing of the run
+    assert name(by="a/b c") == "vit_cifar10_imb100_cpu_bya-b-c_s3"
+    long = {f"setting{i}": i for i in range(10)}
+    assert len(name(**long)) < 50 and name(**long) != name(**long | dict(setting9=8))
+
+
+@pytest.mark.parametrize("text, ok", [("500", True), ("10m", True), ("0.5m", True), ("0", False),
+                                      ("1.5", False), ("-3m", False), ("nan", False),
+                                      ("infm", False), ("m", False)])
+def test_save_intervals(text, ok):
+    """A checkpoint that is never written."""
+    if ok:
+        assert settings.save_interval(text) == text
+    else:
+        with pytest.raises(ValueError):
+            settings.save_interval(text)
+
+
+def test_durations_read_naturally():
+    """20160 s, or 0.2 days."""
+    texts = [duration(seconds) for seconds in (12, 204, 20160, 1100000)]
+    assert texts == ["12 s", "3.4 min", "5.6 h", "12.7 days"]
+
+
+# ---- A user's own folder -------------------------------------------------------------------------
+
+def fitted(images, side, largest=224, **row):
+    row = dict(epochs=60, drw_epoch=40, patch_size=16, img_size=224) | row
+    return settings.fit_to_folder(row, argparse.Namespace(images=images, side=side), largest)
+
+
+def test_image_and_patch_size_follow_from_the_images():
+    """Images enlarged fourfold, or cut to patches of half an image."""
+    sizes = {side: fitted(1000, side)["img_size"] for side in (10, 40, 51, 52, 103, 180, 1000)}
+    assert sizes == {10: 32, 40: 32, 51: 32, 52: 64, 103: 128, 180: 224, 1000: 224}
+    assert [fitted(1000, side)["patch_size"] for side in (40, 60, 130, 300)] == [8, 8, 16, 16]
+    assert fitted(1000, 1000, largest=64)["img_size"] == 64
+
+
+def test_epochs_follow_from_the_number_of_images():
+    """Minutes for a million images, days for a hundred; re-weighting after the end."""
+    lengths = [(fitted(n, 32)["epochs"], fitted(n, 32)["drw_epoch"])
+               for n in (100, 6203, 12406, 24812, 10 ** 6)]
+    assert lengths == [(180, 120), (120, 80), (60, 40), (30, 20), (15, 10)]
+
+
+# ---- Settings that are refused -------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, words", [
+    ("--distill none", "--tokens 1"), ("--tau 3", "--tau would have no effect"),
+    ("--method vit --alpha 0.9 --beta 0", "--alpha, --beta would have no effect"),
+    ("--method vit --teacher ldam", "--teacher would have no effect"),
+    ("--method vit --teacher-rho 0", "--teacher-rho would have no effect"),
+    ("--rand-ops 0 --magnitude 3", "--magnitude would have no effect"),
+    ("--teacher-view weak", "--mixup 0 --cutmix 0"),
+    ("--teacher a.pth --teacher-rho 0", "--teacher-rho is for"),
+    ("--teacher ldam,paco", "a run folder or a file"), ("--stem pool", "--stem is one of"),
+    ("--crop loader", "--crop loader"), ("--distill medium", "--distill is one of"),
+    ("--tokens 3", "--tokens is one of 1, 2"), ("--distill soft --tau 0", "--tau must be"),
+    ("--teacher-rho -1", "--rho must be"), ("--magnitude 11", "--magnitude must be"),
+    ("--ema 1", "--ema must be"), ("--holdout 0.95", "--holdout must be"),
+    ("--seed -1", "--seed must be"), ("--train-list x", "--train-list and --test-list are for"),
+    ("--dataset shapes --holdout 0.1", "--holdout is for"),
+    ("--dataset inat18 --recipe paper --imb 10", "--imb"),
+    ("--dataset inat18 --recipe paper --crop padded", "--crop loader")])
+def test_students_that_cannot_be(flags, words):
+    """Settings that exclude each other, or one that would change nothing: in one line."""
+    with pytest.raises(UserError, match=words) as error:
+        train_student.resolve(train_student.parse(flags.split()), CPU)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--augment padded --loss ldam", "--loss ce"), ("--augment loader", "stay on disk"),
+    ("--augment padded --beta 0.9", "no --beta"), ("--augment soft", "--augment is one of"),
+    ("--schedule slow", "--schedule is one of"),
+    ("--rho 0 --rho-schedule late", "--rho-schedule would have no effect"),
+    ("--queue 3", "--queue would have no effect"), ("--decay 0.1", "--decay would have no"),
+    ("--loss ce --max-margin 0.1", "--max-margin would have no effect"),
+    ("--loss paco --beta 0.9", "--beta would have no effect"), ("--rho nan", "--rho must be"),
+    ("--loss paco --temperature 0", "--temperature must be"), ("--loss x", "--loss is one of")])
+def test_teachers_that_cannot_be(flags, words):
+    """As above."""
+    args = train_teacher.parse(["--recipe", "cpu", *flags.split()])
+    with pytest.raises(UserError, match=words) as error:
+        train_teacher.resolve(args, CPU)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("module", [train_student, train_teacher])
+def test_a_batch_that_processes_cannot_share(module):
+    """A process with fewer images than the others, whose mean counts for as much."""
+    with pytest.raises(UserError, match="--batch 9 cannot be shared by 2 processes"):
+        module.resolve(module.parse(["--batch", "9"]), Runtime(torch.device("cpu"), 0, 2))
+
+
+def test_check_ranges_knows_its_ends():
+    """An end that does not belong; NaN inside."""
+    args = argparse.Namespace(a=0.0, b=1.0, c=math.nan)
+    settings.check_ranges(args, a=(0, 1), b=(0, 1))
+    for name, limits in (("a", (0.1, 1)), ("b", (0, 0.9)), ("c", (-math.inf, math.inf))):
+        with pytest.raises(UserError, match=f"--{name} must be"):
+            settings.check_ranges(args, **{name: limits})
