@@ -9,6 +9,7 @@ The first two arrows are `strong_augment`, the student's images. Mixing (S: smoo
 
     mixup    lam ~ Beta(a, a),  x = lam x_i + (1 - lam) x_j                     (1)    1710.09412
     CutMix   lam ~ Beta(b, b),  x = x_i, but x_j inside a box of (1 - lam) H W  (2)    1905.04899
+             lam = the part of the area outside the box, once it is clipped at the border
     target   y = lam S(y_i) + (1 - lam) S(y_j)                                  (3)
 
 RandAugment 1909.13719 as timm's `rand-m9-mstd0.5-inc1`, random erasing 1708.04896. PaCo's teacher
@@ -23,8 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from images.operations import (IMAGENET_MEAN, IMAGENET_STD, apply_operations, apply_where, box_mask,
-                               center_crop, crop_resize, gaussian_blur, grayscale, log_uniform,
-                               replace, resize, rgb, select, to_float, to_uint8, uniform)
+                               crop_resize, gaussian_blur, grayscale, log_uniform, replace, resize,
+                               rgb, select, to_float, to_uint8, uniform)
+from images.operations import center_crop  # noqa: F401: for test images, as resize and to_float
 from images.policies import auto_augment, color_jitter, cutout, draw
 
 

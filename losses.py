@@ -75,16 +75,16 @@ def weighted_cross_entropy(logits, labels, weight=None):
 
 
 def soft_distillation(dist_logits, teacher_logits, tau=1.0, weight=None):
-    """tau^2 KL(softmax(teacher / tau) || softmax(dist / tau)), mean over all B*K entries, as DeiT.
+    """tau^2 KL(softmax(teacher / tau) || softmax(dist / tau)), mean over images (1503.02531).
 
-    That is Hinton's loss (arXiv 1503.02531) / K. weight (K,): images weigh as their teacher label.
+    DeiT's code divides by K as well. weight (K,): each image weighs as its teacher label.
     (The published code re-normalises weighted log-probabilities, which gives no distribution.)
     """
     p = F.log_softmax(full_precision(teacher_logits) / tau, dim=1)
     q = F.log_softmax(full_precision(dist_logits) / tau, dim=1)
     kl = (p.exp() * (p - q)).sum(dim=1)                                 # (B,)
     w = torch.ones_like(kl) if weight is None else weight[teacher_logits.argmax(dim=1)]
-    return tau ** 2 * (w * kl).sum() / (w.sum() * q.shape[1])
+    return tau ** 2 * (w * kl).sum() / w.sum()
 
 
 def distillation_loss(cls_logits, dist_logits, target, teacher_targets, alpha=0.5, weight=None,
@@ -192,6 +192,8 @@ class PaCo(nn.Module):
         self.projection = nn.Sequential(
             nn.Linear(num_features, num_features), nn.BatchNorm1d(num_features), nn.ReLU(),
             nn.Linear(num_features, dim))
+        for layer in (self.projection[0], self.projection[3]):          # as published
+            nn.init.kaiming_normal_(layer.weight)
         self.key_net = deepcopy(self.net).requires_grad_(False)
         self.key_projection = deepcopy(self.projection).requires_grad_(False)
         self.register_buffer("queue", torch.zeros(queue, dim))          # newest first

@@ -73,27 +73,31 @@ SETTINGS = [
     Setting("eval_every", 10, Interval(1), "epochs between evaluations on the test set"),
 ]
 # Recipes change some of them. cpu: the same method, small and short. ours: cpu, with what was
-# better on held-out images (results/README.md); the soft loss is divided by K, alpha undoes that.
+# better on held-out images (results/README.md).
 CPU = dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4,
            drop_path=0.0, drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0,
            eval_every=5)
 SHAPES = dict(model="micro", epochs=100, lr=1e-3, eval_every=10)
 LARGE = dict(epochs=1400, batch=2048, lr=5e-4, drw_epoch=1200, mix_drw=True, crop="loader")
-OURS = CPU | dict(stem="conv", lr=1e-3, distill="soft", alpha=0.909, logit_adjustment=True,
-                  beta=0.0)
+OURS = CPU | dict(stem="conv", lr=1e-3, distill="soft", logit_adjustment=True, beta=0.0)
 RECIPES = {
     "paper": {"cifar10": {}, "cifar100": {}, "imagenet_lt": LARGE,
               "inat18": LARGE | dict(epochs=1000, drw_epoch=900),
               "folder": dict(model="small", epochs=400, drw_epoch=360, eval_crop=1.0)},
     "cpu": {"cifar10": CPU, "cifar100": CPU, "shapes": CPU | SHAPES, "folder": CPU},
-    "ours": {"cifar10": OURS, "cifar100": OURS | dict(alpha=0.99), "shapes": OURS | SHAPES,
-             "folder": OURS},
+    "ours": {"cifar10": OURS, "cifar100": OURS, "shapes": OURS | SHAPES, "folder": OURS},
 }
-# What a method changes in its recipe. (cRT, DeiT-III: python -m experiments.crt, experiments.deit3)
+# What a method changes in its recipe.
+NO_TEACHER = dict(distill="none", tokens=1)
 METHODS = {
     "deit-lt": {},
     "deit": dict(beta=0.0),         # its teacher was trained on such images; no re-weighting
-    "vit": dict(distill="none", tokens=1),
+    "vit": NO_TEACHER,
+}
+BASELINES = {                       # with code of their own in experiments/
+    "vit-crt": NO_TEACHER | dict(repeats=1, ema=0.0, logit_adjustment=False),
+    "deit-iii": NO_TEACHER | dict(layer_scale=1e-4, rand_ops=0, erasing=0.0, smoothing=0.0,
+                                  logit_adjustment=False),
 }
 METRICS = ("loss", "loss_cls", "loss_dist", "teacher_accuracy")
 
@@ -122,12 +126,13 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
     model = DistributedDataParallel(net) if rt.world > 1 else net
     if args.compile:
         model = torch.compile(model)
+    results = None
 
     for epoch in range(run.start_epoch, args.epochs):
         net.train()
         run.begin_epoch(epoch)
         weight = losses.drw_weights(counts, epoch, args.drw_epoch, args.beta)   # None, then w (K,)
-        mixing = weight is None or args.mix_drw
+        mixing = (weight is None or args.mix_drw) and args.mixup + args.cutmix > 0
         batches = data_lt.shard(order_of(args, data, epoch), args.batch, rt.rank, rt.world)
         batches = run.remaining_steps(epoch, batches)
         for step, images, labels in data.batches(batches, (args.seed, epoch, rt.rank)):
@@ -135,9 +140,10 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
             set_lr(optimizer, cosine_lr(epoch + step / steps, args.epochs, args.lr,
                                         args.warmup_epochs))
             metrics = torch.zeros(len(run.metrics), device=rt.device)
-            micro_batches = zip(images.tensor_split(accumulation_steps),    # uint8 (b,3,H,W)
-                                labels.tensor_split(accumulation_steps))    # (b,)
-            for i, (part, target) in enumerate(micro_batches):
+            for i in range(accumulation_steps):
+                # Every n-th image: repeated augmentation has copies of an image side by side.
+                part = images[i::accumulation_steps]                    # uint8 (b,3,H,W)
+                target = labels[i::accumulation_steps]                  # (b,)
                 fraction = len(part) / len(labels)
                 # 1. Augment and mix: another draw for every image.
                 x = augment_images(part, args)                          # (b,3,S,S) in [0,1]
@@ -275,7 +281,7 @@ def resolve(args, rt):
     row = defaults(SETTINGS) | pick_recipe(args, RECIPES, rt)
     if args.dataset == "folder":
         row = fit_to_folder(row, survey(args), 224 if args.recipe == "paper" else 64)
-    changed = fill_settings(args, SETTINGS, row | METHODS[args.method])
+    changed = fill_settings(args, SETTINGS, row | (METHODS | BASELINES)[args.method])
     check(args, changed, rt)
     for name in ("teacher_rho", "teacher_norm", "teacher_size"):
         if getattr(args, name) is not None:

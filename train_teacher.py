@@ -102,6 +102,7 @@ def train(args, data, net, rt, run):
     K, paco = data.num_classes, None
     criterion = make_criterion(args, data.counts, rt.device)
     if args.loss == "paco":
+        net.classifier.reset_parameters()           # uniform as published, not Kaiming-normal
         paco = losses.PaCo(net, net.classifier.in_features, args.projection, args.queue,
                            args.key_momentum).to(rt.device)
     trained = paco or net
@@ -121,6 +122,7 @@ def train(args, data, net, rt, run):
     model = DistributedDataParallel(trained) if rt.world > 1 else trained
     if args.compile:
         model = torch.compile(model)
+    results = None
 
     for epoch in range(run.start_epoch, args.epochs):
         trained.train()

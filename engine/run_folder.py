@@ -81,19 +81,21 @@ class Run:
         self.fallback = state.pop("fallback", False)    # last.pt is damaged, previous.pt was taken
         self.start_epoch, self.start_step = state["epoch"], state.get("step", 0)    # done already
         self.forced = state.get("forced", [])
-        if self.finished and self.start_epoch >= args.epochs:
-            return
-        if state["config"].get("format") != FORMAT:
+        over = self.finished and self.start_epoch >= args.epochs
+        if state["config"].get("format") == FORMAT:
+            self.check_settings(args, (*NOT_RESUMED, "amp", "processes") if over else NOT_RESUMED)
+        elif not over:
             raise UserError(f"{self.folder} was begun by an older version of this project: it can "
                             "be evaluated, not resumed; --overwrite starts it again")
-        self.check_settings(args)
 
-    def check_settings(self, args):
-        """UserError for other settings than the run began with; with --force they are printed."""
-        old = {k: v for k, v in self.resumed["config"].items() if k not in NOT_RESUMED}
-        new = {k: v for k, v in vars(args).items() if k not in NOT_RESUMED}
-        old["processes"], new["processes"] = self.resumed.get("world", self.rt.world), self.rt.world
-        new["format"] = FORMAT
+    def check_settings(self, args, free):
+        """UserError for other settings than the run began with; with --force they are printed.
+
+        free: names of those that may differ.
+        """
+        old = self.resumed["config"] | {"processes": self.resumed.get("world", self.rt.world)}
+        new = vars(args) | {"processes": self.rt.world, "format": FORMAT}
+        old, new = ({k: v for k, v in c.items() if k not in free} for c in (old, new))
         names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         if not names:
             return
@@ -362,8 +364,13 @@ def command_line(rt):
     if rt.world > 1:
         nodes = f"--nnodes={rt.world // local} " if rt.world > local else ""
         launcher = f"torchrun {nodes}--nproc_per_node={local}"
-    argv = [a for a in sys.argv if a not in ("--resume", "--overwrite", "--force")]
-    return f"{launcher} {shlex.join(argv)}"
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec and spec.name.startswith("experiments."):           # python -m experiments.crt
+        program = ["-m", spec.name]
+    else:
+        program = [os.path.basename(sys.argv[0])]
+    flags = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite", "--force")]
+    return f"{launcher} {shlex.join(program + flags)}"
 
 
 def duration(seconds):

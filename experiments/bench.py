@@ -108,7 +108,7 @@ def matmul_peak(rt, dtype=None):
 
 
 def forward_flops(net, size, rt):
-    """Floating point operations per image of a forward pass; a training step has 3 times as many."""
+    """FLOP per image of a forward pass; a training step has three times as many."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(torch.rand(2, 3, size, size, device=rt.device))
     return counter.get_total_flops() / 2
@@ -276,7 +276,7 @@ def compare_networks(img_size, patch_size, batch, rt, n):
     if timm:
         baseline = "timm, float32"
         for name, fused, its_rt in ((baseline, True, Runtime(rt.device)),
-                                    (f"timm, {type_name(rt)} autocast", True, rt),
+                                    (f"timm, {type_name(rt)}", True, rt),
                                     (f"timm, {type_name(rt)}, attention not fused", False, rt)):
             theirs = timm_vit(img_size, patch_size, fused).to(rt.device)
             variants[name] = network_step(theirs, x, its_rt)

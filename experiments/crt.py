@@ -16,9 +16,6 @@ from engine import runtime
 from engine.networks import build_student
 from engine.settings import defaults
 
-train_student.METHODS["vit-crt"] = train_student.METHODS["vit"] | dict(
-    repeats=1, ema=0.0, logit_adjustment=False)
-
 
 def class_balanced(args, data, epoch):
     """As many draws as images, with replacement, every class as often: LongTensor (N,)."""

@@ -15,10 +15,6 @@ from engine import runtime
 from images.operations import ID, apply_operations, apply_where, gaussian_blur, grayscale, uniform
 from images.policies import color_jitter
 
-train_student.METHODS["deit-iii"] = dict(
-    distill="none", tokens=1, layer_scale=1e-4, rand_ops=0, erasing=0.0, smoothing=0.0,
-    logit_adjustment=False)
-
 
 def three_augment(images):
     """Each image gray, solarized from 128 on, or blurred (sigma U(0.1, 2) px); then color jitter.

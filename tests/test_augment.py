@@ -238,6 +238,7 @@ def test_erasing_draws_its_box_as_the_formula_and_leaves_the_rest_untouched(area
         y, x = np.nonzero(box)
         ours.append((y.min(), x.min(), np.ptp(y) + 1, np.ptp(x) + 1))
         assert box.sum() == ours[-1][2] * ours[-1][3]           # a full box
+        assert ours[-1][2] < h and ours[-1][3] < w              # as in timm, never a whole side
     for _ in range(10_000):
         for _ in range(10):
             size = random.uniform(*area) * h * w

@@ -10,6 +10,7 @@ import train_student
 import vit
 from engine.runtime import Runtime
 from experiments import bench
+from pretended_gpu import GPU, PretendedGPU
 
 CPU = Runtime(torch.device("cpu"))
 
@@ -72,15 +73,30 @@ def test_the_row_of_a_student(quick):
     assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=3)
 
 
-@pytest.mark.parametrize("rho, steps", [(0.0, 1), (0.1, 1)])
-def test_the_teachers_step_moves_the_statistics_once(rho, steps, monkeypatch):
+def test_steps_run_on_a_gpu():
+    """Weights, images or priors that stay on the CPU; a wait for the device inside a step."""
+    rt = Runtime(GPU)
+    args = train_student.parse(["--recipe", "ours", "--model", "micro", "--ema", "0.9"])
+    train_student.resolve(args, rt)
+    with PretendedGPU() as gpu:
+        student, _ = bench.student_step(args, 4, rt)
+        teacher = bench.teacher_step(torch.rand(4, 3, 32, 32, device=GPU), rt, 0.1)
+        gpu.waits.clear()
+        student(lap=lambda part: None)
+        teacher()
+        assert not gpu.waits
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.1])
+def test_the_teachers_step_moves_the_statistics_once(rho, monkeypatch):
+    """SAM's second pass, at perturbed weights, counted too."""
     net = resnet.resnet32(10)
     monkeypatch.setattr(resnet, "resnet32", lambda num_classes: net)
     before = net.classifier.weight.clone()
     bench.teacher_step(torch.rand(4, 3, 32, 32), CPU, rho)()
     assert not net.classifier.weight.equal(before)
     counts = [b for name, b in net.named_buffers() if name.endswith("num_batches_tracked")]
-    assert counts and all(count == steps for count in counts)
+    assert counts and all(count == 1 for count in counts)
 
 
 def test_sections_print_their_tables(quick, monkeypatch, capsys):

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import analyze
+import resnet
 import train_student
 import train_teacher
 from conftest import script
-from engine import runtime
+from engine import datasets, runtime
 from engine.runtime import Runtime
 from engine.training import FiniteScaler
 from pretended_gpu import GPU, PretendedGPU
@@ -37,6 +38,18 @@ STUDENTS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def short_resnet():
+    """ResNet-32 with one block for each five: the same kinds of tensors in a fifth of the time."""
+    stage = resnet.CifarResNet.stage
+
+    def one_block(n, *args, **kwargs):
+        return stage(1, *args, **kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet.CifarResNet, "stage", staticmethod(one_block))
+        yield
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path, tiny_cifar):
     """A function: run a script on a device, in a folder of the test's own.
@@ -50,6 +63,7 @@ def run(monkeypatch, tmp_path, tiny_cifar):
 
     def run(module, *flags, device=GPU, amp=None, data=CIFAR):
         rt = Runtime(torch.device(device), amp=amp)
+        datasets.last_loaded.clear()                    # it is on another device
         monkeypatch.setattr(runtime, "setup", lambda *_: rt)
         flags = *data, *SHORT, "--data-dir", tiny_cifar, *flags
         if device == "cpu":
@@ -63,7 +77,7 @@ def run(monkeypatch, tmp_path, tiny_cifar):
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_cifar, tmp_path_factory):
+def teacher(short_resnet, tiny_cifar, tmp_path_factory):
     """Run folder of a teacher of one epoch, trained on the CPU."""
     folder = tmp_path_factory.mktemp("teacher") / "teacher"
     with pytest.MonkeyPatch.context() as patch:

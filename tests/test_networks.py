@@ -3,6 +3,7 @@ DeiT's, timm's, torchvision's), which are written here from networks and forward
 file's own, with random weights and BatchNorm statistics."""
 import argparse
 import os
+import re
 
 import numpy as np
 import pytest
@@ -12,12 +13,16 @@ import torchvision
 from torch import nn
 
 import data_lt
-import engine
-import networks
-import run_folder
+from engine import networks
+from engine.checkpoints import save_checkpoint, upgrade_config
+from engine.runtime import Runtime, UserError
 
-CONSTANTS = {"cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-             "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192))}
+CONSTANTS = {
+    "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 
 
 # ---- plain networks and files, by hand ----
@@ -43,7 +48,8 @@ class Plain32(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         for i, (c_in, c) in enumerate([(16, 16), (16, 32), (32, 64)], 1):
-            self.add_module(f"layer{i}", nn.Sequential(Block(c_in, c), *(Block(c, c) for _ in range(4))))
+            blocks = [Block(c_in, c), *(Block(c, c) for _ in range(4))]
+            self.add_module(f"layer{i}", nn.Sequential(*blocks))
 
     def forward(self, x):
         return self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)))))).mean((2, 3))
@@ -55,8 +61,10 @@ class Wrapper(nn.Module):
     def __init__(self, encoder_q, encoder_k, d, K, dim=8):
         super().__init__()
         for encoder in (encoder_q, encoder_k):
-            encoder.fc = nn.Sequential(nn.Linear(d, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, dim))
-        self.encoder_q, self.encoder_k, self.linear, self.linear_k = encoder_q, encoder_k, nn.Linear(d, K), nn.Linear(d, K)
+            encoder.fc = nn.Sequential(nn.Linear(d, d), nn.BatchNorm1d(d), nn.ReLU(),
+                                       nn.Linear(d, dim))
+        self.encoder_q, self.encoder_k = encoder_q, encoder_k
+        self.linear, self.linear_k = nn.Linear(d, K), nn.Linear(d, K)
         self.register_buffer("queue", torch.randn(16, dim))
         self.register_buffer("queue_l", torch.randint(0, K, (16,)))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
@@ -66,46 +74,66 @@ def randomise(net):
     """A fresh BatchNorm is nearly the identity, which would hide a lost one."""
     for m in net.modules():
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            m.weight.data.uniform_(0.5, 1.5), m.bias.data.normal_(std=0.3)
-            m.running_mean.normal_(std=0.3), m.running_var.uniform_(0.5, 1.5)
+            m.weight.data.uniform_(0.5, 1.5)
+            m.bias.data.normal_(std=0.3)
+            m.running_mean.normal_(std=0.3)
+            m.running_var.uniform_(0.5, 1.5)
     return net.eval()
 
 
 def resnet32_state(K, cosine=False):
-    last = {"linear.weight": torch.randn((64, K) if cosine else (K, 64))} | ({} if cosine else {"linear.bias": torch.randn(K)})
-    return {**randomise(Plain32()).state_dict(), **last}
+    state = dict(randomise(Plain32()).state_dict())
+    if cosine:
+        return state | {"linear.weight": torch.randn(64, K)}
+    return state | {"linear.weight": torch.randn(K, 64), "linear.bias": torch.randn(K)}
 
 
 def vit_state(D=128, P=8, G=4, K=5, depth=2, distilled=False, deit3=False, hidden=None):
     """Random weights with the names and shapes of facebookresearch/deit; deit3: LayerScale, and
     positions of patches only."""
     shapes = {"cls_token": (1, 1, D), "pos_embed": (1, G * G + (0 if deit3 else 1 + distilled), D),
-              "patch_embed.proj.weight": (D, 3, P, P), "patch_embed.proj.bias": (D,), "norm.weight": (D,), "norm.bias": (D,)}
+              "patch_embed.proj.weight": (D, 3, P, P), "patch_embed.proj.bias": (D,),
+              "norm.weight": (D,), "norm.bias": (D,)}
     shapes |= {"dist_token": (1, 1, D)} if distilled else {}
     layers = {"head": (K, D)} | ({"head_dist": (K, D)} if distilled else {})
     for i in range(depth):
         b = f"blocks.{i}."
         layers |= {b + "attn.qkv": (3 * D, D), b + "attn.proj": (D, D)}
         layers |= {b + "mlp.fc1": (hidden or 4 * D, D), b + "mlp.fc2": (D, hidden or 4 * D)}
-        vectors = ["norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"] + ["gamma_1", "gamma_2"] * deit3
+        vectors = ["norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"]
+        if deit3:
+            vectors += ["gamma_1", "gamma_2"]
         shapes |= {b + name: (D,) for name in vectors}
     for name, (out, d) in layers.items():
         shapes |= {name + ".weight": (out, d), name + ".bias": (out,)}
-    return {k: torch.randn(s) * (1.5 / s[1] ** 0.5 if len(s) == 2 else 0.1 if len(s) == 4 else 1) for k, s in shapes.items()}
+    state = {name: torch.randn(shape) for name, shape in shapes.items()}
+    for tensor in state.values():
+        if tensor.ndim == 2:
+            tensor *= 1.5 / tensor.shape[1] ** 0.5
+        elif tensor.ndim == 4:
+            tensor *= 0.1
+    return state
 
 
 def vit_by_hand(w, x, heads, norm="imagenet"):
     """Images (B,3,S,S) -> [CLS logits] or [CLS logits, DIST logits], from a state dict of
     vit_state."""
     w = {k: v.double() for k, v in w.items()}
-    D, P, depth = w["cls_token"].shape[2], w["patch_embed.proj.weight"].shape[2], sum(k.endswith("qkv.bias") for k in w)
-    d = D // heads
-    linear = lambda x, name: x @ w[name + ".weight"].T + w[name + ".bias"]
-    ln = lambda x, name: F.layer_norm(x, (D,), w[name + ".weight"], w[name + ".bias"], 1e-6)
-    x = F.conv2d(normalise(x, norm), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], P).flatten(2).transpose(1, 2)
+    D, P = w["cls_token"].shape[2], w["patch_embed.proj.weight"].shape[2]
+    d, depth = D // heads, sum(k.endswith("qkv.bias") for k in w)
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def ln(x, name):
+        return F.layer_norm(x, (D,), w[name + ".weight"], w[name + ".bias"], 1e-6)
+    x = F.conv2d(normalise(x, norm), w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], P)
+    x = x.flatten(2).transpose(1, 2)
     tokens = [w[k].expand(len(x), 1, D) for k in ("cls_token", "dist_token") if k in w]
-    patches_only = w["pos_embed"].shape[1] == x.shape[1]  # DeiT-III: CLS has no position
-    x = torch.cat([*tokens, x + w["pos_embed"]], dim=1) if patches_only else torch.cat([*tokens, x], dim=1) + w["pos_embed"]
+    if w["pos_embed"].shape[1] == x.shape[1]:                        # DeiT-III: CLS has no position
+        x = torch.cat([*tokens, x + w["pos_embed"]], dim=1)
+    else:
+        x = torch.cat([*tokens, x], dim=1) + w["pos_embed"]
     for b in (f"blocks.{i}." for i in range(depth)):
         q, k, v = linear(ln(x, b + "norm1"), b + "attn.qkv").split(D, dim=2)
         seen = []
@@ -113,13 +141,15 @@ def vit_by_hand(w, x, heads, norm="imagenet"):
             attention = (q[..., h:h + d] @ k[..., h:h + d].mT / d ** 0.5).softmax(dim=2)
             seen.append(attention @ v[..., h:h + d])
         x = x + w.get(b + "gamma_1", 1) * linear(torch.cat(seen, dim=2), b + "attn.proj")
-        x = x + w.get(b + "gamma_2", 1) * linear(F.gelu(linear(ln(x, b + "norm2"), b + "mlp.fc1")), b + "mlp.fc2")
+        hidden = F.gelu(linear(ln(x, b + "norm2"), b + "mlp.fc1"))
+        x = x + w.get(b + "gamma_2", 1) * linear(hidden, b + "mlp.fc2")
     x = ln(x, "norm")
-    return [linear(x[:, i], head) for i, head in enumerate(("head", "head_dist")) if head + ".weight" in w]
+    heads = [head for head in ("head", "head_dist") if head + ".weight" in w]
+    return [linear(x[:, i], head) for i, head in enumerate(heads)]
 
 
 def normalise(x, norm):
-    mean, std = (torch.tensor(c)[:, None, None].to(x) for c in CONSTANTS[norm])  # float32 numbers, as in the networks
+    mean, std = (torch.tensor(c)[:, None, None].to(x) for c in CONSTANTS[norm])     # float32 first
     return (x - mean) / std
 
 
@@ -136,11 +166,14 @@ def resnet32_by_hand(state, x, norm="cifar"):
     plain = Plain32().eval()
     plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("linear")})
     f, weight = features(plain, x, norm), state["linear.weight"].double()
-    return f @ weight.T + state["linear.bias"].double() if "linear.bias" in state else cosines(f, weight)
+    if "linear.bias" not in state:
+        return cosines(f, weight)
+    return f @ weight.T + state["linear.bias"].double()
 
 
 def cosines(f, weight):
-    return 30 * F.cosine_similarity(f[:, :, None], weight.double()[None], dim=1)  # (B,d), (d,K) -> (B,K)
+    weight = weight.double()
+    return 30 * F.cosine_similarity(f[:, :, None], weight[None], dim=1)     # (B,d), (d,K) -> (B,K)
 
 
 def save(folder, state, name="published.pth", **how):
@@ -156,10 +189,13 @@ def outputs(found, x):
 
 def check(found, x, expected, *words, kind="teacher", numbering="own", names=None):
     """A loaded network says what it should, is ready to use, and its `what` has all of `words`."""
-    K, words = expected[0].shape[1], (*words, f"{expected[0].shape[1]} classes", f"{x.shape[-1]} px")
-    assert (found.kind, found.numbering, found.class_names, found.num_classes) == (kind, numbering, names, K)
-    assert all(word in found.what for word in words), found.what
-    assert not any(m.training for m in found.net.modules()) and not any(p.requires_grad for p in found.net.parameters())
+    K = expected[0].shape[1]
+    assert (found.kind, found.numbering) == (kind, numbering)
+    assert (found.class_names, found.num_classes) == (names, K)
+    for word in (*words, f"{K} classes", f"{x.shape[-1]} px"):
+        assert word in found.what
+    assert not any(m.training for m in found.net.modules())
+    assert not any(p.requires_grad for p in found.net.parameters())
     got = outputs(found, x)
     assert len(got) == len(expected) and all(e.std() > 0.1 for e in expected)
     for g, e in zip(got, expected):
@@ -188,16 +224,19 @@ def big():
 
 # ---- teachers ----
 
-@pytest.mark.parametrize("cosine, prefix, names, zipped", [(True, "", None, True), (False, "module.", list("abcd"), False)])
+@pytest.mark.parametrize("cosine, prefix, names, zipped", [
+    (True, "", None, True), (False, "module.", list("abcd"), False)])
 def test_ldam_and_cross_entropy_teachers_for_cifar(tmp_path, cosine, prefix, names, zipped):
     """The (64,K) cosine weight read as (K,64) or a Linear taken for one (K is 64 too), bare
     cosines without the factor 30, a needless re-numbering of classes, a `module.` prefix, class
     names lost, a file of torch.save before 1.6."""
     K, x = 4 if names else 64, images(32)
     state = resnet32_state(K, cosine)
-    optimizer = {"state": {0: {"momentum_buffer": torch.randn(3)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-    path = save(tmp_path, {"epoch": 200, "arch": "resnet32", "state_dict": in_module(state, prefix), "class_names": names,
-                           "best_acc1": torch.tensor(80.0), "optimizer": optimizer}, _use_new_zipfile_serialization=zipped)
+    optimizer = {"state": {0: {"momentum_buffer": torch.randn(3)}},
+                 "param_groups": [{"lr": 0.1, "params": [0]}]}
+    published = {"epoch": 200, "arch": "resnet32", "state_dict": in_module(state, prefix),
+                 "class_names": names, "best_acc1": torch.tensor(80.0), "optimizer": optimizer}
+    path = save(tmp_path, published, _use_new_zipfile_serialization=zipped)
     found = networks.load_network(path)
     check(found, x, [resnet32_by_hand(state, x)], "ResNet-32", "cifar norm", names=names)
     assert ("cosine" in found.what) == cosine
@@ -208,9 +247,10 @@ def test_paco_teacher_for_cifar(tmp_path):
     dropped, the queue in the way."""
     whole, x = randomise(Wrapper(Plain32(), Plain32(), 64, 7)), images(32)
     state = in_module(whole.state_dict())
-    found = networks.load_network(save(tmp_path, {"epoch": 400, "arch": "resnet32", "state_dict": state, "optimizer": {}}))
-    f = features(whole.encoder_q, x, "cifar")
-    check(found, x, [whole.linear.double()(f).detach()], "PaCo", "ResNet-32", "cifar norm")
+    found = networks.load_network(save(tmp_path, {
+        "epoch": 400, "arch": "resnet32", "state_dict": state, "optimizer": {}}))
+    expected = whole.linear.double()(features(whole.encoder_q, x, "cifar")).detach()
+    check(found, x, [expected], "PaCo", "ResNet-32", "cifar norm")
 
 
 def test_paco_teacher_for_imagenet(tmp_path, big):
@@ -222,58 +262,67 @@ def test_paco_teacher_for_imagenet(tmp_path, big):
     state = {"queue": torch.randn(16, 8), "queue_l": torch.zeros(16), "queue_ptr": torch.zeros(1)}
     for which in ("encoder_q.", "encoder_k."):  # the key encoder's weights are the same here
         state |= in_module(net.state_dict(), which) | in_module(fc.state_dict(), which + "fc.")
-    state |= in_module(linear.state_dict(), "linear.") | in_module(nn.Linear(2048, 6).state_dict(), "linear_k.")
-    path = save(tmp_path, {"arch": "resnet50", "state_dict": in_module(state), "acc": np.float64(57)})
-    check(networks.load_network(path, size=64), x, [linear.double()(f).detach()], "PaCo", "ResNet-50", "imagenet norm")
+    state |= in_module(linear.state_dict(), "linear.")
+    state |= in_module(nn.Linear(2048, 6).state_dict(), "linear_k.")
+    path = save(tmp_path, {"arch": "resnet50", "state_dict": in_module(state),
+                           "acc": np.float64(57)})
+    check(networks.load_network(path, size=64), x, [linear.double()(f).detach()], "PaCo",
+          "ResNet-50", "imagenet norm")
 
 
 def test_ldam_teacher_for_imagenet(tmp_path, big):
     """DataParallel's prefix, the (2048,K) weight, bare cosines; its outputs come by descending
     count."""
     (net, x, f), weight = big, torch.randn(2048, 6)
-    path = save(tmp_path, {"arch": "resnet50", "state_dict": in_module({**net.state_dict(), "fc.weight": weight})})
+    state = in_module({**net.state_dict(), "fc.weight": weight})
+    path = save(tmp_path, {"arch": "resnet50", "state_dict": state})
     found = networks.load_network(path, size=64)
     check(found, x, [cosines(f, weight)], "ResNet-50", "cosine", "imagenet norm", numbering="count")
 
 
-@pytest.mark.parametrize("paco", [False, True])
-def test_inaturalists_teachers_have_its_own_normalisation(tmp_path, big, paco):
+def test_inaturalists_teachers_have_its_own_normalisation(tmp_path, big):
     """8142 classes fed with ImageNet's statistics. Each tensor is one number, expanded, so that
     the file is small."""
-    flat = {k: v.flatten()[:1].clone().view([1] * v.ndim).expand(v.shape) for k, v in big[0].state_dict().items()}
-    weight, bias = torch.ones(1, 1).expand(8142, 2048), torch.ones(1).expand(8142)
-    pacos = in_module(flat, "encoder_q.") | {"linear.weight": weight, "linear.bias": bias}
-    ldams = flat | {"fc.weight": weight.mT}
-    found = networks.load_network(save(tmp_path, {"state_dict": in_module(pacos if paco else ldams)}))
-    assert all(word in found.what for word in ("8142 classes", "224 px", "inat norm")) and found.net.img_size == 224
-    assert found.numbering == ("own" if paco else "count")
+    flat = {k: v.flatten()[:1].clone().view([1] * v.ndim).expand(v.shape)
+            for k, v in big[0].state_dict().items()}
+    state = in_module(flat | {"fc.weight": torch.ones(1, 1).expand(2048, 8142)})
+    found = networks.load_network(save(tmp_path, {"state_dict": state}))
+    assert found.what.endswith("8142 classes, 224 px, inat normalisation")
+    assert found.net.img_size == 224
+    assert found.numbering == "count"
     for buffer, constants in zip((found.net.mean, found.net.std), CONSTANTS["inat"]):
         torch.testing.assert_close(buffer.flatten(), torch.tensor(constants))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "regnet_y_400mf", "mobilenet_v3_small", "mnasnet0_5"])
+@pytest.mark.parametrize("arch", ["resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small",
+                                  "mnasnet0_5"])
 def test_torchvisions_networks(tmp_path, arch):
     """A wrong architecture found, a last layer left behind, names ignored, weights of before
     num_batches_tracked refused."""
-    net, x, names = randomise(torchvision.models.get_model(arch, num_classes=4)), images(64), list("abcd")
+    net = randomise(torchvision.models.get_model(arch, num_classes=4))
+    x, names = images(64), list("abcd")
     [p for p in net.parameters() if p.ndim == 2][-1].data.normal_()
     for m in net.modules():
         m.momentum = 1.0
-    net.train()(normalise(images(64), "imagenet").float())  # else deep ones say the same of all images
+    # else deep ones have the same logits for all images
+    net.train()(normalise(images(64), "imagenet").float())
     state = net.eval().state_dict()
     old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-    paths = [save(tmp_path, state, "bare.pth"), save(tmp_path, {"state_dict": old, "class_names": names}, "named.pth")]
+    named = {"state_dict": old, "class_names": names}
+    paths = [save(tmp_path, state, "bare.pth"), save(tmp_path, named, "named.pth")]
     expected = features(net, x, "imagenet")
     assert (expected[0] - expected[1]).abs().max() > 0.01
     for path, names in zip(paths, (None, names)):
-        check(networks.load_network(path, size=64), x, [expected], arch, "imagenet norm", names=names)
+        found = networks.load_network(path, size=64)
+        check(found, x, [expected], arch, "imagenet norm", names=names)
 
 
 @pytest.mark.parametrize("norm", CONSTANTS)
 def test_another_normalisation_and_size_on_request(tmp_path, norm):
     """norm= ignored, applied to the text only, or with other constants; size= ignored."""
     state, student, x = resnet32_state(4), vit_state(), images(40)
-    check(networks.load_network(save(tmp_path, state), norm, 40), x, [resnet32_by_hand(state, x, norm)], f"{norm} norm")
+    found = networks.load_network(save(tmp_path, state), norm, 40)
+    check(found, x, [resnet32_by_hand(state, x, norm)], f"{norm} norm")
     found, x = networks.load_network(save(tmp_path, student), norm=norm), images(32)
     check(found, x, vit_by_hand(student, x, 2, norm), f"{norm} norm", kind="student")
 
@@ -284,25 +333,30 @@ def test_deit_lts_student(tmp_path):
     """DIST lost, the EMA taken, argparse or NumPy objects refused, outputs taken to be in the
     data set's own order."""
     state, x = vit_state(distilled=True), images(32)
-    rates = {f"{g}_acc_{h}": np.float64(80) for g in ("head", "med", "tail", "best") for h in ("avg", "cls", "dist")}
-    path = save(tmp_path, {"model": state, "optimizer": {"state": {}, "param_groups": []}, "lr_scheduler": {"t": [5e-4]},
-                           "epoch": 1199, "model_ema": vit_state(distilled=True), "scaler": {"scale": 65536.0},
-                           "args": argparse.Namespace(lr=5e-4, tag="x"), "best_acc_avg": np.float64(84.8), **rates})
-    check(networks.load_network(path), x, vit_by_hand(state, x, 2), "distilled", "ViT", "128", "imagenet norm", kind="student",
-          numbering="count")
+    rates = {f"{group}_acc_{head}": np.float64(80) for group in ("head", "med", "tail", "best")
+             for head in ("avg", "cls", "dist")}
+    path = save(tmp_path, {
+        "model": state, "optimizer": {"state": {}, "param_groups": []},
+        "lr_scheduler": {"t": [5e-4]}, "epoch": 1199, "model_ema": vit_state(distilled=True),
+        "scaler": {"scale": 65536.0}, "args": argparse.Namespace(lr=5e-4, tag="x"),
+        "best_acc_avg": np.float64(84.8), **rates})
+    check(networks.load_network(path), x, vit_by_hand(state, x, 2), "distilled", "ViT", "128",
+          "imagenet norm", kind="student", numbering="count")
 
 
 @pytest.mark.parametrize("timm", [False, True])
-@pytest.mark.parametrize("sizes", [dict(D=64, P=16, G=3), dict(D=192, P=8, G=3, depth=3, hidden=200, distilled=True),
-                                   dict(D=64, P=2, G=14, deit3=True), dict(D=128, P=4, G=4, deit3=True, distilled=True)])
+@pytest.mark.parametrize("sizes", [
+    dict(D=64, P=16, G=3), dict(D=192, P=8, G=3, depth=3, hidden=200, distilled=True),
+    dict(D=64, P=2, G=14, deit3=True), dict(D=128, P=4, G=4, deit3=True, distilled=True)])
 def test_vits_of_deit_deit_3_and_timm(tmp_path, sizes, timm):
     """Wrong heads, depth, patch or image size, tokens in the wrong order, the 196 positions of
     DeiT-III given to the wrong tokens, LayerScale lost or not found under timm's name; timm
     saves the weights bare, DeiT under "model"."""
     state, x = vit_state(**sizes), images(sizes["P"] * sizes["G"])
-    named = {k.replace(".gamma_", ".ls") + ".gamma" * (".gamma_" in k): v for k, v in state.items()}
+    named = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v for k, v in state.items()}
     found = networks.load_network(save(tmp_path, named if timm else {"model": state}))
-    check(found, x, vit_by_hand(state, x, sizes["D"] // 64), "ViT", str(sizes["D"]), "imagenet norm", kind="student")
+    expected = vit_by_hand(state, x, sizes["D"] // 64)
+    check(found, x, expected, "ViT", str(sizes["D"]), "imagenet norm", kind="student")
     assert ("distilled" in found.what) == ("distilled" in sizes)
 
 
@@ -310,7 +364,8 @@ def test_vit_huge_has_16_heads(tmp_path):
     """DeiT-III's and timm's ViT-H/14 are 1280 wide with heads of 80: with 20 heads of 64 they
     load and say nonsense."""
     state, x = vit_state(1280, 14, G=2, depth=1, hidden=8, deit3=True), images(28)
-    check(networks.load_network(save(tmp_path, state)), x, vit_by_hand(state, x, 16), "1280", kind="student")
+    found = networks.load_network(save(tmp_path, state))
+    check(found, x, vit_by_hand(state, x, 16), "1280", kind="student")
 
 
 @pytest.mark.parametrize("D", [32, 96])
@@ -322,23 +377,26 @@ def test_vits_whose_heads_cannot_be_known_are_refused(tmp_path, D):
 
 # ---- this project's runs ----
 
-@pytest.mark.parametrize("arch, loss", [("resnet32", "ce"), ("resnet32", "ldam"), ("regnet_y_400mf", "ce")])
+@pytest.mark.parametrize("arch, loss", [("resnet32", "ce"), ("resnet32", "ldam"),
+                                        ("shufflenet_v2_x0_5", "ce")])
 def test_a_run_of_a_teacher(tmp_path, arch, loss):
     """The classifier or size of the settings ignored, names lost, the folder not understood as
     its last.pt, strict=False."""
-    config, names, x = {"arch": arch, "loss": loss, "img_size": 40, "dataset": "shapes"}, list("abcde"), images(40)
+    config = {"arch": arch, "loss": loss, "img_size": 40, "dataset": "shapes"}
+    names, x = list("abcde"), images(40)
     net = randomise(networks.build_teacher(config, 5))
     net.classifier.weight.data.normal_()
     state = {k: v.clone() for k, v in net.state_dict().items()}
     expected = resnet32_by_hand(state, x) if arch == "resnet32" else net.double()(x).detach()
     run = dict(paco=None, epoch=1, config=config, class_names=names)
-    run_folder.save_checkpoint(tmp_path / "last.pt", model=state, **run)
+    save_checkpoint(tmp_path / "last.pt", model=state, **run)
     for path in (tmp_path, tmp_path / "last.pt"):
         found = networks.load_network(str(path))
         check(found, x, [expected], arch, loss, "cifar norm", names=names)
-        assert found.config == config
-    for changed in (dict(list(state.items())[1:]), state | {"x": torch.ones(1)}, state | {"classifier.bias": torch.ones(4)}):
-        run_folder.save_checkpoint(tmp_path / "last.pt", model=changed, **run)
+        assert found.config == upgrade_config(config)
+    for changed in (dict(list(state.items())[1:]), state | {"x": torch.ones(1)},
+                    state | {"classifier.bias": torch.ones(4)}):
+        save_checkpoint(tmp_path / "last.pt", model=changed, **run)
         refused(str(tmp_path))
 
 
@@ -346,14 +404,33 @@ def test_a_run_of_a_teacher(tmp_path, arch, loss):
 def test_a_run_of_a_student(tmp_path, distilled):
     """DIST expected where there is none or lost where there is one, heads guessed as 64 wide
     (micro's are 32)."""
-    config = {"method": "deit-lt", "model": "micro", "img_size": 16, "patch_size": 4, "drop_path": 0.1}
-    shapes, x, names = networks.build_student(config, 3, distilled).state_dict(), images(16), list("abc")
+    config = {"method": "deit-lt", "model": "micro", "img_size": 16, "patch_size": 4,
+              "drop_path": 0.1}
+    shapes = networks.build_student(config, 3, distilled).state_dict()
+    x, names = images(16), list("abc")
     state = vit_state(96, 4, K=3, depth=6, distilled=distilled)
     assert {k: v.shape for k, v in shapes.items()} == {k: v.shape for k, v in state.items()}
-    run_folder.save_checkpoint(tmp_path / "last.pt", model=state, ema=None, epoch=1, config=config, class_names=names)
+    save_checkpoint(tmp_path / "last.pt", model=state, ema=None, epoch=1, config=config,
+                    class_names=names)
     found = networks.load_network(str(tmp_path))
     check(found, x, vit_by_hand(state, x, 3), "micro", "deit-lt", kind="student", names=names)
-    assert found.config == config
+    assert found.config == upgrade_config(config)
+
+
+@pytest.mark.parametrize("stem, scale", [("conv2", 0.0), ("patch", 1e-4)])
+def test_a_student_of_an_older_version_is_rebuilt(tmp_path, stem, scale):
+    """The old name of the stem not understood, or LayerScale and DIST not told from the run."""
+    config = {"method": "deit-lt", "model": "micro", "img_size": 16, "patch_size": 4,
+              "drop_path": 0.1, "layer_scale": scale, "stem": stem, "adjust": "both"}
+    net = networks.build_student(upgrade_config(config), 3, distilled=True).eval()
+    net.head.weight.data.normal_()
+    save_checkpoint(tmp_path / "last.pt", model=net.state_dict(), config=config,
+                    class_names=list("abc"))
+    found, x = networks.load_network(str(tmp_path)), torch.rand(2, 3, 16, 16)
+    assert found.config["logit_adjustment"] is True
+    with torch.no_grad():
+        for a, b in zip(found.net(x), net(x), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_files_from_elsewhere_may_use_this_projects_words(tmp_path):
@@ -372,17 +449,23 @@ KINDS = {"linear": lambda: resnet32_state(4), "cosine": lambda: resnet32_state(4
 
 def long_tail(names, class_ids=None):
     none, labels = torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
-    return data_lt.LongTailData("x", "x", none, labels, none, labels, list(names), [9] * len(names), {}, class_ids)
+    return data_lt.LongTailData("x", "x", none, labels, none, labels, list(names), [9] * len(names),
+                                {}, class_ids)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how, names, order", [("names", "abcd", [2, 0, 3, 1]), ("same names", "bdac", [0, 1, 2, 3]),
-                                               ("own", "abcd", [3, 0, 1, 2]), ("count", "abcd", [0, 1, 2, 3])])
+@pytest.mark.parametrize("how, names, order", [
+    ("names", "abcd", [2, 0, 3, 1]), ("same names", "bdac", [0, 1, 2, 3]),
+    ("own", "abcd", [3, 0, 1, 2]), ("count", "abcd", [0, 1, 2, 3])])
 def test_outputs_are_put_into_the_order_of_the_data(tmp_path, kind, how, names, order):
     """The inverse permutation, the (d,K) weight permuted along d, a bias or DIST forgotten,
     numbers used in place of names."""
-    more = {"class_names": list("bdac")} if "names" in how else {"tail_acc_avg": np.float64(1)} if how == "count" else {}
-    path, x = save(tmp_path, {"model": KINDS[kind](), **more}), images(32)
+    state = {"model": KINDS[kind]()}
+    if "names" in how:
+        state["class_names"] = list("bdac")
+    elif how == "count":
+        state["tail_acc_avg"] = np.float64(1)
+    path, x = save(tmp_path, state), images(32)
     before, found = outputs(networks.load_network(path), x), networks.load_network(path)
     assert networks.match_classes(found, long_tail(names, class_ids=[3, 0, 1, 2]), "it") is found
     after = outputs(found, x)
@@ -394,16 +477,100 @@ def test_outputs_are_put_into_the_order_of_the_data(tmp_path, kind, how, names, 
 def test_names_follow_their_outputs(tmp_path):
     """Names left in the old order once the outputs are in the new one: they would mislead, and a
     second call would permute."""
-    found = networks.load_network(save(tmp_path, {"model": resnet32_state(4), "class_names": list("bdac")}))
+    state = {"model": resnet32_state(4), "class_names": list("bdac")}
+    found = networks.load_network(save(tmp_path, state))
     assert networks.match_classes(found, long_tail("abcd"), "it").class_names == list("abcd")
 
 
-@pytest.mark.parametrize("theirs, ours, word", [("", "abc", 3), ("", "abcde", 5), ("abcd", "abc", 4), ("abcd", "abce", "d")])
+@pytest.mark.parametrize("theirs, ours, word", [
+    ("", "abc", 3), ("", "abcde", 5), ("abcd", "abc", 4), ("abcd", "abce", "d")])
 def test_other_classes_are_refused(tmp_path, theirs, ours, word):
     """A teacher of other classes that labels the data all the same."""
-    found = networks.load_network(save(tmp_path, {"model": resnet32_state(4), "class_names": list(theirs) or None}))
-    with pytest.raises(engine.UserError, match=f"(?s)^the teacher X(?!.*\n).*{word}"):
+    state = {"model": resnet32_state(4), "class_names": list(theirs) or None}
+    found = networks.load_network(save(tmp_path, state))
+    with pytest.raises(UserError, match=f"(?s)^the teacher X(?!.*\n).*{word}"):
         networks.match_classes(found, long_tail(ours), "the teacher X")
+
+
+# ---- teachers of a student ----
+
+def teacher_run(folder, seed, data, **settings):
+    """A run folder of a ResNet-32 with random weights, its classes in an order of its own."""
+    torch.manual_seed(seed)
+    config = {"arch": "resnet32", "loss": "ce"} | settings
+    net = networks.build_teacher(config, len(data.class_names)).eval()
+    torch.nn.init.normal_(net.classifier.weight, std=0.5)               # sure of what it says
+    order = torch.randperm(len(data.class_names)).tolist()
+    os.mkdir(folder)
+    save_checkpoint(folder / "last.pt", model=net.state_dict(), config=config,
+                    class_names=[data.class_names[k] for k in order])
+    return net, order
+
+
+def test_several_teachers_predict_the_mean_of_their_probabilities(tmp_path):
+    """A mean of logits, the first teacher alone, classes in another's order; a loop in float64."""
+    data, x = long_tail("abcdefg"), torch.rand(5, 3, 32, 32)
+    files, expected = [tmp_path / f"t{i}" for i in range(3)], torch.zeros(5, 7, dtype=torch.double)
+    for seed, file in enumerate(files):
+        net, order = teacher_run(file, seed, data)
+        expected[:, order] += net(x).double().softmax(dim=1).detach() / 3
+    path, rt = ",".join(map(str, files)), Runtime(torch.device("cpu"))
+    ensemble, text = networks.load_teacher(path, data, rt)
+    torch.testing.assert_close(ensemble(x).double().exp(), expected, rtol=1e-3, atol=1e-4)
+    assert ensemble.img_size == 32 and not any(p.requires_grad for p in ensemble.parameters())
+    assert text.startswith("the mean of 3, ") and text.count("resnet32") == 1
+    alone, text = networks.load_teacher(str(files[0]), data, rt)
+    assert torch.equal(alone(x), ensemble.nets[0](x)) and text.startswith("this project's teacher")
+
+
+def test_teachers_of_two_sizes_need_one_size(tmp_path):
+    """Images of 40 px for a teacher of 32; or --teacher-size and --teacher-norm for one of them."""
+    data, rt = long_tail("abc"), Runtime(torch.device("cpu"))
+    teacher_run(tmp_path / "32", 0, data)
+    teacher_run(tmp_path / "40", 1, data, img_size=40)
+    path = f"{tmp_path}/32, {tmp_path}/40"
+    with pytest.raises(UserError, match="--teacher-size"):
+        networks.load_teacher(path, data, rt)
+    ensemble, _ = networks.load_teacher(path, data, rt, norm="imagenet", size=48)
+    for net in ensemble.nets:
+        assert net.img_size == 48
+        torch.testing.assert_close(net.mean.flatten(), torch.tensor(CONSTANTS["imagenet"][0]))
+
+
+def test_a_student_or_other_classes_are_no_teacher(tmp_path):
+    """A student's tuple taken for logits; a teacher of other classes that labels the data."""
+    data, rt = long_tail("abc"), Runtime(torch.device("cpu"))
+    student = save(tmp_path, {"model": vit_state(K=3)}, "student.pth")
+    with pytest.raises(UserError, match="student.pth is not a teacher: it is ViT 128"):
+        networks.load_teacher(student, data, rt)
+    other = save(tmp_path, {"model": resnet32_state(4)}, "other.pth")
+    with pytest.raises(UserError, match="other.pth knows 4 classes, the data have 3"):
+        networks.load_teacher(other, data, rt)
+
+
+def test_names_of_teachers(tmp_path):
+    """A comma in a folder's own name taken for two files; an empty name for the present folder."""
+    assert networks.teacher_files("runs/a, runs/b") == ["runs/a", "runs/b"]
+    assert networks.short_name("runs/a/,runs/b.pth") == "a+b.pth"
+    comma = tmp_path / "a,b"
+    comma.mkdir()
+    assert networks.teacher_files(str(comma)) == [str(comma)]
+    assert networks.short_name(str(comma)) == "a,b"
+    for path in ("a,,b", "a,", ""):
+        with pytest.raises(UserError, match="a name is empty"):
+            networks.teacher_files(path)
+
+
+@pytest.mark.parametrize("kind", ["linear", "student", "distilled"])
+def test_mirrored_is_the_mean_over_both_sides(tmp_path, kind):
+    """One side alone, or a student without DIST that gets one."""
+    found, x = networks.load_network(save(tmp_path, {"model": KINDS[kind]()})), images(32)
+    expected = [(a + b) / 2 for a, b in zip(outputs(found, x), outputs(found, x.flip(3)))]
+    found.net = networks.Mirrored(found.net)
+    got = outputs(found, x)
+    assert len(got) == len(expected) and (got[0] - expected[0]).abs().max() == 0
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(outputs(found, x.flip(3)), expected)
 
 
 # ---- files that are refused ----
@@ -411,7 +578,7 @@ def test_other_classes_are_refused(tmp_path, theirs, ours, word):
 def refused(path, *words):
     """One line that names the file, has all of `words`, and does not stop where its reason
     should be."""
-    with pytest.raises(engine.UserError) as error:
+    with pytest.raises(UserError) as error:
         networks.load_network(path)
     text = str(error.value)
     assert "\n" not in text and all(word in text for word in (os.path.basename(path), *words)), text
@@ -422,16 +589,23 @@ def paco_state():
     return in_module(Wrapper(Plain32(), Plain32(), 64, 4).state_dict())
 
 
+def torchvision_state(arch):
+    return torchvision.models.get_model(arch, num_classes=4).state_dict()
+
+
 LAYOUTS = {  # weights, a key that is taken out or cut, a key that is added
-    "ldam": (lambda: resnet32_state(4, cosine=True), "layer2.0.bn1.weight", "layer2.0.downsample.weight"),
+    "ldam": (lambda: resnet32_state(4, cosine=True), "layer2.0.bn1.weight",
+             "layer2.0.downsample.weight"),
     "ce": (lambda: resnet32_state(4), "linear.bias", "layer3.5.bn1.running_var"),
-    "paco": (paco_state, "module.encoder_q.bn1.running_mean", "module.encoder_q.layer3.5.bn1.weight"),
+    "paco": (paco_state, "module.encoder_q.bn1.running_mean",
+             "module.encoder_q.layer3.5.bn1.weight"),
     "paco's classifier": (paco_state, "module.linear.weight", "module.encoder_q.linear.scale"),
     "vit": (vit_state, "blocks.1.norm1.weight", "blocks.0.gamma_2"),
     "deit": (lambda: vit_state(distilled=True), "head_dist.weight", "fc_norm.weight"),
     "deit-3": (lambda: vit_state(deit3=True), "pos_embed", "dist_token"),
-    "regnet": (lambda: torchvision.models.regnet_y_400mf(num_classes=4).state_dict(), "stem.1.running_var", "fc2.weight"),
-    "mobilenet": (lambda: torchvision.models.mobilenet_v3_small(num_classes=4).state_dict(), "classifier.3.weight", "x.bias"),
+    "shufflenet": (lambda: torchvision_state("shufflenet_v2_x0_5"), "conv5.1.running_var",
+                   "fc2.weight"),
+    "mobilenet": (lambda: torchvision_state("mobilenet_v3_small"), "classifier.3.weight", "x.bias"),
 }
 
 
@@ -442,7 +616,8 @@ def test_loading_is_strict(tmp_path, layout):
     build, key, more = LAYOUTS[layout]
     state = dict(build())
     networks.load_network(save(tmp_path, {"state_dict": state}))          # as it is, it is fine
-    missing, cut = {k: v for k, v in state.items() if k != key}, state[key][:, :-1] if key == "pos_embed" else state[key][:-1]
+    missing = {k: v for k, v in state.items() if k != key}
+    cut = state[key][:, :-1] if key == "pos_embed" else state[key][:-1]
     for changed in (missing, state | {more: torch.randn(3, 3)}, state | {key: cut}):
         refused(save(tmp_path, {"state_dict": changed}))
 
@@ -454,9 +629,11 @@ def test_what_cannot_be_a_teacher_is_refused(tmp_path, arch):
     a cosine classifier, or for GoogLeNet, which is found by its number of parameters but trains
     with auxiliary classifiers."""
     if arch == "resnet18":
-        state = {k: v for k, v in torchvision.models.resnet18().state_dict().items() if not k.startswith("fc.")}
+        state = torchvision_state("resnet18")
+        del state["fc.weight"], state["fc.bias"]
     else:
-        state = torchvision.models.googlenet(num_classes=4, aux_logits=False, init_weights=False).state_dict()
+        state = torchvision.models.googlenet(num_classes=4, aux_logits=False,
+                                             init_weights=False).state_dict()
     refused(save(tmp_path, state))
 
 
@@ -488,16 +665,21 @@ def test_a_pickled_module_is_refused(tmp_path, build):
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"not a checkpoint", 0.5, 0.99, [torch.ones(2)], 7, {}, {"epoch": 3, "model": {}}, {"model": {"lr": 0.1}},
-    {0: torch.ones(2)}, {"a": torch.ones(2, 2)}, {"a.weight": torch.ones(2, 2)},
+    b"", b"not a checkpoint", 0.5, 0.99, [torch.ones(2)], 7, {}, {"epoch": 3, "model": {}},
+    {"model": {"lr": 0.1}}, {0: torch.ones(2)}, {"a": torch.ones(2, 2)},
+    {"a.weight": torch.ones(2, 2)},
     {"config": {"lr": 0.1}, "class_names": ["a", "b"], "model": {"a.weight": torch.ones(2, 2)}}])
 def test_a_file_without_a_known_network_is_refused(tmp_path, content):
     """A traceback for a download that broke off (0.5: half of the file came) or for what else
     people save with torch.save."""
     path = tmp_path / "published.pth"
-    save(tmp_path, vit_state() if isinstance(content, float) else content)
-    if isinstance(content, (bytes, float)):
-        path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:int(content * path.stat().st_size)])
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, float):
+        save(tmp_path, vit_state())
+        path.write_bytes(path.read_bytes()[:int(content * path.stat().st_size)])
+    else:
+        save(tmp_path, content)
     refused(str(path))
 
 
@@ -505,7 +687,7 @@ def test_missing_files_and_unknown_normalisations_are_refused(tmp_path):
     """A traceback for a mistyped name; a folder without last.pt."""
     refused(str(tmp_path / "nothing.pth"))
     refused(str(tmp_path), "last.pt")
-    with pytest.raises(engine.UserError, match="cifar, imagenet"):
+    with pytest.raises(UserError, match="cifar, imagenet"):
         networks.load_network(save(tmp_path, resnet32_state(3)), norm="caltech")
 
 
@@ -514,16 +696,21 @@ def test_missing_files_and_unknown_normalisations_are_refused(tmp_path):
 def test_what_training_scripts_put_around_weights_is_seen_through(tmp_path, wrapper, prefix):
     """A compiled, parallel or wrapped network; settings and class names of another project's
     kind are not mistaken for ours."""
-    weights = {prefix + k: v for k, v in torchvision.models.get_model("resnet18", num_classes=7).state_dict().items()}
-    state = {wrapper: weights, "config": {"arch": "resnet18"}, "class_names": {0: "a"}} if wrapper else weights
+    weights = in_module(torchvision_state("mnasnet0_5"), prefix)
+    state = weights
+    if wrapper:
+        state = {wrapper: weights, "config": {"arch": "resnet18"}, "class_names": {0: "a"}}
     torch.save(state, tmp_path / "x.pth")
     found = networks.load_network(str(tmp_path / "x.pth"))
-    assert found.what.startswith("torchvision's resnet18, 7 classes") and found.class_names is None
-    assert torch.equal(found.net.classifier.weight, weights[prefix + "fc.weight"])
+    assert found.what.startswith("torchvision's mnasnet0_5, 4 classes")
+    assert found.class_names is None
+    assert torch.equal(found.net.classifier.weight, weights[prefix + "classifier.1.weight"])
 
 
-@pytest.mark.parametrize("size", [-1, 0, 20])
-def test_a_size_that_the_network_cannot_take_is_refused(tmp_path, size):
-    torch.save(torchvision.models.alexnet(num_classes=2).state_dict(), tmp_path / "x.pth")
-    with pytest.raises(engine.UserError, match=f"cannot take {size} px"):
-        networks.load_network(str(tmp_path / "x.pth"), size=size)
+@pytest.mark.parametrize("arch, size", [("shufflenet_v2_x0_5", -1), ("shufflenet_v2_x0_5", 0),
+                                        ("densenet121", 20)])
+def test_a_size_that_the_network_cannot_take_is_refused(tmp_path, arch, size):
+    """A traceback for images of which pooling leaves nothing."""
+    path = save(tmp_path, torchvision_state(arch))
+    with pytest.raises(UserError, match=f"cannot take {size} px"):
+        networks.load_network(path, size=size)

@@ -17,8 +17,10 @@ def randomise_batchnorm(model):
     """A fresh BatchNorm is nearly the identity, which would hide a skipped or swapped one."""
     for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
-            m.weight.data.uniform_(0.5, 1.5), m.bias.data.normal_(std=0.3)
-            m.running_mean.normal_(std=0.3), m.running_var.uniform_(0.5, 1.5)
+            m.weight.data.uniform_(0.5, 1.5)
+            m.bias.data.normal_(std=0.3)
+            m.running_mean.normal_(std=0.3)
+            m.running_var.uniform_(0.5, 1.5)
     return model
 
 
@@ -47,9 +49,12 @@ def ldam_drw_layout(K, cosine):
     for stage, C in ((1, 16), (2, 32), (3, 64)):
         for b in range(5):
             block, C_in = f"layer{stage}.{b}", C // 2 if b == 0 and stage > 1 else C
-            layout |= {f"{block}.conv1.weight": (C, C_in, 3, 3), f"{block}.conv2.weight": (C, C, 3, 3)}
+            layout |= {f"{block}.conv1.weight": (C, C_in, 3, 3),
+                       f"{block}.conv2.weight": (C, C, 3, 3)}
             layout |= batchnorm(f"{block}.bn1", C) | batchnorm(f"{block}.bn2", C)
-    return layout | ({"linear.weight": (64, K)} if cosine else {"linear.weight": (K, 64), "linear.bias": (K,)})
+    if cosine:
+        return layout | {"linear.weight": (64, K)}
+    return layout | {"linear.weight": (K, 64), "linear.bias": (K,)}
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -73,9 +78,10 @@ def test_initialisation_is_kaimings():
     4 standard errors."""
     torch.manual_seed(0)
     small, big = resnet32(100), resnet50(10)
-    for weight, fan in [(small.layer3[0].conv1.weight, 9 * 32), (small.linear.weight, 64),  # fan in
-                        (big.layer1[0].conv3.weight, 256), (big.layer1[0].downsample[0].weight, 256),  # fan out
-                        (big.layer2[0].conv2.weight, 9 * 128)]:
+    fan_in = [(small.layer3[0].conv1.weight, 9 * 32), (small.linear.weight, 64)]
+    fan_out = [(big.layer1[0].conv3.weight, 256), (big.layer1[0].downsample[0].weight, 256),
+               (big.layer2[0].conv2.weight, 9 * 128)]
+    for weight, fan in fan_in + fan_out:
         assert abs(weight.std() / math.sqrt(2 / fan) - 1) < 4 / math.sqrt(2 * weight.numel())
 
 
@@ -89,14 +95,14 @@ def test_resnet50_is_torchvisions(training):
     theirs = randomise_batchnorm(torchvision.models.resnet50(weights=None, num_classes=7))
     ours = resnet50(7)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    theirs.load_state_dict(ours.state_dict(), strict=True)  # strict in both directions: the same keys
+    theirs.load_state_dict(ours.state_dict(), strict=True)              # in both directions
     x = torch.rand(3, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         logits = ours.double().train(training)(x)
         expected = theirs.double().train(training)(normalise(x, IMAGENET_MEAN, IMAGENET_STD))
     assert logits.std() > 0.1
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(dict(ours.named_buffers())["layer4.2.bn3.running_var"], theirs.layer4[2].bn3.running_var)
+    torch.testing.assert_close(ours.layer4[2].bn3.running_var, theirs.layer4[2].bn3.running_var)
 
 
 def resnet32_written_out(state, x, training):
@@ -107,8 +113,9 @@ def resnet32_written_out(state, x, training):
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
         else:
             mean, var = state[name + ".running_mean"], state[name + ".running_var"]
-        mean, var, weight, bias = (t[:, None, None] for t in (mean, var, state[name + ".weight"], state[name + ".bias"]))
-        return (x - mean) / torch.sqrt(var + 1e-5) * weight + bias
+        scale = state[name + ".weight"] / torch.sqrt(var + 1e-5)
+        shift = state[name + ".bias"] - mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
 
     def conv(name, x, stride):
         return F.conv2d(x, state[name + ".weight"], stride=stride, padding=1)
@@ -150,7 +157,8 @@ def test_features_on_request_are_the_pooled_ones(build, stage, size):
     features are asked for."""
     torch.manual_seed(0)
     model, maps = build(10).eval(), []
-    model.get_submodule(stage).register_forward_hook(lambda module, inputs, output: maps.append(output))
+    model.get_submodule(stage).register_forward_hook(
+        lambda module, inputs, output: maps.append(output))
     x = torch.rand(2, 3, size, size)
     with torch.no_grad():
         logits, features = model(x, return_features=True)
@@ -178,7 +186,8 @@ def test_cosine_logits_span_minus_scale_to_scale_whatever_the_lengths():
     """A class that wins by a long class vector; a published scale other than 30."""
     model = CosineClassifier(3, 2)
     with torch.no_grad():
-        model.weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 0.0], [2.0, 1e3]]))  # class vectors (1,2,2), (0,0,1000)
+        # class vectors (1,2,2), (0,0,1000)
+        model.weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 0.0], [2.0, 1e3]]))
     x = torch.tensor([[1.0, 2, 2], [-5, -10, -10], [0, 0, 9]])
     # cos between (1,2,2)/3 and (0,0,1) is 2/3
     torch.testing.assert_close(model(x), torch.tensor([[30.0, 20], [-30, -20], [20, 30]]))
@@ -205,14 +214,20 @@ def test_logits_are_not_rounded_to_bfloat16(cosine):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits, features = net(torch.rand(3, 3, 32, 32), return_features=True)
     with torch.no_grad():
-        assert features.dtype == torch.bfloat16 and torch.equal(logits, net.classifier(features.float()))
+        assert features.dtype == torch.bfloat16
+        assert torch.equal(logits, net.classifier(features.float()))
 
 
 def test_cosine_classifier_gradient():
     """A detached length: finite differences see that lengthening a feature changes nothing, so
     must the gradient."""
     torch.manual_seed(0)
-    model, x = CosineClassifier(4, 3).double(), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, w: torch.func.functional_call(model, {"weight": w}, x), (x, model.weight))
+    model = CosineClassifier(4, 3).double()
+    x = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+
+    def logits(x, weight):
+        return torch.func.functional_call(model, {"weight": weight}, x)
+    assert torch.autograd.gradcheck(logits, (x, model.weight))
     model(x)[:, 0].sum().backward()
-    torch.testing.assert_close((x.grad * x).sum(1), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    zeros = torch.zeros(2, dtype=torch.float64)
+    torch.testing.assert_close((x.grad * x).sum(1), zeros, rtol=0, atol=1e-12)

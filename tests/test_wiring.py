@@ -789,13 +789,17 @@ def test_ldams_margin_is_the_settings():
 
 def test_the_cosine_classifier_starts_with_unit_columns():
     """Longer class vectors turn more slowly: another training with the same rate."""
-    for arch, size in (("resnet32", 32), ("resnet50", 64)):
-        net = build_teacher(dict(arch=arch, loss="ldam", img_size=size, norm="cifar"), 10)
-        norms = net.classifier.weight.norm(dim=0)
-        torch.testing.assert_close(norms, torch.ones(10))
-        assert net.classifier.scale == 30 and net.img_size == size
-        plain = build_teacher(dict(arch=arch, loss="ce", img_size=size, norm="cifar"), 10)
-        assert isinstance(plain.classifier, nn.Linear)
+    net = build_teacher(dict(arch="resnet32", loss="ldam", img_size=32, norm="cifar"), 10)
+    torch.testing.assert_close(net.classifier.weight.norm(dim=0), torch.ones(10))
+    with torch.device("meta"):
+        for arch in ("resnet32", "resnet50"):
+            config = dict(arch=arch, img_size=64, norm="cifar")
+            cosine = build_teacher(config | dict(loss="ldam"), 10)
+            assert type(cosine.classifier) is type(net.classifier)
+            assert cosine.classifier.scale == 30 and cosine.img_size == 64
+            for loss in ("ce", "paco", "la"):
+                plain = build_teacher(config | dict(loss=loss), 10)
+                assert isinstance(plain.classifier, nn.Linear)
 
 
 def test_sgd_has_momentum_and_the_runs_weight_decay(steps_of):

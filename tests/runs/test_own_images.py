@@ -1,0 +1,119 @@
+"""Whole runs on a folder of one's own and on list files: from pictures to predictions."""
+import json
+
+import pytest
+import torch
+
+import analyze
+import data_lt
+import train_student
+import train_teacher
+from conftest import script
+from engine import runtime
+from engine.checkpoints import load_checkpoint
+from image_folders import damage, make_folder, picture
+
+SHORT = "--recipe cpu --model micro --epochs 2 --drw-epoch 1 --eval-every 2 --batch 8".split()
+
+
+def without_picture(monkeypatch):
+    """A run's picture takes longer to draw than these networks to train."""
+    monkeypatch.setattr(train_student, "draw_summary", lambda folder: None)
+
+
+def test_training_on_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
+    """From a folder to a result: the paragraph, the choice of sizes, class names in the
+    checkpoint."""
+    without_picture(monkeypatch)
+    root, run = make_folder(tmp_path / "my pictures", n=12, size=(90, 70)), tmp_path / "run"
+    script(train_student, monkeypatch, "--dataset", "folder", "--data-dir", root, "--method", "vit",
+           "--out", run, *SHORT)
+    out = capsys.readouterr().out
+    assert "my pictures (imb 1.2, 33 images, 3 classes of 12 to 10)" in out
+    assert "64 px" in out and "'apple pie'" in out
+    state = load_checkpoint(str(run))
+    assert state["class_names"] == ["apple pie", "Bär", "c,3"] and state["config"]["img_size"] == 64
+    assert json.loads((run / "result.json").read_text())["imb"] == 1.2
+
+
+def test_from_a_folder_to_predictions_and_on(tmp_path, monkeypatch, capsys):
+    """A newcomer's way, every command of it, with what is awkward: a class of one image that is not
+    tested; --holdout; data that change under a run."""
+    root = make_folder(tmp_path / "in", n=12, size=(40, 44)) / "train"
+    (root / "only one").mkdir()
+    picture(40, 44).save(root / "only one" / "x.png")
+    monkeypatch.chdir(tmp_path)
+    row = train_teacher.RECIPES["cpu"]["folder"] | dict(epochs=1, drw_epoch=1)
+    monkeypatch.setitem(train_teacher.RECIPES["cpu"], "folder", row)
+    data = ["--dataset", "folder", "--data-dir", root, "--holdout", "0.2"]
+    script(train_student, monkeypatch, *data, "--out", "run", *SHORT)
+    out = capsys.readouterr().out
+    assert "Without a test image, so without an accuracy: only one" in out
+    assert "Picture: run/summary.png" in out
+    teacher, = (tmp_path / "runs").iterdir()
+    state = load_checkpoint(str(teacher))
+    assert state["config"]["img_size"] == 32 and state["class_names"][-1] == "only one"
+    for file in ("result.json", "log.jsonl"):
+        assert "NaN" not in (tmp_path / "run" / file).read_text()
+    for command in ("eval", "report", "export"):
+        script(analyze, monkeypatch, command, "run")
+    script(analyze, monkeypatch, "predict", "--checkpoint", "run", root / "Bär", "--csv", "p.csv")
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 12
+
+    picture(40, 44, seed=99).save(root / "Bär" / "new.png")
+    # The student, and the teacher that another student would ask.
+    for out_folder in (["run", "--resume"], ["another"]):
+        with pytest.raises(SystemExit):
+            script(train_student, monkeypatch, *data, "--out", *out_folder, *SHORT, "--epochs", "3",
+                   "--force")
+        assert "was trained on other images" in capsys.readouterr().err
+    script(analyze, monkeypatch, "eval", "run")
+    assert "have changed" in capsys.readouterr().err
+
+
+def test_a_bad_folder_ends_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    damage(make_folder(tmp_path / "in"))
+    with pytest.raises(SystemExit) as stopped:
+        script(train_student, monkeypatch, "--dataset", "folder", "--data-dir", tmp_path / "in",
+               "--out", tmp_path / "run", *SHORT)
+    assert stopped.value.code == 2 and "9 problems" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_from_list_files(tmp_path, monkeypatch, capsys):
+    """Teacher and student of the large sets, made small; a run that dies in an epoch continues
+    with the same crops."""
+    without_picture(monkeypatch)
+    monkeypatch.setitem(data_lt.LISTS, "imagenet_lt", ("ImageNet-LT", 5))
+    for split, counts in (("train", (4, 9, 0, 9, 1)), ("test", (2, 2, 0, 2, 2))):
+        lines = []
+        for k, n in enumerate(counts):
+            for i in range(n):
+                name = f"{split}_{k}_{i}.jpg"
+                picture(80, 60, seed=100 * k + i).save(tmp_path / name, quality=95)
+                lines.append(f"{name} {k}")
+        (tmp_path / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines) + "\n")
+    data = ["--dataset", "imagenet_lt", "--data-dir", tmp_path, "--skip-bad", "--recipe", "paper",
+            *"--epochs 2 --drw-epoch 1 --batch 8 --amp none".split()]
+    script(train_teacher, monkeypatch, *data, "--arch", "resnet32", "--img-size", "16", "--out",
+           tmp_path / "teacher")
+    student = [*data, "--teacher", tmp_path / "teacher",
+               *"--img-size 32 --model micro --patch-size 8 --micro-batch 4 --eval-every 2".split(),
+               *"--repeats 1 --save-every 1".split()]
+    script(train_student, monkeypatch, *student, "--out", tmp_path / "whole")
+    assert "by training images" in capsys.readouterr().out
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert set(result["by_count"]["avg"]) >= {"head", "mid", "tail"}
+    assert result["dataset"] == "ImageNet-LT"
+
+    def die_in_epoch_1(seed, epoch, step, rank, seed_step=runtime.seed_step):
+        if (epoch, step) == (1, 1):
+            raise ZeroDivisionError
+        seed_step(seed, epoch, step, rank)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "seed_step", die_in_epoch_1)
+        with pytest.raises(ZeroDivisionError):
+            script(train_student, patch, *student, "--out", tmp_path / "run")
+    script(train_student, monkeypatch, *student, "--out", tmp_path / "run", "--resume")
+    whole, run = (load_checkpoint(str(tmp_path / name)) for name in ("whole", "run"))
+    torch.testing.assert_close(whole["model"], run["model"], rtol=0, atol=0)

@@ -1,0 +1,281 @@
+"""engine/checkpoints.py: files that are damaged, half written or foreign; older settings."""
+import io
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+from engine import checkpoints
+from engine.checkpoints import load_checkpoint, save_checkpoint, upgrade_config, write_atomically
+from engine.runtime import UserError
+
+
+def one_line(error):
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# ---- writing ----
+
+def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path):
+    """Without the temporary file, a crash in the middle would destroy the only checkpoint."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, model={}, config={}, epoch=1)
+
+    def half(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, half)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_the_checkpoint_before_is_kept(tmp_path):
+    """The previous file lost, or the new one under its name."""
+    path, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for epoch in (1, 2, 3):
+        save_checkpoint(path, previous, model={}, config={}, epoch=epoch)
+    assert load_checkpoint(path)["epoch"] == 3 and load_checkpoint(previous)["epoch"] == 2
+
+
+def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_intact(tmp_path):
+    """torch.save turns a full disk into a RuntimeError of many lines; half a file must not
+    replace a whole one."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, model={"w": torch.zeros(1000)}, config={})
+    before = path.read_bytes()
+    code = f"""
+import resource, torch
+from engine import checkpoints, runtime
+for limit in (1_000, 100_000, 1_000_000):           # bytes of a file at which the disk is full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, 1_000_000))
+    state = dict(model=dict(w=torch.zeros(10 ** 6)))
+    try:
+        runtime.run_main(lambda: checkpoints.save_checkpoint({str(path)!r}, "old", **state))
+    except SystemExit as stopped:
+        print(stopped.code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    lines = done.stderr.splitlines()
+    assert done.stdout.split() == ["2"] * 3 and len(lines) == 3, done.stderr
+    for line in lines:
+        assert line.startswith(f"error: cannot write {path}") and "intact" in line
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
+
+
+# ---- JSON ----
+
+def test_accuracies_that_nothing_was_measured_for_are_null_in_files(tmp_path):
+    """NaN, which no other JSON reader understands; None for an accuracy, NaN for a setting."""
+    result = {"teacher": None, "seed": 0, "avg": {"overall": 50.0, "tail": math.nan},
+              "per_class": {"avg": [1.0, math.nan]}}
+    checkpoints.save_json(tmp_path / "result.json", result)
+    assert "NaN" not in (tmp_path / "result.json").read_text()
+    read = checkpoints.read_json(tmp_path, "result.json")
+    assert read["teacher"] is None and read["avg"]["overall"] == 50
+    assert math.isnan(read["avg"]["tail"]) and math.isnan(read["per_class"]["avg"][1])
+
+
+def test_a_log_is_a_list_of_epochs(tmp_path):
+    """One line read as a whole file, or accuracies of a class without test images as None."""
+    (tmp_path / "log.jsonl").write_text('{"epoch": 0}\n{"avg": {"overall": 1, "tail": null}}\n')
+    first, second = checkpoints.read_log(tmp_path)
+    assert first == {"epoch": 0} and math.isnan(second["avg"]["tail"])
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "a file", "empty"])
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, folder):
+    """A traceback for a mistyped folder, or an empty log that a picture is drawn of."""
+    (tmp_path / "a file").write_text("text")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "log.jsonl").write_text("")
+    for read in (lambda path: checkpoints.read_json(path, "result.json"), checkpoints.read_log):
+        with pytest.raises(UserError) as error:
+            read(tmp_path / folder)
+        assert str(tmp_path / folder) in one_line(error)
+
+
+# ---- reading ----
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hostile_code_ran",)
+
+
+@pytest.mark.parametrize("make", [
+    lambda p: p.write_bytes(b""),
+    lambda p: p.write_bytes(b"not a checkpoint at all"),
+    lambda p: p.write_text("<html>404</html>"),
+    lambda p: torch.save(torch.zeros(3), p),
+    lambda p: torch.save({"weights": 1}, p),
+    lambda p: torch.save({"model": Hostile(), "config": {}}, p),
+    lambda p: None,
+], ids=["empty", "text", "html", "tensor", "other keys", "pickled code", "missing"])
+def test_what_is_no_checkpoint_is_refused_in_one_line(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "x.pt")
+    with pytest.raises(UserError) as error:
+        load_checkpoint(str(tmp_path / "x.pt"))
+    assert "x.pt" in one_line(error) and not (tmp_path / "hostile_code_ran").exists()
+
+
+@pytest.fixture(scope="module")
+def two_files():
+    """The bytes of two checkpoints of the same shapes and other numbers."""
+    files = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        file = io.BytesIO()
+        torch.save({"model": {"w": torch.randn(3000), "b": torch.randn(7)}, "config": {}}, file)
+        files.append(file.getvalue())
+    return files
+
+
+def damaged(data, how):
+    half = len(data) // 2
+    return {"truncated": data[:half], "end missing": data[:-700], "empty": b"",
+            "one bit": data[:half] + bytes([data[half] ^ 1]) + data[half + 1:]}[how]
+
+
+@pytest.mark.parametrize("how", ["truncated", "end missing", "empty", "one bit", "missing"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, two_files, tmp_path, capsys):
+    """A run lost although an older checkpoint is there; a flipped bit taken for a weight."""
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    previous.write_bytes(two_files[1])
+    if how != "missing":
+        last.write_bytes(damaged(two_files[0], how))
+        with pytest.raises(UserError, match="not a readable checkpoint"):
+            load_checkpoint(str(last))
+    state = load_checkpoint(str(tmp_path))
+    assert state["fallback"] is True and f"taking {previous}" in capsys.readouterr().err
+    expected = torch.load(previous, weights_only=True)["model"]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state["model"].items())
+    last.write_bytes(two_files[0])
+    assert "fallback" not in load_checkpoint(str(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+def test_two_damaged_checkpoints_are_refused_with_the_last_ones_name(two_files, tmp_path):
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(two_files[0][:100])
+    with pytest.raises(UserError, match="last.pt is not a readable checkpoint") as error:
+        load_checkpoint(str(tmp_path))
+    one_line(error)
+
+
+def test_300_torn_checkpoints_are_refused_or_whole(two_files, tmp_path):
+    """Cut, changed in a bit, a block of zeros, two halves of different files: never other weights,
+    never another error."""
+    draw, path, refused = random.Random(0), tmp_path / "last.pt", 0
+    data, other = two_files
+    whole = torch.load(io.BytesIO(data), weights_only=True)["model"]
+    for i in range(300):
+        torn, at = bytearray(data), draw.randrange(len(data))
+        if i % 4 == 0:
+            torn = torn[:at]
+        elif i % 4 == 1:
+            torn[at] ^= 1 << draw.randrange(8)
+        elif i % 4 == 2:
+            torn[at:at + 4096] = bytes(len(torn[at:at + 4096]))
+        else:
+            torn = torn[:at] + other[at:]
+            if torn == other:           # cut where both are still the same
+                continue
+        path.write_bytes(torn)
+        try:
+            state = load_checkpoint(str(path))
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            continue
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in state["model"].items())
+    assert refused > 250
+
+
+def test_weights_that_do_not_fit_are_refused_in_one_line():
+    """strict=False, or a traceback of many lines for another architecture."""
+    net = torch.nn.Linear(2, 3)
+    for weights in ({}, {"weight": torch.zeros(3, 2)}, net.state_dict() | {"x": torch.zeros(1)},
+                    {"weight": torch.zeros(2, 3), "bias": torch.zeros(3)}, None):
+        with pytest.raises(UserError, match="^run.pt does not fit the network: ") as error:
+            checkpoints.load_weights(net, weights, "run.pt")
+        one_line(error)
+
+
+# ---- settings of older runs ----
+
+STUDENT = {"method": "deit-lt", "model": "micro", "img_size": 32, "patch_size": 8, "drop_path": 0.1}
+
+
+@pytest.mark.parametrize("old, new", [
+    (dict(stem="conv2", recipe="best"), dict(stem="conv", recipe="ours")),
+    (dict(adjust="none"), dict(logit_adjustment=False)),
+    (dict(adjust="cls"), dict(logit_adjustment=True)),
+    (dict(adjust="both"), dict(logit_adjustment=True)),
+    (dict(policy="rand"), dict(rand_ops=2)),
+    (dict(policy="three"), dict(rand_ops=0)),
+    (dict(policy="none"), dict(rand_ops=0)),
+    (dict(teacher_sees="weak"), dict(teacher_view="weak")),
+    (dict(teacher_sees="mirrored"), dict(teacher_view="same")),
+    (dict(tokens=1, distill="soft", tau=3.0), dict(tokens=1, distill="soft", tau=3.0)),
+    ({}, dict(stem="patch", layer_scale=0.0, tokens=2, distill="hard", rand_ops=2,
+              logit_adjustment=False, teacher_view="same", tau=1.0, mix_drw=False)),
+    (dict(method="vit"), dict(tokens=1, distill="none")),
+])
+def test_settings_of_an_older_student_get_todays_names(old, new):
+    """A run that is evaluated with another network or a comparison of runs by a wrong setting."""
+    config = STUDENT | old
+    upgraded = upgrade_config(config)
+    assert {name: upgraded[name] for name in new} == new
+    assert not {"adjust", "policy", "teacher_sees"} & upgraded.keys()
+    assert config == STUDENT | old                                      # left as it was
+    assert upgrade_config(upgraded) == upgraded and upgraded["format"] == 1
+
+
+def test_settings_without_a_counterpart_are_dropped_and_others_kept():
+    """A list in a config.json that no table of values can be asked for; a setting that is lost."""
+    gone = dict(trained="all", sampling="shuffled", cls_loss="ce", wandb=False, tensorboard=False)
+    upgraded = upgrade_config(STUDENT | gone | {"classes": ["a", "b"], "epochs": 7})
+    assert not gone.keys() & upgraded.keys()
+    assert upgraded["classes"] == ["a", "b"] and upgraded["epochs"] == 7
+
+
+def test_settings_of_a_new_run_are_left_alone():
+    """conv, which is now the stem of two convolutions per size, taken for the retired one."""
+    config = STUDENT | {"stem": "conv", "recipe": "ours", "format": 2}
+    assert upgrade_config(config) == config
+
+
+def test_settings_of_an_older_teacher():
+    """A student's defaults in a teacher's settings, or another image size than it had."""
+    upgraded = upgrade_config({"arch": "resnet32", "loss": "ldam", "recipe": "best"})
+    assert upgraded["recipe"] == "ours" and "stem" not in upgraded
+    assert (upgraded["img_size"], upgraded["norm"], upgraded["augment"]) == (32, "cifar", "weak")
+
+
+def test_the_retired_stem_is_refused_in_one_line(tmp_path):
+    """Weights of one convolution per size in a network of two, by a message about tensors."""
+    run = dict(model={}, config=STUDENT | {"stem": "conv"}, class_names=["a"])
+    save_checkpoint(tmp_path / "last.pt", **run)
+    reason = "last.pt: .*one convolution per size.*--stem conv"
+    with pytest.raises(UserError, match=reason) as error:
+        load_checkpoint(str(tmp_path))
+    one_line(error)
+
+
+def test_a_loaded_run_has_todays_settings_and_other_files_keep_theirs(tmp_path):
+    """Old names where the program asks for new ones; another project's settings renamed."""
+    run = dict(model={}, config=STUDENT | {"adjust": "both"}, class_names=["a"])
+    save_checkpoint(tmp_path / "run.pt", **run)
+    assert load_checkpoint(tmp_path / "run.pt")["config"]["logit_adjustment"] is True
+    foreign = dict(model={}, config={"arch": "resnet32", "adjust": "both"}, class_names=["a"])
+    save_checkpoint(tmp_path / "foreign.pt", **foreign)
+    assert load_checkpoint(tmp_path / "foreign.pt")["config"] == foreign["config"]

@@ -1,0 +1,125 @@
+"""The HTML page: whole by itself, with every figure that applies, and text taken as text."""
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+import analyze
+from analysis import drawing, figures, report
+from conftest import script
+from finished_runs import read_result, runs  # noqa: F401: a fixture
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Page(HTMLParser):
+    """What a browser would fetch for a page, its texts, and its tables: {title: [[cell]]}."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.fetched, self.texts, self.tables, self.title, self.tag = [], [], {}, "", ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tag = tag
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "data", "action"):
+                self.fetched += [] if value.startswith(("data:", "#")) else [value]
+        if tag == "tr":
+            self.tables.setdefault(self.title, []).append([])
+        if tag in ("td", "th"):
+            self.tables[self.title][-1].append("")
+
+    def handle_data(self, text):
+        self.texts.append(text)
+        if self.tag == "h2":
+            self.title = text
+        elif self.tag in ("td", "th"):
+            self.tables[self.title][-1][-1] += text
+
+    def handle_endtag(self, tag):
+        self.tag = ""
+
+
+def test_a_page_is_whole_and_holds_what_it_was_given():
+    """A picture, style or font from outside; text taken for HTML; a column lost."""
+    rows = [{"class": "<b>cat</b> & dog", "right %": 12.5, "n": 3}]
+    html = report.page("run <1>", "lead & more", [
+        report.Section("A section", "text", rows, PNG), report.Section("Other", table=rows),
+        report.Section("Folded", table=rows, folded=True)])
+    page = Page(html)
+    assert page.fetched == [] and not re.search(r"url\(|@import|<script", html)
+    table = [["class", "right %", "n"], ["<b>cat</b> & dog", "12.5", "3"]]
+    assert page.tables == {"A section": table, "Other": table, "Folded": table}
+    assert "<b>cat" not in html and {"run <1>", "lead & more", "text"} <= set(page.texts)
+    assert html.count("data:image/png;base64,iVBORw0KGgo=") == 1
+    assert 'href="#a-section"' in html and 'id="a-section"' in html
+    assert html.count("<details>") == 1 < html.index("<details>") > html.index("Folded</h2>")
+
+
+@pytest.fixture
+def quick_figures(monkeypatch):
+    """Figures without drawing: only who was asked for which, [(command, labels, flags)]."""
+    asked = []
+
+    def draw(command, paths, rt, labels, flags, load_flags):
+        kind = figures.FIGURES[command][1]
+        asked.append((command, kind, paths))
+        if kind == "log" and paths[0].endswith(".pth"):
+            raise report.UserError("has no log.jsonl")
+        figure = drawing.plt.figure(figsize=(1, 1))
+        return drawing.Figure(figure, [{"figure": command}], [], f"how to read {command}")
+    monkeypatch.setattr(figures, "draw", draw)
+    return asked
+
+
+@pytest.mark.parametrize("name, sections", [
+    ("deit-lt", ["Result", "Accuracy per class", "The course of the training",
+                 "How CLS and DIST diverge", "Where the tokens look", "How far the heads look",
+                 "Rank of the features", "What the student trains on", "Settings"]),
+    ("teacher", ["Result", "Accuracy per class", "The course of the training",
+                 "How sure the teacher is", "Flatness of the minimum", "Settings"]),
+    ("file.pth", ["Result", "Accuracy per class", "Where the tokens look",
+                  "How far the heads look", "Rank of the features", "What the student trains on",
+                  "Left out"])])
+def test_a_report_holds_what_applies(name, sections, runs, tiny_cifar, quick_figures, tmp_path,
+                                     monkeypatch):
+    """A figure lost, or one that does not apply and ends the report; another result or setting."""
+    script(analyze, monkeypatch, "report", runs[name], "--out", tmp_path / "report.html",
+           "--data-dir", tiny_cifar, "--imb", 4)
+    html = (tmp_path / "report.html").read_text()
+    page = Page(html)
+    assert re.findall(r"<h2>(.*?)</h2>", html) == sections and page.fetched == []
+    without_picture = {"Result", "Settings", "Left out"}
+    assert html.count("data:image/png;base64,iVBOR") == len(set(sections) - without_picture)
+    assert [command for command, _, _ in quick_figures] == list(
+        report.HEADINGS["teacher" if name == "teacher" else "student"])
+    if name == "file.pth":
+        assert [row[0] for row in page.tables["Left out"][1:]] == ["curves", "diversity"]
+        return
+    result = read_result(runs[name])
+    rows = {row[0]: [float(cell) for cell in row[1:]] for row in page.tables["Result"][1:]}
+    names = {"cls": "CLS", "dist": "DIST", "avg": "average"}
+    if name == "teacher":
+        names = {"avg": "the network"}
+    assert set(rows) == set(names.values())
+    for head, shown in names.items():
+        columns = [result[head][column] for column in ("overall", "head", "mid", "tail")]
+        assert rows[shown] == pytest.approx(columns, abs=0.051)
+    per_class = page.tables["Accuracy per class"]
+    for k, row in enumerate(per_class[1:]):
+        assert row[0] == f"class{k}"
+        assert [float(cell) for cell in row[2:]] == [result["per_class"][head][k]
+                                                     for head in per_class[0][2:]]
+    assert ["seed", "0"] in page.tables["Settings"]
+
+
+def test_a_report_draws_its_figures_of_the_run(runs, tmp_path, monkeypatch):
+    """A real figure with its words left in the picture, or a refusal that ends the report."""
+    monkeypatch.setattr(report, "HEADINGS", {"student": {"diversity": "D", "distance": "Far"}})
+    script(analyze, monkeypatch, "report", runs["vit"], "--out", tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text())
+    assert len(page.tables["Far"]) == 1 + 6                     # six blocks
+    assert any(text.startswith("A dot per head") for text in page.texts)
+    assert page.tables["Left out"][1][0] == "diversity"
+    assert "no distances of CLS and DIST" in page.tables["Left out"][1][1]
