@@ -147,9 +147,10 @@ def command_summary(options, rt):
 def summary(folder, out=None):
     """One picture of a student's finished run; returns its path."""
     from analysis import drawing, run_figures
+    result, log = read_json(folder, "result.json"), read_log(folder)
     rt = Runtime(torch.device("cpu"))       # alone, also when one of several processes calls it
     subject = loading.Subject("", folder, *loading.load_student(folder, rt))
-    figure = run_figures.summary(subject, read_json(folder, "result.json"), read_log(folder))
+    figure = run_figures.summary(subject, result, log)
     return tables.write(out or os.path.join(folder, "summary.png"), drawing.as_png(figure))
 
 
@@ -216,7 +217,7 @@ def parse():
         parser.error(f"--mirror is for {', '.join(MIRRORED)}, not for {options.command}")
     if options.labels and len(options.labels) != len(options.runs):
         parser.error(f"--labels needs one name for each of the {len(options.runs)} runs")
-    check_ranges(options, columns=(1, 100), topk=(1, inf), seed=(0, 2 ** 32 - 1))
+    check_ranges(options, columns=(1, 100), topk=(1, inf), seed=(0, 10 ** 9))
     if options.images is not None:
         check_ranges(options, images=(1, inf))
     return options

@@ -30,8 +30,7 @@ LDAM-DRW's code; with the weights (2) from the first epoch on it is "CB-Focal".
 PaCo (Cui et al., ICCV 2021, arXiv 2107.12028): of two views of image i, one gives logits z_ic and a
 unit vector v_i, the anchor; the other, through a slowly following copy of the network, a unit key
 k_i. An anchor is contrasted with the bank = [v_1..v_B; k_1..k_B; a queue of earlier keys] (P_i: its
-other rows with image i's label) and with the classes, whose logits stand for class centres; the log
-prior makes rare classes win by more:
+other rows with image i's label) and with the classes; the log prior makes rare ones win by more:
 
     s_ic = z_ic + ln pi_c,    t_ia = v_i . bank_a / T                                       (6)
     D_i  = sum_c e^s_ic + gamma sum_{a != i} e^t_ia                                         (7)
@@ -54,8 +53,7 @@ def class_balanced_weights(counts, beta=0.9999):
     counts = torch.as_tensor(counts).double()
     if counts.min() < 1:
         raise ValueError("every class needs at least one training image")
-    effective = (1 - beta ** counts) / (1 - beta)                       # E_k
-    weights = 1 / effective
+    weights = (1 - beta) / (1 - beta ** counts)                         # 1 / E_k
     return (len(counts) * weights / weights.sum()).float()              # (2)
 
 
@@ -80,8 +78,8 @@ def soft_distillation(dist_logits, teacher_logits, tau=1.0, weight=None):
     DeiT's code divides by K as well. weight (K,): each image weighs as its teacher label.
     (The published code re-normalises weighted log-probabilities, which gives no distribution.)
     """
-    p = F.log_softmax(full_precision(teacher_logits) / tau, dim=1)
-    q = F.log_softmax(full_precision(dist_logits) / tau, dim=1)
+    p = (full_precision(teacher_logits) / tau).log_softmax(dim=1)
+    q = (full_precision(dist_logits) / tau).log_softmax(dim=1)
     kl = (p.exp() * (p - q)).sum(dim=1)                                 # (B,)
     w = torch.ones_like(kl) if weight is None else weight[teacher_logits.argmax(dim=1)]
     return tau ** 2 * (w * kl).sum() / w.sum()
@@ -126,7 +124,7 @@ class LDAMLoss(nn.Module):
 
     def forward(self, logits, target, weight=None):
         """logits s*cos (B,K), target (B,), class weights (K,) or None -> scalar."""
-        margins = self.margins[target][:, None] * F.one_hot(target, logits.shape[1])        # (B,K)
+        margins = self.margins[target, None] * F.one_hot(target, logits.shape[1])        # (B,K)
         return F.cross_entropy(full_precision(logits) - self.scale * margins, target, weight)  # (3)
 
 
@@ -189,20 +187,19 @@ class PaCo(nn.Module):
     def __init__(self, net, num_features, dim=32, queue=1024, momentum=0.999):
         super().__init__()
         self.net, self.momentum = net, momentum
-        self.projection = nn.Sequential(
-            nn.Linear(num_features, num_features), nn.BatchNorm1d(num_features), nn.ReLU(),
-            nn.Linear(num_features, dim))
-        for layer in (self.projection[0], self.projection[3]):          # as published
-            nn.init.kaiming_normal_(layer.weight)
-        self.key_net = deepcopy(self.net).requires_grad_(False)
+        hidden, last = nn.Linear(num_features, num_features), nn.Linear(num_features, dim)
+        for layer in (hidden, last):
+            nn.init.kaiming_normal_(layer.weight)                       # as published
+        self.projection = nn.Sequential(hidden, nn.BatchNorm1d(num_features), nn.ReLU(), last)
+        self.key_net = deepcopy(net).requires_grad_(False)
         self.key_projection = deepcopy(self.projection).requires_grad_(False)
         self.register_buffer("queue", torch.zeros(queue, dim))          # newest first
-        self.register_buffer("queue_labels", torch.full((queue,), -1))
+        self.register_buffer("queue_labels", torch.full([queue], -1))
 
     @staticmethod
     def unit(projection, features):
         with torch.autocast(features.device.type, enabled=False):       # (6) divides it by T
-            return F.normalize(projection(full_precision(features)), dim=1)
+            return F.normalize(projection(full_precision(features)))
 
     def forward(self, images):
         """Query view (B,3,S,S) in [0,1] -> logits (B,K), anchors v (B,dim) of length 1."""

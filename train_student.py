@@ -77,7 +77,8 @@ SETTINGS = [
 CPU = dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4,
            drop_path=0.0, drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0,
            eval_every=5)
-SHAPES = dict(model="micro", epochs=100, lr=1e-3, eval_every=10)
+SHAPES = dict(model="micro", stem="conv", epochs=30, lr=2e-3, warmup_epochs=2, drw_epoch=15,
+              eval_every=10)
 LARGE = dict(epochs=1400, batch=2048, lr=5e-4, drw_epoch=1200, mix_drw=True, crop="loader")
 OURS = CPU | dict(stem="conv", lr=1e-3, distill="soft", logit_adjustment=True, beta=0.0)
 RECIPES = {
@@ -345,23 +346,20 @@ def check(args, changed, rt):
 def new_network(args, data, rt, resumed=False):
     """An untrained student on the device, or, with --finetune, one with that run's weights.
 
-    The patches' positions are resized to this run's grid. resumed: the weights come later, from the
-    checkpoint. UserError for what does not fit.
+    The patches' positions are resized to this run's grid. resumed: the checkpoint has the weights.
     """
     torch.manual_seed(args.seed)
     try:
         net = build_student(vars(args), data.num_classes, args.tokens == 2).to(rt.device)
-    except ValueError as error:
-        raise UserError(f"{error}") from None
-    if args.finetune and not resumed:
-        state = load_checkpoint(args.finetune, ("model", "config", "class_names"))
-        if state["class_names"] != data.class_names:
-            raise UserError(f"--finetune {args.finetune}: that run has other classes")
-        weights = dict(state["model"])
-        if "pos_embed" in weights:
-            grid = args.img_size // args.patch_size
+        if args.finetune and not resumed:
+            state = load_checkpoint(args.finetune, ("model", "config", "class_names"))
+            if state["class_names"] != data.class_names:
+                raise UserError(f"--finetune {args.finetune}: that run has other classes")
+            weights, grid = dict(state["model"]), args.img_size // args.patch_size
             weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], args.tokens, grid)
-        load_weights(net, weights, f"--finetune {args.finetune}")
+            load_weights(net, weights, f"--finetune {args.finetune}")
+    except (ValueError, KeyError) as error:             # sizes that do not fit, not a student's run
+        raise UserError(f"the student cannot be made: {error}") from None
     return net
 
 

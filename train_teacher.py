@@ -68,8 +68,8 @@ PACO_ONLY = ("alpha", "temperature", "queue", "projection", "key_momentum")
 # of re-weighting.
 CPU = dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw_epoch=16,
            eval_every=4)
-SHAPES = CPU | dict(epochs=12, batch=32, lr=0.03, rho=0.05, drw_epoch=7, warmup_epochs=1,
-                    eval_every=2)
+SHAPES = CPU | dict(img_size=16, epochs=8, batch=32, lr=0.03, rho=0.05, rho_schedule="late",
+                    drw_epoch=5, warmup_epochs=1, eval_every=4)
 OURS = CPU | dict(loss="la", beta=0.0, epochs=36, drw_epoch=24, rho_schedule="late")
 LARGE = dict(arch="resnet50", img_size=224, epochs=90, batch=256, lr=0.2, schedule="cosine",
              warmup_epochs=0, rho=0.5, rho_schedule="step", drw_epoch=60, max_margin=0.3,

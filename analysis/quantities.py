@@ -150,9 +150,9 @@ def combinations(cls_logits, dist_logits, counts):
     """Predictions from two heads' logits (B,K): {name: scores (B,K)}.
 
     logits: the paper's mean. equal spread: each head's logits divided by their standard deviation
-    over the classes, so that neither head outweighs the other. probabilities: mean of the softmaxes
-    of the two. balanced CLS: CLS - ln pi, pi_k = n_k / N, which by Bayes' rule is the CLS of equally
-    frequent classes (logit adjustment after training, Menon et al. 2021, arXiv 2007.07314).
+    over the classes, so that neither head outweighs the other. probabilities: sum of the softmaxes.
+    balanced CLS: CLS - ln pi, pi_k = n_k / N, which by Bayes' rule is the CLS of equally frequent
+    classes (logit adjustment after training, Menon et al. 2021, arXiv 2007.07314).
 
     counts (K,): training images of each class. None leaves balanced CLS out: for a student whose
     loss was adjusted, so that its CLS is balanced already.

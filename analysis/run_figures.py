@@ -5,11 +5,10 @@ is loaded. class_accuracy, confusion_matrix, summary: bare figures for eval, rep
 """
 import textwrap
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from analysis import drawing, student_figures
-from analysis.drawing import COLORS, NAMES, TOKENS, Figure
+from analysis.drawing import COLORS, NAMES, TOKENS, Figure, plt
 from engine.checkpoints import read_json, read_log
 from engine.evaluation import COLUMNS
 from engine.networks import short_name

@@ -3,14 +3,13 @@ r"""Figures of students: where the tokens look, how far, what they span, what st
 attention, distance, rank: (subjects, rt, flags of analyze.py) -> drawing.Figure. subjects: a list
 of loading.Subject. Images are test images of the tail classes unless `classes` names others.
 """
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import augment
 from analysis import drawing, quantities
-from analysis.drawing import NAMES, TOKENS, Figure
+from analysis.drawing import NAMES, TOKENS, Figure, plt
 from engine.evaluation import student_heads, teacher_logits
 from engine.networks import load_teacher, short_name
 from engine.runtime import UserError

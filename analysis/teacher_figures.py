@@ -3,14 +3,13 @@ minimum is that they have found.
 
 (subjects, rt, flags of analyze.py) -> drawing.Figure. subjects: a list of loading.Subject.
 """
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
 
 import augment
 from analysis import drawing, quantities
-from analysis.drawing import Figure
+from analysis.drawing import Figure, plt
 from engine.evaluation import teacher_input, teacher_on_training_images
 from losses import LDAMLoss, VSLoss, focal_loss, weighted_cross_entropy
 

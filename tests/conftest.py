@@ -56,8 +56,9 @@ def learned_by_heart(tiny_cifar, tmp_path_factory):
     """Run folder of a plain ViT, trained on tiny_cifar without augmentation."""
     import train_student
     folder = tmp_path_factory.mktemp("by_heart") / "vit"
-    flags = ("--recipe cpu --imb 1 --method vit --model micro --epochs 12 --drw-epoch 0 --lr 2e-3 "
-             "--batch 24 --eval-every 12 --rand-ops 0 --erasing 0").split()
+    flags = ("--recipe cpu --imb 1 --method vit --model micro --img-size 16 --epochs 8 "
+             "--warmup-epochs 1 --drw-epoch 0 --lr 2e-3 --batch 24 --eval-every 8 --rand-ops 0 "
+             "--erasing 0").split()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_student, "draw_summary", lambda folder: None)
         script(train_student, patch, "--data-dir", tiny_cifar, "--out", folder, *flags)

@@ -133,8 +133,8 @@ def finish(folder, config, net, data, results, cosine=None, **more):
         if epoch > 0:
             record["cosine"] = cosine if epoch == 2 or cosine is None else 0.75
             for head, result in results.items():
-                half = {column: result[column] / 2 for column in COLUMNS}
-                record[head] = {column: result[column] for column in COLUMNS} if epoch == 2 else half
+                share = 1.0 if epoch == 2 else 0.5
+                record[head] = {column: share * result[column] for column in COLUMNS}
         lines.append(json.dumps(record))
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
     result = dict(dataset=data.label, imb=config["imb"], recipe="cpu", epochs=3, seed=0,

@@ -157,6 +157,8 @@ def test_torchvisions_files_and_a_folder_give_the_same_data(tmp_path, monkeypatc
     if not holdout:
         kept = published_selection(labels, a.counts)
         assert torch.equal(a.train_images, as_tensor(train[0][kept])) and sum(a.counts) < K * n
+        balanced = load(f"cifar{K}", tmp_path / "files", imb=1)     # not the set loaded before
+        assert balanced.counts == [n] * K
 
 
 def test_images_are_read_once_for_teacher_and_student_but_again_when_they_change(cifar,
@@ -350,6 +352,17 @@ def test_classes_come_in_order_of_count_ties_in_their_own(tmp_path):
             picture(8, 8, seed=i).save(tmp_path / name / f"{i}.png")
     data = load("folder", tmp_path, holdout=0.2)
     assert data.class_names == ["e", "b", "d", "a", "c"] and data.class_ids == [4, 1, 3, 0, 2]
+    many = datasets.descending(np.array([3, 5] * 100)).tolist()
+    assert many == [*range(1, 200, 2), *range(0, 200, 2)]
+
+
+def test_classes_of_training_and_test_are_matched_by_name(tmp_path):
+    """Numbered by their own folders, test images of the second class would count as the first."""
+    make_folder(tmp_path)
+    os.rename(tmp_path / "test" / "apple pie", tmp_path / "elsewhere")
+    data = load("folder", tmp_path)
+    tested = [data.class_names[k] for k in data.test_labels.tolist()]
+    assert tested == ["Bär", "Bär", "c,3", "c,3"]
 
 
 @pytest.mark.parametrize("make, changes, words", [

@@ -308,7 +308,7 @@ def test_diversity_is_the_logs(runs):
     drawn = run_figures.diversity(logs, RT)
     log = read_lines(runs["deit-lt"])[1:]
     rows = [row for row in drawn.numbers if row["run"] == "a"]
-    assert [row["epoch"] for row in rows] == [2, 3] and [row["drw"] for row in rows] == [False, True]
+    assert [(row["epoch"], row["drw"]) for row in rows] == [(2, False), (3, True)]
     cosines = [r["cosine"] for r in log]
     assert [row["cosine distance"] for row in rows] == pytest.approx([1 - c for c in cosines])
     top, bottom = drawn.figure.axes[0], drawn.figure.axes[2]
@@ -377,7 +377,7 @@ def test_imbalance_is_the_mean_over_seeds(tmp_path):
 
 
 def test_a_log_says_which_data_it_came_from(tmp_path):
-    """A folder's name for a data set's: the label of result.json or, before there is one, config."""
+    """A folder's name for a data set's: it is in result.json or, before that is there, config."""
     (tmp_path / "run").mkdir()
     config = {"dataset": "cifar10", "imb": 100.0, "counts": [5000, 50]}
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
@@ -406,7 +406,8 @@ def test_the_confusion_matrix_has_truth_in_rows():
 
 def test_the_summary_shows_result_log_and_maps(networks, runs):
     """One head's accuracies under another's name, another epoch's, maps of other images."""
-    deit, result, log = networks["deit-lt"], read_result(runs["deit-lt"]), read_lines(runs["deit-lt"])
+    deit = networks["deit-lt"]
+    result, log = read_result(runs["deit-lt"]), read_lines(runs["deit-lt"])
     subject = loading.Subject("", deit.path, deit.net, deit.args, deit.data)
     figure = run_figures.summary(subject, result, log)
     classes, curves, *images = figure.axes

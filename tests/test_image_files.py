@@ -243,6 +243,9 @@ def test_a_held_out_part_is_stratified_fixed_and_leaves_something_to_train_on():
     numbers = [int(path.split(b"/")[-1]) for path in test.paths.tolist()]
     assert max(numbers[:20]) > 60 and min(numbers[:20]) < 40    # from all over the class
 
+    train, _ = files.hold_out(whole, 0.9, "/root")
+    assert train.counts().tolist() == [10, 1, 1, 1]
+
     fewer = whole.keep(np.arange(111) != 50)                    # an image more or less
     before = set(files.hold_out(fewer, 0.2, "/root")[1].paths)
     after = set(test.paths)
@@ -280,6 +283,9 @@ def test_boxes_follow_from_seed_epoch_and_step_alone(stream_files):
     assert not torch.equal(whole[0], next(stream.batches(steps, (0, 2, 0)))[2])
     twice, = [images for _, _, images in stream.batches([(0, torch.tensor([3, 3]))], (0, 0, 0))]
     assert not torch.equal(twice[0], twice[1])
+    steps = [(0, torch.tensor([3])), (1, torch.tensor([3]))]
+    first, second = [images for _, _, images in stream.batches(steps, (0, 0, 0))]
+    assert not torch.equal(first, second)
 
 
 def test_the_boxes_have_the_published_distribution():

@@ -154,16 +154,16 @@ def test_weighted_cross_entropy_is_its_formula(weight):
 
 @pytest.mark.parametrize("weight", [None, WEIGHT])
 @pytest.mark.parametrize("tau", [1.0, 3.0])
-def test_soft_distillation_is_deits(tau, weight):
-    """KL the other way round, a missing tau^2, division by B instead of by B * K; weights of the
-    student's class."""
+def test_soft_distillation_is_hintons(tau, weight):
+    """KL the other way round, a missing tau^2, a mean over B * K entries instead of over B images;
+    weights of the student's class."""
     total = weights = 0.0
     for s, t in zip(LOGITS / tau, OTHER / tau):
         q, p = log_softmax(s), log_softmax(t)
         w = 1.0 if weight is None else weight[p.index(max(p))].item()
         weights += w
         total += w * sum(math.exp(p[k]) * (p[k] - q[k]) for k in range(3))
-    expected = total * tau ** 2 / (weights * 3)
+    expected = total * tau ** 2 / weights
     loss = soft_distillation(LOGITS, OTHER, tau, weight)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
 

@@ -217,7 +217,7 @@ def big():
     all tests, it is slow."""
     torch.manual_seed(0)
     net = randomise(torchvision.models.resnet50())
-    net.fc, x = nn.Identity(), images(64)
+    net.fc, x = nn.Identity(), images(40)
     f = features(net, x, "imagenet")
     return net.float(), x, f
 
@@ -266,7 +266,7 @@ def test_paco_teacher_for_imagenet(tmp_path, big):
     state |= in_module(nn.Linear(2048, 6).state_dict(), "linear_k.")
     path = save(tmp_path, {"arch": "resnet50", "state_dict": in_module(state),
                            "acc": np.float64(57)})
-    check(networks.load_network(path, size=64), x, [linear.double()(f).detach()], "PaCo",
+    check(networks.load_network(path, size=40), x, [linear.double()(f).detach()], "PaCo",
           "ResNet-50", "imagenet norm")
 
 
@@ -276,7 +276,7 @@ def test_ldam_teacher_for_imagenet(tmp_path, big):
     (net, x, f), weight = big, torch.randn(2048, 6)
     state = in_module({**net.state_dict(), "fc.weight": weight})
     path = save(tmp_path, {"arch": "resnet50", "state_dict": state})
-    found = networks.load_network(path, size=64)
+    found = networks.load_network(path, size=40)
     check(found, x, [cosines(f, weight)], "ResNet-50", "cosine", "imagenet norm", numbering="count")
 
 

@@ -49,7 +49,7 @@ def test_effective_patches_counts_them():
 
 
 def test_cover_greys_the_patches_that_are_marked_most():
-    """The least marked covered, or a transposed mask: of four patches the upper right is covered."""
+    """The least marked covered, or a transposed mask: of four patches the upper right one is."""
     images = torch.rand(2, 3, 4, 4)
     maps = torch.tensor([[[0.1, 0.9], [0.2, 0.3]]]).expand(2, 2, 2)
     covered = quantities.cover(images, maps, fraction=0.25)
@@ -123,7 +123,7 @@ def test_block_tokens_are_the_residual_stream():
 # ---- Weights -------------------------------------------------------------------------------------
 
 def bowl():
-    """(loss, parameters): 1/2 sum h_i w_i^2 with h = (1, 4, 9), at w = (2; 1, 0), in two tensors."""
+    """(loss, parameters): 1/2 sum h_i w_i^2 with h = (1, 4, 9), at w = (2; 1, 0), two tensors."""
     a, b = (torch.tensor(values, dtype=torch.float64, requires_grad=True)
             for values in ([2.0], [1.0, 0.0]))
 
@@ -175,7 +175,7 @@ def test_random_directions_are_as_long_as_the_filters():
 # ---- Predictions ---------------------------------------------------------------------------------
 
 def test_a_balanced_head_is_the_likelihood_of_bayes_rule():
-    """The prior added, or another's: p(y|x) = p(x|y) pi_y / p(x), so CLS - ln pi is ln p(x|y) + c."""
+    """The prior added: p(y|x) = p(x|y) pi_y / p(x), so CLS - ln pi is ln p(x|y) + a constant."""
     torch.manual_seed(0)
     likelihood, counts = torch.rand(6, 3, dtype=torch.double), [70, 20, 10]
     prior = torch.tensor([0.7, 0.2, 0.1])
@@ -188,7 +188,7 @@ def test_a_balanced_head_is_the_likelihood_of_bayes_rule():
 
 
 def test_heads_are_combined_as_their_names_say():
-    """Of a loud CLS and a quiet DIST: logits follow the loud one, equal spread and softmaxes not."""
+    """Of a loud CLS and a quiet DIST: logits follow the loud one, equal spread does not."""
     cls, dist = torch.tensor([[30.0, 0.0, 29.0]]), torch.tensor([[-2.0, 1.0, 3.0]])
     scores = quantities.combinations(cls, dist, [1, 1, 1])
     expected = torch.tensor([[28.0, 1, 32]], dtype=torch.double)
@@ -211,7 +211,7 @@ def test_the_calibration_error_of_known_cases():
     confidence = torch.tensor([0.9] * 10 + [0.5] * 30)
     right = torch.tensor([1] * 9 + [0] + [1] * 15 + [0] * 15, dtype=torch.bool)
     assert quantities.calibration_error(confidence, right) == pytest.approx(0, abs=1e-6)
-    right[:10] = True                                           # 1.0 at 0.9, a quarter of the images
+    right[:10] = True                                           # 1.0 at 0.9: a quarter of all
     right[10:] = torch.tensor([True] * 12 + [False] * 18)       # 0.4 at 0.5
     expected = 0.25 * 0.1 + 0.75 * 0.1
     assert quantities.calibration_error(confidence, right) == pytest.approx(expected, abs=1e-6)
@@ -219,7 +219,7 @@ def test_the_calibration_error_of_known_cases():
 
 
 def test_the_bootstrap_is_as_wide_as_the_binomial():
-    """Resampled labels (too wide), or other percentiles: n images scatter by sqrt(p (1 - p) / n)."""
+    """Resampled labels (too wide), other percentiles: n images scatter by sqrt(p (1 - p) / n)."""
     labels = torch.arange(4).repeat_interleave(torch.tensor([400, 400, 100, 0]))
     right = torch.zeros(900, dtype=torch.bool)
     right[:200] = right[400:800] = right[800:810] = True        # 50 %, 100 %, 10 %

@@ -4,7 +4,6 @@
 PaCo. A number that changes here must change in the README's table of departures too.
 """
 import argparse
-import importlib
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import train_student
 import train_teacher
 from engine.networks import NORMALISATIONS
 from engine.runtime import Runtime, UserError
+from experiments import crt
 
 CPU, GPU = Runtime(torch.device("cpu")), Runtime(torch.device("cuda"))
 
@@ -55,12 +55,7 @@ STUDENT_CPU = {
     "folder": STUDENT_CPU_CIFAR | dict(img_size=64, epochs=30, drw_epoch=20),
 }
 OURS = dict(stem="conv", lr=0.001, distill="soft", logit_adjustment=True, beta=0.0)
-STUDENT_OURS = {        # alpha = K / (K + 1): the soft loss is divided by K
-    "cifar10": STUDENT_CPU["cifar10"] | OURS | dict(alpha=0.909),
-    "cifar100": STUDENT_CPU["cifar100"] | OURS | dict(alpha=0.99),
-    "shapes": STUDENT_CPU["shapes"] | OURS | dict(alpha=0.909),
-    "folder": STUDENT_CPU["folder"] | OURS | dict(alpha=0.952),         # 20 / 21
-}
+STUDENT_OURS = {dataset: row | OURS for dataset, row in STUDENT_CPU.items()}
 STUDENTS = {"paper": STUDENT_PAPER, "cpu": STUDENT_CPU, "ours": STUDENT_OURS}
 
 # ---- Teachers: Saddle-LongTail's run.sh, PaCo's CIFAR-100 script ---------------------------------
@@ -236,8 +231,9 @@ def test_methods(recipe, method, changed, teacher):
 @pytest.mark.parametrize("recipe", ["paper", "cpu"])
 def test_deit_3(recipe):
     """LayerScale, no RandAugment or erasing, no smoothing under binary cross-entropy."""
-    importlib.import_module("experiments.deit3")
-    args = resolved(train_student, "--recipe", recipe, "--method", "deit-iii")
+    args = train_student.parse(["--recipe", recipe])
+    args.method = "deit-iii"                            # as experiments.deit3 does
+    train_student.resolve(args, CPU)
     assert settings_of(train_student, args) == STUDENTS[recipe]["cifar10"] | dict(
         distill="none", tokens=1, layer_scale=1e-4, rand_ops=0, erasing=0.0, smoothing=0.0)
     assert args.teacher is None
@@ -246,7 +242,6 @@ def test_deit_3(recipe):
 @pytest.mark.parametrize("recipe", ["paper", "cpu"])
 def test_classifier_retraining(recipe):
     """Of ViT's settings: a tenth of the epochs, the whole rate, no warm-up, decay or average."""
-    crt = importlib.import_module("experiments.crt")
     first = resolved(train_student, "--recipe", recipe, "--method", "vit", "--seed", "3")
     second = crt.second_run(first)
     train_student.resolve(second, CPU)

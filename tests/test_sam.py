@@ -3,7 +3,6 @@ interrupted or split."""
 import copy
 import io
 import math
-from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engine import runtime
 from sam import SAM, frozen_batchnorm_statistics
 
 
@@ -301,29 +299,20 @@ def test_bfloat16_autocast_needs_nothing_special():
         torch.testing.assert_close(p.detach(), value - 0.1 * t, rtol=0, atol=1e-7)
 
 
-def train_on_a_share(rank, world, folder):
-    """Three SAM steps of process `rank`, which sees every world-th image of each batch; the
-    weights go to a file."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous",
-                                         rank=rank, world_size=world, timeout=timedelta(minutes=5))
-    net = nn.parallel.DistributedDataParallel(small_net(batchnorm=False, dtype=torch.float64))
-    sam = SAM(sgd(net), rho=0.8)
+def test_processes_that_average_gradients_do_what_one_does_with_the_whole_batch():
+    """Processes that climb in directions of their own (m-sharpness), or that drift apart. Averaged
+    here as DistributedDataParallel does; tests/runs/test_processes.py has real processes."""
+    whole, *parts = (small_net(batchnorm=False, dtype=torch.float64) for _ in range(3))
+    sam, *sams = (SAM(sgd(net), rho=0.8) for net in (whole, *parts))
     for x, y in batches(3, torch.float64):
-        sam_step(net, sam, x[rank::world], y[rank::world])
-    torch.save(net.module.state_dict(), f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-    runtime.hard_exit()
-
-
-def test_two_processes_do_what_one_does_with_the_whole_batch(tmp_path):
-    """Processes that climb in directions of their own (m-sharpness), or that drift apart."""
-    torch.multiprocessing.spawn(train_on_a_share, args=(2, str(tmp_path)), nprocs=2)
-    net = small_net(batchnorm=False, dtype=torch.float64)
-    sam = SAM(sgd(net), rho=0.8)
-    for x, y in batches(3, torch.float64):
-        sam_step(net, sam, x, y)
-    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
-    assert_same_bits(*ranks)
-    for name, expected in net.state_dict().items():
-        torch.testing.assert_close(ranks[0][name], expected, rtol=0, atol=1e-12)
+        sam_step(whole, sam, x, y)
+        for step in ("first_step", "second_step"):
+            for rank, net in enumerate(parts):
+                F.cross_entropy(net(x[rank::2]), y[rank::2]).backward()
+            for p, q in zip(*(net.parameters() for net in parts)):
+                p.grad = q.grad = (p.grad + q.grad) / 2
+            for one in sams:
+                getattr(one, step)()
+    assert_same_bits(*(net.state_dict() for net in parts))
+    for name, expected in whole.state_dict().items():
+        torch.testing.assert_close(parts[0].state_dict()[name], expected, rtol=0, atol=1e-12)
