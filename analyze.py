@@ -134,8 +134,8 @@ def command_report(options, rt):
     from analysis import report
     path, = options.runs
     out, flags = output_path(options, "report.html"), load_flags(options)
-    network = loading.load(path, rt, **flags)
-    page = report.build(path, *network, rt, options.labels, vars(options), flags)
+    network, args, data = loading.load(path, rt, **flags)
+    page = report.build(path, network, args, data, rt, options.labels, vars(options), flags)
     print(tables.write(out, page))
 
 

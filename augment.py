@@ -205,12 +205,10 @@ def mixup_cutmix(images, labels, num_classes, mixup=0.8, cutmix=1.0, smoothing=0
     """Mix image i with image j = B-1-i by mixup or CutMix, each with probability 1/2.
 
     One draw for the whole batch (timm's mode "batch"). mixup, cutmix: a and b of (1) and (2); 0
-    leaves that kind out, and with both 0 only the labels are smoothed.
+    leaves that kind out; one of them must be above 0.
     images (B,3,H,W) in [0,1], labels (B,) -> (B,3,H,W), targets (B,K) whose rows sum to 1.
     """
     target = smooth_one_hot(labels, num_classes, smoothing)
-    if mixup == 0 and cutmix == 0:
-        return images, target
     H, W = images.shape[-2:]
     # All numbers are drawn, whichever kind is used, so that later draws do not depend on it.
     coin = torch.rand(1).item()

@@ -358,8 +358,9 @@ def new_network(args, data, rt, resumed=False):
             weights, grid = dict(state["model"]), args.img_size // args.patch_size
             weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], args.tokens, grid)
             load_weights(net, weights, f"--finetune {args.finetune}")
-    except (ValueError, KeyError) as error:             # sizes that do not fit, not a student's run
-        raise UserError(f"the student cannot be made: {error}") from None
+    except (ValueError, KeyError) as error:             # sizes that do not fit, or no student's run
+        start = f"--finetune {args.finetune} does not fit: " if args.finetune else ""
+        raise UserError(f"{start}{error}") from None
     return net
 
 

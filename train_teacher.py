@@ -14,6 +14,8 @@ The LDAM teacher sees weak augmentation only, crop and flip; the student will gi
 augmented, mixed images. That makes DeiT-LT's distillation out-of-distribution. At the end the
 script says how right and how sure it is on both kinds of images. Output: runs/teacher_.../
 """
+import os
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -324,8 +326,6 @@ def new_network(args, data, rt):
 def run_teacher(args, rt):
     """One run: train the teacher of these (resolved) settings, or go on with it; its result."""
     run = Run(args.out, args, rt)
-    if args.resume and not (run.resumed or run.finished):
-        rt.print(f"There is nothing to resume in {args.out}: beginning")
     data = load_data(args, rt)
     run.check_data(data)
     if run.print_if_finished(args.epochs, "teacher"):
@@ -358,6 +358,8 @@ def main():
     args = parse()
     rt = runtime.setup(args.device, args.amp)
     resolve(args, rt)
+    if args.resume and not os.path.exists(args.out):
+        rt.print(f"There is nothing to resume in {args.out}: beginning")
     run_teacher(args, rt)
 
 

@@ -1,5 +1,4 @@
-r"""Figures of teachers: how sure they are of the images that a student trains on, and how flat the
-minimum is that they have found.
+r"""Figures of teachers: how sure they are of a student's images, how flat their minimum is.
 
 (subjects, rt, flags of analyze.py) -> drawing.Figure. subjects: a list of loading.Subject.
 """
@@ -137,7 +136,7 @@ def losses_around(subject, criterion, images, seed):
              for k in range(data.num_classes)]
     rare = drawing.rare_classes(data)
     tail = [index[k] for k in rare]
-    others = [index[k] for k in range(data.num_classes) if k not in rare]
+    rest = [index[k] for k in range(data.num_classes) if k not in rare]
     params = [p.requires_grad_() for p in net.parameters()]
     length = quantities.norm([p for p in params if p.ndim > 1])
 
@@ -150,8 +149,8 @@ def losses_around(subject, criterion, images, seed):
 
     def means():
         """(2,): over all classes, over the tail."""
-        tail_sum, other_sum = sum(summed_losses(tail)), sum(summed_losses(others))
-        return torch.stack([(tail_sum + other_sum) / sum(map(len, index)),
+        tail_sum, rest_sum = sum(summed_losses(tail)), sum(summed_losses(rest))
+        return torch.stack([(tail_sum + rest_sum) / sum(map(len, index)),
                             tail_sum / sum(map(len, tail))])
 
     def along(direction, name):

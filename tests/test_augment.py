@@ -166,7 +166,7 @@ def test_two_of_fifteen_operations_with_own_coin_magnitude_and_sign_for_every_im
                                                                                     settings):
     """Draws without replacement, a rate other than 1/2, one magnitude or sign for the batch, no
     clipping to 0..10, variance for deviation, an unfair sign, two operations drawn together."""
-    n, (_, magnitude, deviation, prob) = 150_000, settings or (2, 9.0, 0.5, 0.5)
+    n, (_, magnitude, deviation, prob) = 100_000, settings or (2, 9.0, 0.5, 0.5)
     ops, values, how = draws_of(monkeypatch, augment, n, augment.rand_augment, *settings)
     assert how == [{}, {}]                      # ImageNet's mean as fill, bicubic
     rate = torch.zeros(len(operations.OPERATIONS) + 1).double()             # of -1, 0, 1, ...
@@ -228,7 +228,7 @@ def test_erasing_draws_its_box_as_the_formula_and_leaves_the_rest_untouched(area
 
     Of boxes of 30 to 90 % of the picture many do not fit, so that the later tries count too.
     """
-    n, h, w = 3000, 32, 24
+    n, h, w = 2000, 32, 24
     settings = {} if prob == 0.25 else {"area": area, "prob": prob}         # first: the defaults
     _, mask = erase(n, h, w, **settings)
     erased = mask.flatten(1).any(dim=1)
@@ -422,14 +422,10 @@ def test_images_and_labels_are_mixed_in_the_same_proportion_by_the_formulas(B, s
     assert torch.equal(images, before) and torch.equal(labels, torch.arange(B))
 
 
-def test_smoothing_gives_the_published_on_and_off_values_and_strengths_of_0_switch_off():
-    """Smoothing left out or spread over the other classes only; mixing with both strengths 0."""
+def test_smoothing_gives_the_published_on_and_off_values():
+    """Smoothing left out or spread over the other classes only."""
     smoothed = augment.smooth_one_hot(torch.tensor([2]), 5, 0.1)[0]
     assert smoothed.tolist() == pytest.approx([0.02, 0.02, 0.92, 0.02, 0.02])
-    images = torch.rand(6, 3, 4, 4)
-    out, target = augment.mixup_cutmix(images, torch.arange(6), 8, mixup=0, cutmix=0)
-    assert torch.equal(out, images)
-    torch.testing.assert_close(target, 0.9 * torch.eye(8)[:6] + 0.1 / 8)
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 1.0), (8.0, 0.3), (2.0, 0.0), (0.0, 0.3)])
@@ -437,7 +433,7 @@ def test_lambda_is_beta_distributed_and_cutmixs_box_drawn_as_the_formula_with_eq
                                                                                            cutmix):
     """A coin that favors one, a strength not used or taken for the other, one kind although it is
     off. timm's lines for the box, written out: side sqrt(1 - lambda), center anywhere, clipped."""
-    h, w, n, mixup_lams, ours, theirs = 32, 24, 1000, [], [], []
+    h, w, n, mixup_lams, ours, theirs = 32, 24, 600, [], [], []
     black_and_white = torch.zeros(2, 3, h, w)
     black_and_white[1] = 1
     for _ in range(n):

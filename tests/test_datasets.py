@@ -148,7 +148,9 @@ def test_torchvisions_files_and_a_folder_give_the_same_data(tmp_path, monkeypatc
     write_torchvision(tmp_path / "files", K, train, test, names)
     write_folder(tmp_path / "folder", "train", *train, names)
     write_folder(tmp_path / "folder", "test", *test, names)
-    a = load(f"cifar{K}", tmp_path / "files", imb=2, holdout=holdout)
+    balanced = load(f"cifar{K}", tmp_path / "files", imb=1)
+    assert balanced.counts == [n] * K
+    a = load(f"cifar{K}", tmp_path / "files", imb=2, holdout=holdout)   # not the one before
     b = load(f"cifar{K}", tmp_path / "folder", imb=2, holdout=holdout)
     for field in ("train_images", "train_labels", "test_images", "test_labels"):
         assert torch.equal(getattr(a, field), getattr(b, field)), field
@@ -157,8 +159,6 @@ def test_torchvisions_files_and_a_folder_give_the_same_data(tmp_path, monkeypatc
     if not holdout:
         kept = published_selection(labels, a.counts)
         assert torch.equal(a.train_images, as_tensor(train[0][kept])) and sum(a.counts) < K * n
-        balanced = load(f"cifar{K}", tmp_path / "files", imb=1)     # not the set loaded before
-        assert balanced.counts == [n] * K
 
 
 def test_images_are_read_once_for_teacher_and_student_but_again_when_they_change(cifar,

@@ -58,7 +58,10 @@ def test_attention_maps_are_those_of_the_shown_images(networks):
     assert rows == [["image"], ["vit", "CLS"], ["deit-lt", "CLS"], ["deit-lt", "DIST"]]
     for column, i in enumerate((59, 0)):
         images = drawing.student_images(vit, torch.tensor([i]))
-        assert torch.equal(images[0], augment.to_float(vit.data.test_images[i]))
+        test_image = augment.to_float(vit.data.test_images[i:i + 1])
+        assert torch.equal(images, test_image)
+        cropped = drawing.student_images(deit, torch.tensor([i]))           # its eval_crop: 0.875
+        assert torch.equal(cropped, augment.center_crop(augment.resize(test_image, 37), 32))
         shown = torch.tensor(axes[0][column].images[0].get_array())
         assert torch.allclose(shown, images[0].permute(1, 2, 0))
         for row, subject, token in ((1, vit, "cls"), (2, deit, "cls"), (3, deit, "dist")):
@@ -212,6 +215,7 @@ def test_training_images_are_shown_with_their_teachers_labels(networks, runs):
     assert any(not torch.equal(a, b) for a, b in zip(views["strong"][0], clean))
     targets = views["mixed"][1]
     assert torch.allclose(targets.sum(dim=1), torch.ones(4))
+    assert ((targets > 0).sum(dim=1) <= 2).all()                # no label smoothing
 
 
 @pytest.mark.parametrize("settings, labels, note", [

@@ -50,12 +50,14 @@ STUDENT_CPU_CIFAR = dict(
 STUDENT_CPU = {
     "cifar10": STUDENT_CPU_CIFAR,
     "cifar100": STUDENT_CPU_CIFAR,
-    "shapes": STUDENT_CPU_CIFAR | dict(model="micro", epochs=100, lr=0.001, eval_every=10),
+    "shapes": STUDENT_CPU_CIFAR | dict(model="micro", stem="conv", epochs=30, lr=0.002,
+                                       warmup_epochs=2, drw_epoch=15, eval_every=10),
     # The same folder, at 64 px: half of 60 epochs, re-weighted in the last third.
     "folder": STUDENT_CPU_CIFAR | dict(img_size=64, epochs=30, drw_epoch=20),
 }
 OURS = dict(stem="conv", lr=0.001, distill="soft", logit_adjustment=True, beta=0.0)
 STUDENT_OURS = {dataset: row | OURS for dataset, row in STUDENT_CPU.items()}
+STUDENT_OURS["shapes"] |= dict(lr=0.002)
 STUDENTS = {"paper": STUDENT_PAPER, "cpu": STUDENT_CPU, "ours": STUDENT_OURS}
 
 # ---- Teachers: Saddle-LongTail's run.sh, PaCo's CIFAR-100 script ---------------------------------
@@ -82,8 +84,8 @@ LDAM_CPU_CIFAR = LDAM_CIFAR | dict(
 LDAM_CPU = {
     "cifar10": LDAM_CPU_CIFAR,
     "cifar100": LDAM_CPU_CIFAR,
-    "shapes": LDAM_CPU_CIFAR | dict(epochs=12, batch=32, lr=0.03, rho=0.05, drw_epoch=7,
-                                    warmup_epochs=1, eval_every=2),
+    "shapes": LDAM_CPU_CIFAR | dict(img_size=16, epochs=8, batch=32, lr=0.03, rho=0.05,
+                                    rho_schedule="late", drw_epoch=5, warmup_epochs=1),
     "folder": LDAM_CPU_CIFAR | dict(img_size=64, epochs=12, drw_epoch=8),
 }
 ADJUSTED = dict(loss="la", beta=0.0, epochs=36, drw_epoch=24, rho_schedule="late")
@@ -118,7 +120,7 @@ STRONG = dict(loss="ce", augment="padded", rho=0.0, beta=0.0)
 STRONG_PAPER = {name: LDAM_PAPER[name] | STRONG | dict(epochs=epochs) for name, epochs in
                 (("cifar10", 400), ("cifar100", 400), ("folder", 200))}
 STRONG_CPU = {name: LDAM_CPU[name] | STRONG | dict(epochs=epochs) for name, epochs in
-              (("cifar10", 48), ("cifar100", 48), ("shapes", 24), ("folder", 24))}
+              (("cifar10", 48), ("cifar100", 48), ("shapes", 16), ("folder", 24))}
 PACO, PADDED = ("--loss", "paco"), ("--augment", "padded")
 TEACHERS = [
     ("paper", (), LDAM_PAPER), ("cpu", (), LDAM_CPU), ("ours", (), LA_OURS),

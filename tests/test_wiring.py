@@ -33,7 +33,7 @@ PI = torch.tensor(COUNTS, dtype=torch.double) / N
 
 # ---- Small things to train with ------------------------------------------------------------------
 
-def small_data(side=8, name="shapes"):
+def small_data(side=8, name="cifar10"):
     """Image i has the value 8 i + 1 in its first pixel, so that a batch says who is in it."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (N, 3, side, side), generator=generator, dtype=torch.uint8)
@@ -54,7 +54,7 @@ def indices_of(images):
 
 def settings_of(module, *flags, **changes):
     """A run's resolved settings of the cpu recipe, with changes that flags cannot make."""
-    args = module.parse(["--dataset", "shapes", "--recipe", "cpu", *map(str, flags)])
+    args = module.parse(["--dataset", "cifar10", "--recipe", "cpu", *map(str, flags)])
     teacher = getattr(args, "teacher", None)
     module.resolve(args, CPU)
     vars(args).update(teacher=teacher, compile=False, **changes)
@@ -111,7 +111,7 @@ class RecordingRun:
     start_epoch = 0
 
     def __init__(self):
-        self.records, self.values = [], []
+        self.records, self.values, self.finite = [], [], []
 
     def start(self, args, data, parts, metrics, images, batch, passes=None):
         self.parts, self.metrics, self.images, self.passes = parts, metrics, images, passes
@@ -124,6 +124,7 @@ class RecordingRun:
 
     def after_step(self, epoch, step, images, values, finite):
         self.values.append(dict(zip(self.metrics, values.tolist(), strict=True)))
+        self.finite.append(finite.item())
 
     def after_epoch(self, epoch, results, **record):
         self.records.append(record | {"results": results})
@@ -307,6 +308,92 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(steps_of):
         assert one == pytest.approx(other, rel=1e-4)
 
 
+def test_a_students_steps_written_out_again():
+    """Gradients of earlier steps that are left, a step that is not taken, or one with other moments."""
+    batches = []
+
+    def augment_images(images, args):
+        batches.append(indices_of(images))
+        return as_they_are(images, args)
+    data, teacher, net = small_data(), GivenTeacher(), Vit()
+    twin = copy.deepcopy(net)
+    args = student_settings("--lr", 0.01, "--weight-decay", 0.5, drw_epoch=0, epochs=2)
+    train_a_student(args, net, teacher, augment_images=augment_images)
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p))
+               for name, p in twin.named_parameters()}
+    for t, batch in enumerate(batches):
+        x, y = data.train_images[batch] / 255, data.train_labels[batch]
+        cls_logits, dist_logits = twin(x)
+        loss = 0.5 * cross_entropy(cls_logits, y)
+        loss = loss + 0.5 * cross_entropy(dist_logits, teacher(x).argmax(dim=1), class_weights())
+        grads = torch.autograd.grad(loss, list(twin.parameters()))
+        rate = 1e-5 + (0.01 - 1e-5) * (1 + math.cos(math.pi * t / 6)) / 2
+        with torch.no_grad():
+            for (name, p), g in zip(twin.named_parameters(), grads):
+                m, v = moments[name]
+                m.mul_(0.9).add_(0.1 * g)
+                v.mul_(0.999).add_(0.001 * g * g)
+                if p.ndim > 1 and name not in ("cls_token", "dist_token", "pos_embed"):
+                    p -= rate * 0.5 * p
+                m_hat, v_hat = m / (1 - 0.9 ** (t + 1)), v / (1 - 0.999 ** (t + 1))
+                p -= rate * m_hat / (v_hat.sqrt() + 1e-8)
+    for (name, mine), theirs in zip(twin.named_parameters(), net.parameters()):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_students_bad_step_moves_nothing(bad, steps_of):
+    """Weights, moments or an average of NaN; an average that moves in a step that was undone."""
+    steps, calls = steps_of(torch.optim.AdamW), []
+
+    def label_loss(logits, target):
+        calls.append(1)
+        loss = F.cross_entropy(logits, target)
+        if len(calls) != 2:
+            return loss
+        if bad == "loss":
+            return loss * math.nan
+        return loss + (0 * logits).abs().sum().sqrt()           # finite, but not its gradient
+    net = Vit(distilled=False)
+    args = student_settings("--method", "vit", "--ema", 0.5, drw_epoch=0, epochs=1)
+    start = net.head.weight.detach().clone()
+    _, run, _ = train_a_student(args, net, label_loss=label_loss)
+    i = next(i for i, w in enumerate(steps[0]["weights"]) if torch.equal(w, start))
+    first, second, third = (step["weights"][i] for step in steps)
+    assert torch.equal(second, third) and not torch.equal(first, second)
+    expected = 0.5 * (0.5 * first + 0.5 * second) + 0.5 * net.head.weight.detach()
+    torch.testing.assert_close(run.parts["ema"].model.head.weight, expected)
+    assert run.parts["scaler"].skipped == 1
+    assert run.finite == [1, 0, 1]
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("rho, at", [(0, 2), (0.1, 3), (0.1, 4)])
+def test_a_teachers_bad_step_moves_nothing(bad, rho, at, steps_of, monkeypatch):
+    """A queue, a key encoder or statistics of NaN, in either pass of SAM; weights left at w + e."""
+    steps, calls, original = steps_of(torch.optim.SGD), [], losses.PaCoLoss.forward
+
+    def forward(self, logits, *more):
+        calls.append(1)
+        loss = original(self, logits, *more)
+        if len(calls) != at:
+            return loss
+        if bad == "loss":
+            return loss * math.nan
+        return loss + (0 * logits).abs().sum().sqrt()
+    monkeypatch.setattr(losses.PaCoLoss, "forward", forward)
+    args = teacher_settings("--loss", "paco", "--rho", rho, "--queue", 64, "--projection", 5,
+                            epochs=1)
+    _, run, _ = train_a_teacher(args)
+    first, second, third = (step["weights"] for step in steps)
+    assert all(torch.equal(a, b) for a, b in zip(second, third))
+    assert any(not torch.equal(a, b) for a, b in zip(first, second))
+    paco = run.parts["paco"]
+    assert all(tensor.isfinite().all() for tensor in paco.state_dict().values())
+    assert (paco.queue_labels >= 0).sum() == 15                 # 8 + 7: not the second batch's
+    assert run.finite == [1, 0, 1]
+
+
 @pytest.mark.parametrize("micro_batch, pieces", [(8, [8]), (4, [4, 4]), (3, [3, 3, 2])])
 def test_a_batch_is_cut_into_micro_batches(micro_batch, pieces):
     """--micro-batch ignored: memory; or cut when it fits: a stem's BatchNorm sees fewer images."""
@@ -395,16 +482,57 @@ def test_repeated_augmentation_is_what_an_epoch_shows():
     def augment_images(images, args):
         shown.setdefault(args.repeats, []).append(indices_of(images))
         return as_they_are(images, args)
-    for repeats in (3, 1):
+    often = {3: [0] * 15 + [2] + [3] * 7, 2: [0] * 11 + [1] + [2] * 11, 1: [1] * 23}
+    for repeats in often:                               # below 256 images none is cut off: 23
         args = student_settings("--method", "vit", repeats=repeats)
         train_a_student(args, augment_images=augment_images)
-    first, second = torch.cat(shown[3][:3]), torch.cat(shown[3][3:])
-    for epoch in (first, second):                       # below 256 images none is cut off: 23
-        assert sorted(torch.bincount(epoch, minlength=N).tolist()) == [0] * 15 + [2] + [3] * 7
-    assert set(first.tolist()) != set(second.tolist())
-    once = torch.cat(shown[1][:3]), torch.cat(shown[1][3:])
-    assert all(sorted(epoch.tolist()) == list(range(N)) for epoch in once)
-    assert once[0].tolist() != once[1].tolist()
+        first, second = torch.cat(shown[repeats][:3]), torch.cat(shown[repeats][3:])
+        for epoch in (first, second):
+            assert sorted(torch.bincount(epoch, minlength=N).tolist()) == often[repeats]
+        assert first.tolist() != second.tolist()
+        assert repeats == 1 or set(first.tolist()) != set(second.tolist())
+
+
+def test_the_seed_reaches_the_order_of_an_epoch():
+    """The same batches in the same order for every seed: half of the spread between them."""
+    data, orders = small_data(), []
+    for repeats in (1, 3):
+        for seed in (0, 1):
+            args = student_settings("--seed", seed, repeats=repeats)
+            orders.append(train_student.epoch_order(args, data, 0).tolist())
+    data, batches = small_data(), data.batches
+
+    def recorded(batches_of_epoch, key):
+        steps = list(batches_of_epoch)
+        orders.append(torch.cat([index for _, index in steps]).tolist())
+        return batches(steps, key)
+    data.batches = recorded
+    for seed in (0, 1):
+        train_a_teacher(teacher_settings("--seed", seed, "--rho", 0, epochs=1), data=data)
+    for one, other in zip(orders[::2], orders[1::2]):
+        assert len(one) == len(other) == N and one != other
+
+
+def test_a_micro_batch_has_no_two_copies_of_an_image():
+    """Repeated augmentation puts copies side by side: mixing and BatchNorm would see few images."""
+    shown = []
+
+    def augment_images(images, args):
+        shown.append(indices_of(images).tolist())
+        return as_they_are(images, args)
+    args = student_settings("--method", "vit", repeats=3, micro_batch=3, epochs=1)
+    train_a_student(args, augment_images=augment_images)
+    assert all(len(part) == len(set(part)) for part in shown) and len(shown) == 9
+
+
+def test_labels_are_smoothed_only_while_images_are_mixed(watch):
+    """--mixup 0 --cutmix 0 that still smooths, which the published code does not."""
+    calls = watch(losses, "soft_cross_entropy")
+    for mixup, cutmix, kind in ((0.0, 0.0, 1), (0.8, 0.0, 2), (0.0, 1.0, 2)):
+        calls.clear()
+        args = student_settings("--method", "vit", epochs=1, mixup=mixup, cutmix=cutmix)
+        train_a_student(args)
+        assert [call["target"].ndim for call, _ in calls] == [kind] * 3
 
 
 def test_strong_augmentation_has_the_runs_settings(watch):
@@ -446,7 +574,7 @@ def test_a_finished_augmentation_is_what_the_student_is_given():
 
 # ---- One step on each side of the re-weighting epoch ---------------------------------------------
 
-SMOOTH = 0.1
+SMOOTH = 0.2
 MIXING = {"mixup": 0.7, "cutmix": 0.3, "smoothing": SMOOTH}
 
 
@@ -695,7 +823,7 @@ def test_teacher_flags_reach_the_file(flags, expected, monkeypatch, tmp_path):
         raise Asked(path, norm, size)
     monkeypatch.setattr(train_student, "load_teacher", load_teacher)
     monkeypatch.setattr(train_student, "load_data", lambda args, rt: small_data(32))
-    args = train_student.parse(["--dataset", "shapes", "--out", str(tmp_path / "run"),
+    args = train_student.parse(["--recipe", "cpu", "--out", str(tmp_path / "run"),
                                 *map(str, flags)])
     with pytest.raises(Asked) as asked:
         train_student.run_student(args, CPU)
@@ -751,15 +879,16 @@ def adjusted(logits, y, weight):
     return cross_entropy(logits.double() + PI.log(), y, weight)
 
 
-@pytest.mark.parametrize("name, by_hand, weighted", [
-    ("ldam", ldam, True), ("ce", cross_entropy, True), ("focal", focal, True),
-    ("vs", vector_scaling, True), ("la", adjusted, True), ("la", adjusted, False)])
-def test_a_teachers_loss_before_and_after_the_drw_epoch(name, by_hand, weighted, watch):
+@pytest.mark.parametrize("name, by_hand, beta", [
+    ("ldam", ldam, 0.9999), ("ldam", ldam, 0.8), ("ce", cross_entropy, 0.9999),
+    ("focal", focal, 0.9999), ("vs", vector_scaling, 0.9999), ("la", adjusted, 0.9999),
+    ("la", adjusted, 0)])
+def test_a_teachers_loss_before_and_after_the_drw_epoch(name, by_hand, beta, watch):
     """Class weights that never reach the loss, or from another epoch on; another loss."""
     scaled, outputs = watch(FiniteScaler, "scale"), []
     net = Cnn()
     net.register_forward_hook(lambda net, inputs, output: outputs.append((inputs[0], output)))
-    flags = ("--loss", name, "--rho", 0, *([] if weighted else ["--beta", 0]))
+    flags = ("--loss", name, "--rho", 0, "--beta", beta)
     data, seen = small_data(), []
     batches = data.batches
 
@@ -771,11 +900,11 @@ def test_a_teachers_loss_before_and_after_the_drw_epoch(name, by_hand, weighted,
     _, run, _ = train_a_teacher(teacher_settings(*flags), net, data)
     assert len(scaled) == 6
     for i, (call, _) in enumerate(scaled):
-        weight = class_weights() if weighted and i >= 3 else None
+        weight = class_weights(beta) if beta > 0 and i >= 3 else None
         loss = by_hand(outputs[i][1], seen[i], weight).item()
         assert call["loss"].item() == pytest.approx(loss, rel=1e-5)
         assert run.values[i] == {"loss": pytest.approx(loss, rel=1e-5)}
-    assert [r["drw"] for r in run.records] == [False, weighted]
+    assert [r["drw"] for r in run.records] == [False, beta > 0]
 
 
 def test_ldams_margin_is_the_settings():
@@ -906,7 +1035,7 @@ def test_a_strong_teacher_learns_from_mixed_images(watch):
 
 
 @pytest.mark.parametrize("dataset, loss, made_by", [
-    ("shapes", "ldam", "random_crop_flip"), ("shapes", "paco", "paco_query_view"),
+    ("cifar10", "ldam", "random_crop_flip"), ("cifar10", "paco", "paco_query_view"),
     ("inat18", "ldam", "color_jitter")])
 def test_weak_images_are_those_of_the_published_teacher(dataset, loss, made_by, watch):
     """PaCo's view for LDAM, a crop of what the loader has cropped; another size."""
@@ -914,7 +1043,7 @@ def test_weak_images_are_those_of_the_published_teacher(dataset, loss, made_by, 
     made = {name: watch(owner if name == made_by else augment, name)
             for name in ("random_crop_flip", "paco_query_view", made_by)}
     args = argparse.Namespace(augment="weak", dataset=dataset, loss=loss, img_size=16)
-    x = train_teacher.view(small_data(8 if dataset == "shapes" else 16).train_images, args)
+    x = train_teacher.view(small_data(16 if dataset == "inat18" else 8).train_images, args)
     assert x.shape == (N, 3, 16, 16) and 0 <= x.min() and x.max() <= 1
     assert len(made[made_by]) == 1
     if made_by == "color_jitter":
@@ -975,6 +1104,17 @@ def test_pacos_settings_arrive(watch, monkeypatch):
     assert (criterion.beta, criterion.gamma) == (1, 1)
     torch.testing.assert_close(criterion.log_prior.double(), PI.log(), rtol=1e-5, atol=0)
     assert [r["drw"] for r in run.records] == [False, False]            # never re-weighted
+
+
+def test_pacos_classifier_starts_as_published(steps_of):
+    """The network's own initial values, Kaiming-normal: three times as large."""
+    steps, net = steps_of(torch.optim.SGD), Cnn()
+    nn.init.constant_(net.classifier.weight, 7)
+    args = teacher_settings("--loss", "paco", "--queue", 16, "--projection", 5, epochs=1)
+    train_a_teacher(args, net)
+    names = [name for name, _ in net.named_parameters()]
+    weight = steps[0]["weights"][names.index("classifier.weight")]
+    assert weight.abs().max() <= 6 ** -0.5 and weight.std() > 0.1
 
 
 def test_pacos_projection_is_trained_and_its_key_encoder_is_not(steps_of):

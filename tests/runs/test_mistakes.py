@@ -10,6 +10,7 @@ from PIL import Image
 import analyze
 import train_student
 import train_teacher
+from images import shapes
 from tiny_runs import STUDENT, TEACHER
 
 pytest_plugins = ["tiny_runs"]
@@ -27,7 +28,7 @@ def nothing_left(tmp_path, monkeypatch):
     (train_teacher, "--imb 0", "--imb"), (train_student, "--imb 1000 --method vit", "lower --imb"),
     (train_teacher, "--rho nan", "--rho must be"), (train_teacher, "--device gpu", "--device is"),
     (train_student, "--patch-size 5", "multiple of"), (train_student, "--epochs 0", "--epochs must"),
-    (train_student, "--stem conv --img-size 24 --patch-size 12", "--patch-size"),
+    (train_student, "--stem conv --img-size 24 --patch-size 12", "for 12 px"),
     (train_student, "--teacher none.pt", "no checkpoint none.pt"),
     (train_student, "--method vit --teacher paco", "--teacher would have no effect"),
     (train_student, "--dataset shapes --recipe paper", "no paper recipe")])
@@ -67,8 +68,10 @@ def test_a_teacher_that_is_none(nothing_left, tiny_cifar, student_run, refused):
     assert "a name is empty" in refused(train_student, *flags, "")
 
 
-def test_a_teacher_of_other_classes(nothing_left, teacher_run, refused):
+def test_a_teacher_of_other_classes(nothing_left, teacher_run, refused, monkeypatch):
     """Labels 0 to 9 of a hundred classes, or of ten others."""
+    monkeypatch.setattr(shapes, "SHAPES_MAX", 20)
+    monkeypatch.setattr(shapes, "SHAPES_TEST", 2)
     for split in ("train", "test"):
         for k in range(100):
             folder = nothing_left / "hundred" / split / str(k)
@@ -77,7 +80,7 @@ def test_a_teacher_of_other_classes(nothing_left, teacher_run, refused):
     flags = [*STUDENT, "--teacher", teacher_run, "--imb", "1", "--dataset"]
     error = refused(train_student, *flags, "cifar100", "--data-dir", "hundred")
     assert "10 classes, the data have 100" in error
-    error = refused(train_student, *flags, "shapes", "--imb", "100")
+    error = refused(train_student, *flags, "shapes", "--imb", "10")
     assert "knows other classes" in error
 
 

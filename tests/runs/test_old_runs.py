@@ -1,4 +1,7 @@
-"""Runs of the code before its settings had today's names: used and evaluated, but not resumed."""
+"""Runs of the code before its settings had today's names: used and evaluated, but not resumed.
+
+Their settings one by one: tests/test_checkpoints.py.
+"""
 import shutil
 
 import pytest
@@ -9,7 +12,7 @@ import train_student
 import train_teacher
 from conftest import script
 from engine import runtime
-from engine.checkpoints import save_json, upgrade_config
+from engine.checkpoints import save_json
 from engine.datasets import load_data
 from engine.networks import load_network, load_teacher
 from tiny_runs import STUDENT, checkpoint, read, records, train
@@ -56,35 +59,6 @@ def conv_student(teacher_run, tiny_cifar, tmp_path_factory):
              "--epochs", "1", "--data-dir", str(tiny_cifar), "--teacher", str(teacher_run)]
     train(train_student, *flags, "--out", folder)
     return flags, folder
-
-
-def test_settings_get_todays_names():
-    """A run that is rebuilt as another network, or said to have another recipe."""
-    older = dict(method="deit-lt", stem="conv2", adjust="dist", policy="three", recipe="best",
-                 teacher_sees="mirrored", trained="all", sampling="shuffled", wandb=False,
-                 tokens=1, lr=0.1)
-    new = upgrade_config(older)
-    assert new["format"] == 1
-    expected = dict(stem="conv", logit_adjustment=True, rand_ops=0, recipe="ours",
-                    teacher_view="same", tokens=1, lr=0.1)
-    assert {name: new[name] for name in expected} == expected
-    assert not new.keys() & {"adjust", "policy", "teacher_sees", "trained", "sampling", "wandb"}
-
-
-@pytest.mark.parametrize("method, tokens, distill", [("vit", 1, "none"), ("deit-lt", 2, "hard")])
-def test_settings_that_are_missing_are_as_they_were(method, tokens, distill):
-    """The first runs had neither stems nor soft labels nor logit adjustment."""
-    new = upgrade_config(dict(method=method, adjust="none"))
-    assert (new["tokens"], new["distill"], new["stem"]) == (tokens, distill, "patch")
-    assert new["logit_adjustment"] is False and new["rand_ops"] == 2
-    teacher = upgrade_config(dict(arch="resnet32", loss="ce"))
-    assert (teacher["img_size"], teacher["norm"], teacher["augment"]) == (32, "cifar", "weak")
-
-
-def test_todays_settings_stay_as_they_are(student_run):
-    """A run of today whose settings are upgraded once more."""
-    config = checkpoint(student_run)["config"]
-    assert config["format"] == 2 and upgrade_config(config) == config
 
 
 def test_a_finished_older_student_is_evaluated(conv_student, tmp_path, monkeypatch, capsys):
@@ -142,11 +116,3 @@ def test_an_older_run_is_not_resumed(conv_student, shared_run, tmp_path, refused
     before = (older / "last.pt").read_bytes()
     assert "--overwrite" in refused(module, *flags, "--out", older, "--resume")
     assert (older / "last.pt").read_bytes() == before
-
-
-def test_the_stem_that_is_gone_is_refused(conv_student, tmp_path, refused):
-    """Weights of one convolution per size in today's stem of two, whose name was conv2."""
-    _, folder = conv_student
-    older = older_run(folder, tmp_path / "older", stem="conv")
-    error = refused(analyze, "eval", older)
-    assert "no longer exists" in error and str(older) in error

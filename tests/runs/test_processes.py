@@ -1,124 +1,183 @@
-"""Several processes: the losses of one, a process that dies, a disk that is full for one, every test image once."""
-import json
+"""Several processes: the losses of one, one log, one error line, every test image once."""
 import os
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import data_lt
-import engine
-from conftest import ROOT
-
-FLAGS = "--imb 4 --batch 32 --amp none --device cpu".split()
-NOTHING_RANDOM = """
 import augment
-from torch import nn
+import data_lt
+import train_student
+import train_teacher
+from engine import evaluation, run_folder
+from engine.datasets import load_data
+from engine.networks import build_student, load_teacher
+from engine.runtime import Runtime, setup
+from several_processes import Torchrun, launch
+from tiny_runs import DATA, PACO, STUDENT, TEACHER, checkpoint, read, records
 
-def without_batchnorm(net):                                               # its statistics are those of a process's own part
+pytest_plugins = ["tiny_runs", "several_processes"]
+pytestmark = pytest.mark.usefixtures("server")
+FLOAT32 = ["--amp", "none"]
+
+
+# ---- Two processes and one -----------------------------------------------------------------------
+
+def without_batchnorm(net):
     for name, child in net.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(net, name, nn.GroupNorm(4, child.num_features))
         without_batchnorm(child)
     return net
 
-new_network = train_teacher.new_network
-train_teacher.new_network = lambda *given: without_batchnorm(new_network(*given))
-train_teacher.views = lambda images, args: (augment.resize(augment.to_float(images), args.img_size), None)
-train_student.strong_augment = lambda images, args: augment.to_float(images)
-"""
+
+def nothing_random():
+    """In a process of its own: no augmentation, nor statistics of a process's part of a batch."""
+    new_network = train_teacher.new_network
+
+    def new_network_without_batchnorm(*given):
+        return without_batchnorm(new_network(*given))
+
+    def as_they_are(images, args):
+        return augment.resize(augment.to_float(images), args.img_size)
+    train_teacher.new_network = new_network_without_batchnorm
+    train_teacher.view = train_student.strong_augment = as_they_are
 
 
-def begin(processes, folder, module, prelude, *flags):
-    """Start a script on so many processes, with some code before its main."""
-    folder.mkdir(exist_ok=True)
-    launch = folder / "launch.py"
-    launch.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-                      "import engine, run_folder, train_student, train_teacher\n"
-                      f"{prelude}\nengine.run_main({module}.main)\n")
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv-backend=c10d",
-                "--rdzv-endpoint=localhost:0"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), launch, *FLAGS, *flags, "--out", folder / "run"]
-    return subprocess.Popen(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+ALIKE = {       # 90 images: 3 steps of 30, of which each process has as many
+    "train_teacher": [*TEACHER, *"--imb 11.5 --loss ce --lr 0.02 --drw-epoch 2".split()],
+    "train_student": [*DATA, *("--imb 11.5 --method vit --model micro --img-size 16 --epochs 2 "
+                               "--drw-epoch 2 --warmup-epochs 1 --lr 0.002 --batch 30 "
+                               "--micro-batch 8 --mixup 0 --cutmix 0 --ema 0.9 "
+                               "--eval-every 2").split()],
+}
 
 
-def log(folder):
-    return [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("module, flags", [
-    ("train_teacher", "--img-size 16 --loss ce --epochs 2 --drw-epoch 2 --eval-every 2 --rho 0.05 --lr 0.02"),
-    ("train_student", "--method vit --model micro --patch-size 8 --epochs 3 --drw-epoch 3 --eval-every 3 --micro-batch 8 "
-                      "--mixup 0 --cutmix 0 --ema 0.9")])
-def test_two_processes_give_the_losses_of_one(module, flags, tiny_cifar, tmp_path):
-    """Gradients summed instead of averaged, an accumulation that synchronises too early, SAM climbing on a part's gradient,
-    a sampler that repeats images: all would change the losses. Without what is random, or of a part (BatchNorm)."""
-    runs, flags = {}, [*flags.split(), "--data-dir", tiny_cifar]
-    jobs = {processes: begin(processes, tmp_path / str(processes), module, NOTHING_RANDOM, *flags) for processes in (1, 2)}
-    for processes, job in jobs.items():
-        _, err = job.communicate(timeout=200)
-        assert job.returncode == 0, err
-        weights = torch.load(tmp_path / str(processes) / "run" / "last.pt", weights_only=True)
-        runs[processes] = [r["loss"] for r in log(tmp_path / str(processes))], weights
-    assert runs[1][0] == pytest.approx(runs[2][0], rel=2e-3) and runs[1][0][0] != pytest.approx(runs[1][0][1], rel=1e-2)
+@pytest.mark.parametrize("module", ALIKE)
+def test_two_processes_give_the_losses_of_one(module, tiny_cifar, tmp_path):
+    """Gradients summed, not averaged; processes that average too early in an accumulation; SAM that
+    climbs on the gradient of a part; an order that shows images twice."""
+    for n in (1, 2):
+        flags = [*ALIKE[module], *FLOAT32, "--data-dir", tiny_cifar, "--out", tmp_path / str(n)]
+        code, printed = launch(n, tmp_path / "log", module, *flags, prepare=nothing_random)
+        assert code == 0, printed
+    losses = [[r["loss"] for r in records(tmp_path / n)] for n in "12"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][0] != pytest.approx(losses[0][1], rel=1e-2)        # something is learned
+    one, two = (checkpoint(tmp_path / n) for n in "12")
+    assert (one["world"], two["world"]) == (1, 2)
     for part in ("model", "ema"):
-        torch.testing.assert_close(runs[1][1].get(part), runs[2][1].get(part), rtol=5e-2, atol=5e-3)
+        torch.testing.assert_close(one.get(part), two.get(part), rtol=5e-2, atol=5e-3)
 
 
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+# ---- What two processes leave --------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pacos_run(server, tiny_cifar, tmp_path_factory):
+    """Run folder of a PaCo teacher that two processes have trained."""
+    folder = tmp_path_factory.mktemp("two")
+    code, printed = launch(2, folder / "log", "train_teacher", *PACO, *FLOAT32, "--data-dir",
+                           tiny_cifar, "--out", folder / "paco")
+    assert code == 0, printed
+    return folder / "paco"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds torchrun's workers under /proc")
-def test_a_process_that_dies_ends_the_job_with_a_message(tiny_cifar, tmp_path):
-    """The others would wait for it for half an hour; the checkpoint stays."""
-    job = begin(2, tmp_path, "train_teacher", "", "--img-size", 16, "--epochs", 500, "--save-every", 1, "--data-dir",
-                tiny_cifar)
-    end = time.time() + 120
-    while not (tmp_path / "run" / "last.pt").exists():
-        assert time.time() < end and job.poll() is None, job.communicate()
-        time.sleep(0.1)
-    os.kill(children(job.pid)[-1], signal.SIGKILL)
-    killed = time.time()
-    _, err = job.communicate(timeout=60)
-    assert job.returncode != 0 and time.time() - killed < 60 and "SIGKILL" in err
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["world"] == 2
+def test_two_processes_train_one_teacher(pacos_run, tiny_cifar):
+    """A log line of each process; a queue of one's own images, which must have those of both, the
+    newest step first; BatchNorm statistics of another process than the one that was tested."""
+    rt = setup("cpu", "none")
+    args = train_student.parse([*STUDENT, "--data-dir", str(tiny_cifar)])
+    data = load_data(args, rt)
+    assert len(records(pacos_run)) == 2
+    result = read(pacos_run, "result.json")
+    assert result["command"].startswith("torchrun --nproc_per_node=2 ")
+    net, _ = load_teacher(str(pacos_run), data, rt)
+    again = evaluation.evaluate_teacher(net, data, rt)["avg"]
+    assert {column: again[column] for column in evaluation.COLUMNS} == result["avg"]
+
+    order = data_lt.shuffled(len(data.train_labels), 0, 1)              # seed 0, the last epoch
+    by_rank = [data_lt.shard(order, 30, rank, 2) for rank in (0, 1)]
+    newest_first = torch.cat([torch.cat(parts) for parts in list(zip(*by_rank))[::-1]])
+    queue = checkpoint(pacos_run)["paco"]["queue_labels"]
+    assert torch.equal(queue, data.train_labels[newest_first][:50])
+
+
+def test_two_processes_train_one_student(pacos_run, tiny_cifar, tmp_path):
+    """A test image counted twice; the statistics of the stem of one process only. In the last steps
+    one process has an image more than the other: as many micro-batches, or both wait for ever."""
+    flags = [*STUDENT, *FLOAT32, *("--stem conv --logit-adjustment --batch 26 --micro-batch 4 "
+                                   "--epochs 1").split(), "--data-dir", str(tiny_cifar)]
+    code, printed = launch(2, tmp_path / "log", "train_student", *flags, "--teacher", pacos_run,
+                           "--out", tmp_path / "run")
+    assert code == 0, printed
+    assert [r["epoch"] for r in records(tmp_path / "run")] == [0]
+    state, rt = checkpoint(tmp_path / "run"), setup("cpu", "none")
+    assert state["sums"].shape[0] == 2                      # of each process
+    net = build_student(state["config"], 10, distilled=True)
+    data = load_data(train_student.parse(flags), rt)
+    for part, head in (("model", "avg"), ("ema", "ema")):
+        net.load_state_dict(state[part])
+        again = evaluation.evaluate_student(net, data, 16, 1.0, rt)["avg"]
+        result = read(tmp_path / "run", "result.json")[head]
+        assert {column: again[column] for column in evaluation.COLUMNS} == result
+
+
+# ---- What goes wrong in one of them --------------------------------------------------------------
+
+def a_full_disk():
+    def full(*args, **more):
+        raise OSError(28, os.strerror(28))
+    run_folder.save_checkpoint = full
 
 
 def test_a_disk_that_is_full_for_the_writer_ends_all_with_one_line(tiny_cifar, tmp_path):
-    """The others' tracebacks of a lost connection would hide the line that matters, or they would hang."""
-    full = "def full(*args, **kw): raise OSError(28, os.strerror(28))\nrun_folder.save_checkpoint = full"
-    job = begin(2, tmp_path, "train_teacher", full, "--epochs", 1, "--data-dir", tiny_cifar)
-    _, err = job.communicate(timeout=120)
-    assert err.count("error: cannot write in") == 1 and "No space left" in err and "train_teacher.py" not in err
+    """The others' tracebacks of a lost connection, or processes that wait for ever."""
+    code, printed = launch(2, tmp_path / "log", "train_teacher", *TEACHER, "--rho", 0, "--epochs", 1,
+                           "--data-dir", tiny_cifar, "--out", tmp_path / "run", prepare=a_full_disk)
+    assert code == 2 and printed.count("error: cannot write in") == 1
+    assert "No space left" in printed and "Traceback" not in printed
 
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers under /proc")
+def test_a_process_that_dies_ends_torchruns_job(tiny_cifar, tmp_path):
+    """The others would wait for it for half an hour. The checkpoint stays."""
+    job = Torchrun(2, tmp_path / "log", "train_teacher", *TEACHER, "--epochs", 500, "--save-every",
+                   1, "--data-dir", tiny_cifar, "--out", tmp_path / "run")
+    job.wait_until((tmp_path / "run" / "last.pt").exists)
+    os.kill(job.workers()[-1], signal.SIGKILL)
+    code, printed = job.end()
+    assert code != 0 and "SIGKILL" in printed
+    assert checkpoint(tmp_path / "run")["world"] == 2
+
+
+# ---- Who is given what ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("world", [2, 3, 7, 30])
 def test_any_number_of_processes_tests_every_image_once(world, monkeypatch):
-    """Images repeated to make equal parts, as DistributedSampler does, or dropped; a process without any image."""
+    """Images repeated to make equal parts, as DistributedSampler does, or dropped; a process
+    without any image."""
     labels = torch.arange(20) % 4
     images = labels.view(20, 1, 1, 1).expand(20, 3, 4, 4).to(torch.uint8)
-    monkeypatch.setattr(engine, "all_sum", lambda tensor, rt: tensor)     # each process's own part
-    seen = []
-    monkeypatch.setattr(engine, "accuracies", lambda correct, total, groups: seen.append(correct))
+    counted = []
+    monkeypatch.setattr(evaluation, "all_sum", lambda tensor, rt: tensor)       # each its own part
+    monkeypatch.setattr(evaluation, "accuracies",
+                        lambda correct, total, groups: counted.append(correct))
+
+    def predict(x):
+        return {"avg": nn.functional.one_hot((255 * x[:, 0, 0, 0]).round().long(), 4)}
     for rank in range(world):
-        rt = engine.Runtime(torch.device("cpu"), rank, world)
-        engine.evaluate(lambda x: {"avg": nn.functional.one_hot((255 * x[:, 0, 0, 0]).round().long(), 4)}, images, labels,
-                        {"head": [0, 1], "mid": [2], "tail": [3]}, rt, batch=3)
-    assert len(seen) == world and torch.stack(seen).sum(dim=0).tolist() == [5, 5, 5, 5]
+        evaluation.evaluate(predict, images, labels, {"head": [0, 1], "mid": [2], "tail": [3]},
+                            Runtime(torch.device("cpu"), rank, world), batch=3)
+    assert len(counted) == world and torch.stack(counted).sum(dim=0).tolist() == [5, 5, 5, 5]
 
 
 @pytest.mark.parametrize("n, batch, world", [(100, 16, 2), (101, 16, 3), (1000, 64, 4), (7, 4, 2)])
 def test_processes_share_an_epoch_without_overlap(n, batch, world):
-    """An image that two processes see, or none; steps that only one of them takes, which would hang the others."""
+    """An image that two processes see, or none; steps that only one of them takes."""
     order = data_lt.shuffled(n, 3, 1)
     parts = [data_lt.shard(order, batch, rank, world) for rank in range(world)]
-    assert len({len(p) for p in parts}) == 1
+    assert len({len(part) for part in parts}) == 1
     together = torch.cat([torch.cat(step) for step in zip(*parts)])
     assert sorted(together.tolist()) == list(range(n))

@@ -1,0 +1,260 @@
+"""README.md and results/README.md: every command runs, every link leads somewhere, it is short.
+
+Commands in the docstrings of the scripts and in experiments/ are tried, too.
+"""
+import ast
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import analyze
+import train_student
+import train_teacher
+from conftest import ROOT
+from engine.runtime import Runtime, run_main
+from engine.settings import flag
+from experiments import ablate, bench, crt, deit3, runs_table
+
+DOCUMENTS = ["README.md", "results/README.md"]
+TRAINING = {ablate.STUDENT: train_student, ablate.TEACHER: train_teacher, ablate.CRT: crt,
+            ablate.DEIT3: deit3}
+SCRIPTS = {"analyze.py": analyze, "-m experiments.ablate": ablate, "-m experiments.bench": bench,
+           "-m experiments.runs_table": runs_table}
+COMMAND = re.compile(r"(?:OMP_NUM_THREADS=\S+ )?(?:python3? |torchrun )")
+
+
+# ---- What documents contain ----------------------------------------------------------------------
+
+def code_blocks(text):
+    """The lines of the fenced code blocks of a document, without comments."""
+    lines = []
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            lines += [part.partition(" #")[0].strip() for part in line.split("&&")]
+    return lines
+
+
+def commands_in_tables(text):
+    """Commands in the code spans of a document's text and tables.
+
+    Of a column headed "... with `FLAGS`", these are added; of one headed `python SCRIPT`, the spans
+    follow it; of one headed "flags", they are a student's.
+    """
+    commands, headers = [], None
+    for line in re.sub(r"^```.*?^```", "", text, flags=re.M | re.S).splitlines():
+        if not line.startswith("|"):
+            headers = None
+            commands += re.findall(r"`([^`]+)`", line)
+            continue
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if headers is None:
+            headers = cells
+            continue
+        for header, cell in zip(headers, cells):
+            added = re.search(r"with `([^`]+)`", header)
+            program = re.fullmatch(r"`(python [^`]+)`", header)
+            for span in re.findall(r"`([^`]+)`", cell):
+                if program:
+                    span = f"{program[1]} {span}"
+                elif header.startswith("flags") and span.startswith("--"):
+                    span = f"{ablate.STUDENT} {span}"
+                if added and is_command(span):
+                    span = f"{span} {added[1]}"
+                commands.append(span)
+    return commands
+
+
+def is_command(text):
+    """With `python` before it or, in tables, without; `analyze.py` alone is only a file's name."""
+    without = re.match(r"train_(student|teacher)\.py|analyze\.py ", text)
+    return bool(COMMAND.match(text) or without)
+
+
+def normal(command):
+    """A command without "python", with spaces where a document leaves several."""
+    command = re.sub(r"^OMP_NUM_THREADS=\S+ ", "", command)
+    return re.sub(r"^python3? ", "", command)
+
+
+def commands_of(document):
+    text = (ROOT / document).read_text()
+    found = [*code_blocks(text), *commands_in_tables(text)]
+    return list(dict.fromkeys(normal(command) for command in found if is_command(command)))
+
+
+def commands_of_docstrings():
+    """Indented commands of the module docstrings; after two spaces or more, what they do."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]
+    commands = []
+    for file in files:
+        text = ast.get_docstring(ast.parse(file.read_text())) or ""
+        for line in text.splitlines():
+            if line.startswith("    ") and COMMAND.match(line.strip()):
+                commands.append(normal(re.split(r" {2,}", line.strip())[0]))
+    return list(dict.fromkeys(commands))
+
+
+# ---- Trying a command ----------------------------------------------------------------------------
+
+def split(command):
+    """(program, flags, processes) of a command, torchrun's own flags left out."""
+    processes, words = 1, shlex.split(command)
+    if words[0] == "torchrun":
+        for number in re.findall(r"--(?:nnodes|nproc.per.node)[= ](\d+)", command):
+            processes *= int(number)
+        while not words[0].endswith(".py"):
+            del words[0]
+    n = 2 if words[0] == "-m" else 1
+    return " ".join(words[:n]), words[n:], processes
+
+
+def try_command(command, monkeypatch):
+    """Parse a command's flags and resolve its settings, as far as that goes without training."""
+    program, flags, processes = split(command)
+    monkeypatch.setattr(sys, "argv", [program, *flags])
+    if "--help" in flags:
+        with pytest.raises(SystemExit) as stop:
+            (TRAINING | SCRIPTS)[program].main()
+        assert stop.value.code == 0
+    elif program in TRAINING:
+        make_images(flags)
+        rt = Runtime(torch.device("cpu"), 0, processes)
+        assert ablate.folder_of(shlex.join([*program.split(), *flags]), rt)
+    elif program == "analyze.py":
+        analyze.parse()
+    elif program == "-m experiments.ablate":
+        sys.argv.append("--commands")
+        run_main(ablate.main)
+    elif program == "-m experiments.bench":
+        for section in bench.SECTIONS:
+            monkeypatch.setitem(bench.SECTIONS, section, lambda rt, rounds: None)
+        run_main(bench.main)
+    elif program == "-m experiments.runs_table":
+        runs_table.main(flags)
+    else:
+        known = ("-m pytest", "-m pip", "-m venv", "-c")
+        assert program in known, f"{command}: no such program"
+
+
+def make_images(flags):
+    """A folder of images where a command names one of its own."""
+    words = shlex.split(shlex.join(flags).replace("=", " "))
+    if "folder" not in words:
+        return
+    root = Path(words[words.index("--data-dir") + 1])
+    assert not root.is_absolute()
+    splits = [root] if "--holdout" in words else [root / "train", root / "test"]
+    for folder in splits:
+        for name in "ab":
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for i in range(5):
+                Image.new("RGB", (40, 40)).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path, monkeypatch):
+    """Nothing that a command writes lands in the project."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").mkdir()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_of_the_documents_is_understood(document, monkeypatch, capsys):
+    """A flag, a method, a recipe or a file that was renamed, but not there."""
+    commands = commands_of(document)
+    assert len(commands) >= 8
+    programs = {split(command)[0] for command in commands}
+    assert {"train_student.py", "train_teacher.py", "analyze.py"} <= programs
+    for command in commands:
+        try_or_fail(command, monkeypatch, capsys)
+
+
+def test_every_command_of_the_docstrings_is_understood(monkeypatch, capsys):
+    """As above, at the top of the scripts."""
+    commands = commands_of_docstrings()
+    assert {"train_student.py --dataset shapes", "train_teacher.py --dataset shapes"} < set(
+        commands)
+    for command in commands:
+        try_or_fail(command, monkeypatch, capsys)
+
+
+def try_or_fail(command, monkeypatch, capsys):
+    try:
+        try_command(command, monkeypatch)
+    except (Exception, SystemExit) as error:
+        pytest.fail(f"{command}: {error!r} {capsys.readouterr().err}")
+
+
+def flags_of(program, monkeypatch, capsys):
+    """The flags that a script's --help names."""
+    module = (TRAINING | SCRIPTS)[program]
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    with pytest.raises(SystemExit):
+        module.main()
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_flag_of_the_documents_exists(document, monkeypatch, capsys):
+    """A flag that is named in a sentence or a table cell without its command."""
+    known = {"--no-logit-adjustment", "--no-mix-drw", "--nproc_per_node", "--nnodes"}
+    for program in [*TRAINING, *SCRIPTS]:
+        known |= flags_of(program, monkeypatch, capsys)
+    named = re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / document).read_text())
+    assert named and set(named) <= known
+
+
+# ---- Links ---------------------------------------------------------------------------------------
+
+def anchors(text):
+    """The anchors that GitHub gives to a document's headings."""
+    names = []
+    for heading in re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S),
+                              re.M):
+        heading = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        name = re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
+        names.append(f"{name}-{names.count(name)}" if name in names else name)
+    return names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_somewhere(document):
+    """A file or a heading that was moved or renamed."""
+    path = ROOT / document
+    text = path.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)|^\[[\w.-]+\]: (\S+)|<img [^>]*src=\"([^\"]+)\"", text, re.M)
+    links = [link for link in map("".join, links) if not re.match(r"https?:|mailto:", link)]
+    assert links
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+    named = re.findall(r"\]\[([\w.-]+)\]", text)
+    assert set(named) <= set(re.findall(r"^\[([\w.-]+)\]:", text, re.M))
+
+
+# ---- Length --------------------------------------------------------------------------------------
+
+def test_the_readme_is_short():
+    """An explanation that belongs elsewhere: 210 lines and 2,500 words are a few minutes."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 210 and len(text.split()) <= 2500
+
+
+@pytest.mark.parametrize("module", [train_student, train_teacher])
+def test_help_fits_on_two_screens_and_names_every_setting_once(module, capsys):
+    """A setting without a flag, one that is explained twice, or three pages of help."""
+    with pytest.raises(SystemExit) as stop:
+        module.parse(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and len(text.splitlines()) <= 100
+    explained = re.findall(r"^  (--[\w-]+)", text, re.M)
+    assert len(set(explained)) == len(explained)
+    assert {flag(setting.name) for setting in module.SETTINGS} <= set(explained)
