@@ -1,16 +1,16 @@
-r"""Augmentation of a whole batch on its device; every image has its own random draws.
+r"""Augmentation of a whole batch on its device; every image has its own draws, but for mixing.
 
     uint8 images (B,3,H,W) in 0..255
       --random_crop_flip or random_resized_crop-->  (B,3,S,S)
       --rand_augment-->  --random_erasing-->  --to_float-->  float (B,3,S,S) in [0,1]
       --mixup_cutmix-->  mixed images (B,3,S,S), soft targets (B,K)
 
-The first two arrows are `strong_augment`, the student's images. Mixing (S: smoothed one-hot):
+`strong_augment` is everything up to `to_float`. Mixing one batch (smooth: smoothed one-hot):
 
     mixup    lam ~ Beta(a, a),  x = lam x_i + (1 - lam) x_j                     (1)    1710.09412
     CutMix   lam ~ Beta(b, b),  x = x_i, but x_j inside a box of (1 - lam) H W  (2)    1905.04899
              lam = the part of the area outside the box, once it is clipped at the border
-    target   y = lam S(y_i) + (1 - lam) S(y_j)                                  (3)
+    target   y = lam smooth(y_i) + (1 - lam) smooth(y_j)                        (3)
 
 RandAugment 1909.13719 as timm's `rand-m9-mstd0.5-inc1`, random erasing 1708.04896. PaCo's teacher
 (2107.12028) has two views: `paco_query_view` (AutoAugment, Cutout) and `simclr_view` (MoCo v2,
@@ -155,8 +155,8 @@ def random_erasing(images, prob=0.25, area=(0.02, 1 / 3), aspect=0.3):
 def strong_augment(images, size, crop="padded", rand_ops=2, magnitude=9.0, erasing=0.25):
     """The student's images: uint8 (B,3,H,W) -> float (B,3,size,size) in [0,1].
 
-    crop: "resized", a random box (ImageNet's); "padded", pad by an eighth, crop back, resize
-    (CIFAR's); "loader", the images were cropped and mirrored when they were read from disk.
+    crop: "resized", a box of random area and shape (the paper's, 224 px); "padded", pad by an
+    eighth, crop back, resize (for 32 px); "loader", cropped and mirrored when read from disk.
     """
     if crop == "resized":
         images = random_resized_crop(images, size)
@@ -208,6 +208,8 @@ def mixup_cutmix(images, labels, num_classes, mixup=0.8, cutmix=1.0, smoothing=0
     leaves that kind out; one of them must be above 0.
     images (B,3,H,W) in [0,1], labels (B,) -> (B,3,H,W), targets (B,K) whose rows sum to 1.
     """
+    if mixup == 0 and cutmix == 0:
+        raise ValueError("there is nothing to mix with: both strengths are 0")
     target = smooth_one_hot(labels, num_classes, smoothing)
     H, W = images.shape[-2:]
     # All numbers are drawn, whichever kind is used, so that later draws do not depend on it.

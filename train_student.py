@@ -32,12 +32,12 @@ from engine.runtime import UserError
 from engine.settings import (CARRIED, Interval, Parser, Setting, add_run_flags, add_settings,
                              as_flags, defaults, fill_settings, fit_to_folder, flag,
                              pick_recipe, resolve_data, run_name)
-from engine.training import EMA, FiniteScaler, cosine_lr, parameter_groups, set_lr
+from engine.training import EMA, FiniteScaler, cosine_lr, micro_batches, parameter_groups, set_lr
 from vit import MODELS, STEMS, resize_pos_embed
 
 # Every setting once: name, the paper's value for CIFAR, what is allowed, what it is. The published
-# scripts run 2 GPUs x 128 images x 4 accumulated micro-batches; their learning rate follows from
-# 2 x 128, and their EMA is updated every micro-batch: 0.99996^4 a step.
+# scripts accumulate 4 micro-batches of 2 GPUs x 128 images; their learning rate is 5e-4 x 256 / 512
+# all the same, and their EMA decays by 0.99996 each micro-batch, so by 0.99996^4 each step.
 SETTINGS = [
     Setting("model", "base", tuple(MODELS), "network: micro, mini, tiny, small or base"),
     Setting("img_size", 224, Interval(1), "side of the student's images, pixels"),
@@ -45,23 +45,24 @@ SETTINGS = [
     Setting("stem", "patch", tuple(STEMS), "patch: linear projection; conv: 3x3 convolutions"),
     Setting("tokens", 2, (1, 2), "2: CLS and DIST; 1: CLS learns from the teacher too"),
     Setting("layer_scale", 0.0, Interval(0), "initial value of LayerScale; 0: off"),
-    Setting("epochs", 1200, Interval(1), "epochs, each of about as many images as there are"),
+    Setting("epochs", 1200, Interval(1), "epochs, each of about as many samples as images"),
     Setting("batch", 1024, Interval(1), "images per optimizer step, all processes together"),
     Setting("micro_batch", 128, Interval(1), "images per forward pass and process, at most"),
     Setting("lr", 2.5e-4, Interval(0), "peak learning rate of AdamW"),
     Setting("warmup_epochs", 5, Interval(0), "epochs of linear warm-up"),
-    Setting("weight_decay", 0.05, Interval(0), "of AdamW; for matrices only"),
+    Setting("weight_decay", 0.05, Interval(0), "of AdamW; for matrices and kernels"),
     Setting("drop_path", 0.1, Interval(0, 0.99), "stochastic depth rate of the last block"),
     Setting("distill", "hard", ("hard", "soft", "none"), "labels, probabilities or no teacher"),
     Setting("tau", 1.0, Interval(1e-3), "temperature of --distill soft"),
     Setting("teacher_view", "same", ("same", "weak"), "teacher input: same images, or weak crops"),
     Setting("alpha", 0.5, Interval(0, 1), "weight of the DIST loss; 1 - alpha of the CLS loss"),
     Setting("logit_adjustment", False, None, "add log class frequencies to the logits in the loss"),
-    Setting("drw_epoch", 1100, Interval(0), "first epoch (from 0) with re-weighting, not mixed"),
+    Setting("drw_epoch", 1100, Interval(0), "first epoch (from 0) that is re-weighted, not mixed"),
     Setting("beta", 0.9999, Interval(0, 0.999999), "of the class weights; 0: no re-weighting"),
     Setting("mix_drw", False, None, "go on mixing in the re-weighted epochs"),
     Setting("repeats", 3, Interval(1), "repeated augmentation: times an image is in an epoch"),
-    Setting("crop", "resized", ("resized", "padded", "loader"), "random area, shift, from disk"),
+    Setting("crop", "resized", ("resized", "padded", "loader"),
+            "random area, padded, or by the loader"),
     Setting("rand_ops", 2, Interval(0), "RandAugment: operations per image"),
     Setting("magnitude", 9.0, Interval(0, 10), "RandAugment: their strength"),
     Setting("erasing", 0.25, Interval(0, 1), "probability of random erasing"),
@@ -92,7 +93,7 @@ RECIPES = {
 NO_TEACHER = dict(distill="none", tokens=1)
 METHODS = {
     "deit-lt": {},
-    "deit": dict(beta=0.0),         # its teacher was trained on such images; no re-weighting
+    "deit": dict(beta=0.0),         # a teacher trained under strong augmentation; no re-weighting
     "vit": NO_TEACHER,
 }
 BASELINES = {                       # with code of their own in experiments/
@@ -106,7 +107,7 @@ METRICS = ("loss", "loss_cls", "loss_dist", "teacher_accuracy")
 def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=None, order_of=None):
     """The training loop. Returns {"cls", "dist", "avg" and, with --ema, "ema": accuracies}.
 
-    augment_images, label_loss, order_of: replace strong_augment, soft_cross_entropy, epoch_order.
+    augment_images, label_loss, order_of: replaced by the baselines in experiments/.
     """
     augment_images = augment_images or strong_augment
     label_loss = label_loss or losses.soft_cross_entropy
@@ -116,14 +117,13 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
     teacher_prior = torch.full((K,), 1 / K, device=rt.device)           # pi_t (K,), a running mean
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
     ema = EMA(net, args.ema) if args.ema > 0 else None
-    scaler = FiniteScaler(net, optimizer, rt, teacher_prior)            # GradScaler's protocol
+    scaler = FiniteScaler(net, optimizer, rt, teacher_prior)            # undoes non-finite steps
     n = len(order_of(args, data, 0))                                    # images in an epoch
     steps = data_lt.steps_per_epoch(n, args.batch)
-    shares = steps * rt.world                                           # of about n / shares images
-    accumulation_steps = min(-(-n // (shares * args.micro_batch)), n // shares)
-    parts = dict(model=net, ema=ema, optimizer=optimizer, teacher_prior=teacher_prior,
+    accumulation_steps = micro_batches(n, steps, rt.world, args.micro_batch)
+    state = dict(model=net, ema=ema, optimizer=optimizer, teacher_prior=teacher_prior,
                  scaler=scaler)
-    run.start(args, data, parts, METRICS if teacher else METRICS[:1], n, args.batch)
+    run.start(args, data, state, METRICS if teacher else METRICS[:1], n, args.batch)
     model = DistributedDataParallel(net) if rt.world > 1 else net
     if args.compile:
         model = torch.compile(model)
@@ -142,11 +142,11 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                                         args.warmup_epochs))
             metrics = torch.zeros(len(run.metrics), device=rt.device)
             for i in range(accumulation_steps):
-                # Every n-th image: repeated augmentation has copies of an image side by side.
+                # Every n-th image, so that an image's copies (repeats) are in different ones.
                 part = images[i::accumulation_steps]                    # uint8 (b,3,H,W)
                 target = labels[i::accumulation_steps]                  # (b,)
                 fraction = len(part) / len(labels)
-                # 1. Augment and mix: another draw for every image.
+                # 1. Augment, every image with its own draws, and mix, with one draw for all.
                 x = augment_images(part, args)                          # (b,3,S,S) in [0,1]
                 if mixing:
                     x, target = augment.mixup_cutmix(x, target, K, args.mixup, args.cutmix,
@@ -164,16 +164,16 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                         if teacher:
                             # 3. Teacher: the same images, out of distribution for it.
                             view = x if args.teacher_view == "same" else weak_augment(part)
-                            y_t = evaluation.teacher_logits(teacher, view)      # (b,K)
-                            if args.distill == "hard":
-                                y_t = y_t.argmax(dim=1)                 # (b,)
-                            if args.logit_adjustment:                   # f_d + tau ln pi_t
-                                dist_logits = dist_logits + log_teacher_prior(
-                                    teacher_prior, y_t, args.tau, 0.01 * fraction, rt)
+                            g = evaluation.teacher_logits(teacher, view)        # g(x) (b,K)
+                            y_t = g if args.distill == "soft" else g.argmax(dim=1)      # (b,)
+                            if args.logit_adjustment:
+                                update_teacher_prior(teacher_prior, y_t, args.tau, fraction, rt)
+                                # f_d + tau ln pi_t
+                                dist_logits = dist_logits + args.tau * log_prior_of(teacher_prior)
                             # 4. L = (1 - alpha) CE(f_c, y) + alpha w[y_t] CE(f_d, y_t)
                             loss, *terms = losses.distillation_loss(
                                 cls_logits, dist_logits, target, y_t, args.alpha, weight, args.tau)
-                            values = [loss, *terms, agreement(y_t, target)]
+                            values = [loss, *terms, teacher_accuracy(g, target)]
                         else:
                             loss = label_loss(cls_logits, target)
                             values = [loss]
@@ -194,7 +194,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
             cosine = evaluation.token_cosine(net, data, args.img_size, args.eval_crop, rt)
         run.after_epoch(epoch, results, drw=weight is not None, cosine=cosine,
                         lr=optimizer.param_groups[0]["lr"])
-    return results or evaluate(net, ema, data, args, rt)                # None: no epoch was left
+    return results or evaluate(net, ema, data, args, rt)                # resumed after the last
 
 
 # ---- Parts of a step -----------------------------------------------------------------------------
@@ -210,27 +210,28 @@ def weak_augment(images):
     return augment.to_float(augment.random_crop_flip(images, images.shape[-1] // 8))
 
 
-def log_teacher_prior(teacher_prior, y_t, tau, rate, rt):
-    """tau ln pi_t (K,), after updating pi_t (K,) by the teacher's labels y_t (b,), or logits (b,K).
+def update_teacher_prior(teacher_prior, y_t, tau, fraction, rt):
+    """Move pi_t (K,), the teacher's label frequencies, towards those of y_t, (b,) or (b,K).
 
-    pi_t: running mean of the teacher's label distribution, over all processes.
+    A running mean over about 100 steps and all processes. fraction: of the step's images.
     """
-    K = len(teacher_prior)
-    now = losses.teacher_label_distribution(y_t, K, tau)
-    teacher_prior.lerp_(runtime.all_sum(now, rt) / rt.world, rate)
-    return tau * teacher_prior.clamp(min=1e-3 / K).log()                # a class may never occur
+    now = losses.teacher_label_distribution(y_t, len(teacher_prior), tau)
+    teacher_prior.lerp_(runtime.all_sum(now, rt) / rt.world, 0.01 * fraction)
 
 
-def agreement(y_t, target):
+def log_prior_of(pi):
+    """ln pi (K,); a class that never occurs counts as 1e-3 / K."""
+    return pi.clamp(min=1e-3 / len(pi)).log()
+
+
+def teacher_accuracy(g, target):
     """Percent of images whose teacher's label is the true one, or the larger part of a mixed one.
 
-    y_t: labels (b,) or logits (b,K); target: labels (b,) or mixed ones (b,K).
+    g: teacher's logits (b,K); target: labels (b,) or mixed ones (b,K).
     """
-    if y_t.ndim == 2:
-        y_t = y_t.argmax(dim=1)
     if target.ndim == 2:
         target = target.argmax(dim=1)
-    return 100 * (y_t == target).float().mean()
+    return 100 * (g.argmax(dim=1) == target).float().mean()
 
 
 def epoch_order(args, data, epoch):

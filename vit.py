@@ -99,8 +99,8 @@ def drop_path(branch, p, training):
         return branch
     keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= p
     # Kept branches are divided by 1 - p, so that the expectation is the same as in evaluation.
-    divisor = (1 - p) / keep.to(branch.dtype)               # (B,1,1): infinity where dropped
-    return branch / divisor                                 # in one pass over the branch
+    scale = keep.to(branch.dtype) / (1 - p)                 # (B,1,1)
+    return branch * scale
 
 
 class Block(nn.Module):
@@ -166,7 +166,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes)
         if distilled:
             self.head_dist = nn.Linear(embed_dim, num_classes)
-        # DeiT's initialisation: N(0, 0.02^2) for all but biases (0) and CLS (nearly 0)
+        # DeiT's: N(0, 0.02^2) for linear weights, positions and DIST; biases 0; CLS nearly 0.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -203,7 +203,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x):
         tokens, _ = self.forward_features(x, keep=self.num_tokens)
-        # In float32: where bfloat16 logits tie, argmax takes the lower, more frequent class.
+        # In float32: bfloat16 logits often tie, and argmax takes the first, more frequent class.
         with torch.autocast(x.device.type, enabled=False):
             tokens = tokens.to(self.head.weight.dtype)      # (B,1 or 2,D)
             cls_logits = self.head(tokens[:, 0])            # (4) (B,K)

@@ -305,12 +305,11 @@ def training_views(args, data, n, seed, rt):
     clean = augment.resize(augment.to_float(images), args.img_size)
     strong = augment.strong_augment(images, args.img_size, args.crop, args.rand_ops, args.magnitude,
                                     args.erasing)
-    mixed, mixed_target = augment.mixup_cutmix(strong, labels, data.num_classes, args.mixup,
-                                               args.cutmix, smoothing=0.0)
     target = augment.smooth_one_hot(labels, data.num_classes)
     views = {"clean": (clean, target), "strong": (strong, target)}
     if args.mixup + args.cutmix > 0:
-        views["mixed"] = (mixed, mixed_target)
+        views["mixed"] = augment.mixup_cutmix(strong, labels, data.num_classes, args.mixup,
+                                              args.cutmix, smoothing=0.0)
     return views
 
 

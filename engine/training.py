@@ -25,6 +25,16 @@ def set_lr(optimizer, lr):
         group["lr"] = lr
 
 
+def micro_batches(n, steps, world, largest):
+    """Micro-batches a step, the same number in each process, of at most `largest` images.
+
+    n images an epoch make `steps` steps of `world` processes. No micro-batch is empty.
+    """
+    shares = steps * world                                  # of about n / shares images
+    needed = -(-n // (shares * largest))                    # rounded up
+    return min(needed, n // shares)
+
+
 def parameter_groups(net, weight_decay):
     """AdamW's groups: decay for matrices; none for biases, norms, scales, tokens and positions."""
     decayed, others = [], []

@@ -508,9 +508,11 @@ def test_the_seed_reaches_the_order_of_an_epoch():
         return batches(steps, key)
     data.batches = recorded
     for seed in (0, 1):
-        train_a_teacher(teacher_settings("--seed", seed, "--rho", 0, epochs=1), data=data)
-    for one, other in zip(orders[::2], orders[1::2]):
-        assert len(one) == len(other) == N and one != other
+        train_a_teacher(teacher_settings("--seed", seed, "--rho", 0, epochs=2), data=data)
+    plain, repeated, teachers = orders[:2], orders[2:4], orders[4:]
+    assert plain[0] != plain[1] and repeated[0] != repeated[1]
+    assert len({tuple(order) for order in teachers}) == 4       # of two seeds, two epochs each
+    assert all(sorted(order) == list(range(N)) for order in [*plain, *teachers])
 
 
 def test_a_micro_batch_has_no_two_copies_of_an_image():
@@ -697,7 +699,8 @@ def test_micro_batches_move_the_teachers_prior_as_far_as_their_batch():
 def test_classes_among_thousands_are_adjusted_by_their_own_frequency():
     """A floor under the teacher's prior, against ln 0, above what a class of many has."""
     prior = torch.full((8142,), 1 / 8142)
-    log_prior = train_student.log_teacher_prior(prior, torch.zeros(4).long(), 1.0, 0.01, CPU)
+    train_student.update_teacher_prior(prior, torch.zeros(4).long(), 1.0, 1.0, CPU)
+    log_prior = train_student.log_prior_of(prior)
     assert log_prior[1:].exp().tolist() == pytest.approx([0.99 / 8142] * 8141, rel=1e-4)
 
 
@@ -757,13 +760,13 @@ def test_the_logs_numbers_are_as_they_have_been():
     assert [r["lr"] > 0 for r in run.records] == [True, True]
 
 
-def test_agreement_counts_the_larger_part_of_a_mixed_image():
-    """Labels against logits, row numbers against classes."""
+def test_the_teachers_accuracy_counts_the_larger_part_of_a_mixed_image():
+    """Row numbers against classes, a fraction for percent."""
     y_t = torch.tensor([2, 0, 1])
     mixed = torch.tensor([[0.1, 0.3, 0.6], [0.4, 0.6, 0], [0.2, 0.5, 0.3]])
-    for labels in (y_t, F.one_hot(y_t, 3).float()):
-        full = train_student.agreement(labels, torch.eye(3)[y_t]).item()
-        assert train_student.agreement(labels, mixed).item() / full == pytest.approx(2 / 3)
+    g = F.one_hot(y_t, 3).float()
+    assert train_student.teacher_accuracy(g, y_t).item() == 100
+    assert train_student.teacher_accuracy(g, mixed).item() == pytest.approx(200 / 3)
 
 
 # ---- The student's teacher -----------------------------------------------------------------------
@@ -841,6 +844,14 @@ def test_a_student_is_evaluated_with_its_crop_in_its_epochs(watch):
     assert [(c["img_size"], c["eval_crop"]) for c, _ in calls] == [(8, 0.5)] * 6
     assert [c["net"] is net for c, _ in calls] == [True, False] * 3
     assert run.records[-1]["cosine"] is not None
+
+
+def test_a_teacher_is_evaluated_in_its_epochs():
+    """--eval-every ignored: a table of the last epoch only, or a test set in every epoch."""
+    args = teacher_settings("--rho", 0, epochs=5, eval_every=2)
+    _, run, results = train_a_teacher(args)
+    assert [r["results"] is not None for r in run.records] == [False, True, False, True, True]
+    assert results == run.records[-1]["results"]
 
 
 def test_training_goes_on_in_training_mode_after_an_evaluation():

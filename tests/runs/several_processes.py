@@ -41,8 +41,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-def write_to(log):
-    """Send what this process prints to a file, after what other processes have written there."""
+def begin(log):
+    """Start of a new process: a group of its own; what it prints is added to a file."""
+    os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -58,51 +59,29 @@ def run_script(module, flags, prepare):
     runtime.run_main(importlib.import_module(module).main)
 
 
-def one_of_several(rank, processes, port, log, module, flags, prepare):
-    """One process of a job, with the environment that torchrun gives it."""
-    write_to(log)
+def one_of_several(log, rank, processes, port, *script):
+    """One process, with the environment that torchrun gives it. script: see run_script."""
+    begin(log)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
                       LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost",
                       MASTER_PORT=str(port))
-    run_script(module, flags, prepare)
+    run_script(*script)
 
 
-def launch(processes, log, module, *flags, prepare=None):
-    """(largest exit code, what was printed) of a script in so many processes."""
-    port, flags = free_port(), list(map(str, flags))
-    jobs = [FORKS.Process(target=one_of_several, args=(rank, processes, port, str(log), module,
-                                                       flags, prepare))
-            for rank in range(processes)]
-    for job in jobs:
-        job.start()
-    end = time.monotonic() + 200
-    for job in jobs:
-        job.join(max(0, end - time.monotonic()))
-    hanging = [job for job in jobs if job.is_alive()]
-    for job in hanging:
-        job.kill()
-    assert not hanging, Path(log).read_text()
-    return max(job.exitcode for job in jobs), Path(log).read_text()
-
-
-# ---- Under torchrun ------------------------------------------------------------------------------
-
-def torchrun(processes, log, module, flags):
+def under_torchrun(log, processes, *script):
     """torchrun itself, but that it forks its workers instead of starting Python anew."""
-    write_to(log)
-    os.setsid()
+    begin(log)
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="test",
                           rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
                           monitor_interval=0.1, start_method="fork")
-    elastic_launch(config, run_script)(module, flags, None)
+    elastic_launch(config, run_script)(*script)
 
 
-class Torchrun:
-    """A job under torchrun; what it prints goes to a file."""
+class Job:
+    """A process that runs target(log, *args)."""
 
-    def __init__(self, processes, log, module, *flags):
-        self.log, flags = Path(log), list(map(str, flags))
-        self.process = FORKS.Process(target=torchrun, args=(processes, str(log), module, flags))
+    def __init__(self, target, log, *args):
+        self.log, self.process = Path(log), FORKS.Process(target=target, args=(str(log), *args))
         self.process.start()
 
     def wait_until(self, condition, seconds=120):
@@ -111,14 +90,39 @@ class Torchrun:
             assert time.monotonic() < end and self.process.is_alive(), self.log.read_text()
             time.sleep(0.02)
 
-    def workers(self):
+    def children(self):
+        """Process ids; under Linux."""
         pid = self.process.pid
         return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
-    def end(self, seconds=60):
-        """(exit code, what was printed) once the job has ended by itself."""
+    def end(self, seconds=120):
+        """(exit code, what was printed) once it has ended by itself."""
         self.process.join(seconds)
         if self.process.is_alive():
             os.killpg(self.process.pid, signal.SIGKILL)
-            pytest.fail(self.log.read_text())
+            pytest.fail(f"it goes on and on: {self.log.read_text()}")
         return self.process.exitcode, self.log.read_text()
+
+
+# ---- What tests call -----------------------------------------------------------------------------
+
+def start(log, module, *flags):
+    """A Job of a script alone."""
+    return Job(one_of_several, log, 0, 1, free_port(), module, list(map(str, flags)), None)
+
+
+def start_torchrun(processes, log, module, *flags):
+    """A Job of torchrun; its children are the script's processes."""
+    return Job(under_torchrun, log, processes, module, list(map(str, flags)), None)
+
+
+def run(processes, log, module, *flags, prepare=None):
+    """(largest exit code, what was printed) of a script in so many processes.
+
+    prepare: a function that each of them calls first.
+    """
+    port, flags = free_port(), list(map(str, flags))
+    jobs = [Job(one_of_several, log, rank, processes, port, module, flags, prepare)
+            for rank in range(processes)]
+    codes, texts = zip(*[job.end() for job in jobs])
+    return max(codes), texts[-1]

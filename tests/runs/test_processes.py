@@ -15,8 +15,8 @@ from engine import evaluation, run_folder
 from engine.datasets import load_data
 from engine.networks import build_student, load_teacher
 from engine.runtime import Runtime, setup
-from several_processes import Torchrun, launch
-from tiny_runs import DATA, PACO, STUDENT, TEACHER, checkpoint, read, records
+from several_processes import run, start, start_torchrun
+from tiny_runs import DATA, PACO, PLAIN, STUDENT, TEACHER, WITHOUT_SAM, checkpoint, read, records
 
 pytest_plugins = ["tiny_runs", "several_processes"]
 pytestmark = pytest.mark.usefixtures("server")
@@ -61,7 +61,7 @@ def test_two_processes_give_the_losses_of_one(module, tiny_cifar, tmp_path):
     climbs on the gradient of a part; an order that shows images twice."""
     for n in (1, 2):
         flags = [*ALIKE[module], *FLOAT32, "--data-dir", tiny_cifar, "--out", tmp_path / str(n)]
-        code, printed = launch(n, tmp_path / "log", module, *flags, prepare=nothing_random)
+        code, printed = run(n, tmp_path / "log", module, *flags, prepare=nothing_random)
         assert code == 0, printed
     losses = [[r["loss"] for r in records(tmp_path / n)] for n in "12"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -78,8 +78,8 @@ def test_two_processes_give_the_losses_of_one(module, tiny_cifar, tmp_path):
 def pacos_run(server, tiny_cifar, tmp_path_factory):
     """Run folder of a PaCo teacher that two processes have trained."""
     folder = tmp_path_factory.mktemp("two")
-    code, printed = launch(2, folder / "log", "train_teacher", *PACO, *FLOAT32, "--data-dir",
-                           tiny_cifar, "--out", folder / "paco")
+    code, printed = run(2, folder / "log", "train_teacher", *PACO, *FLOAT32, *WITHOUT_SAM,
+                        "--data-dir", tiny_cifar, "--out", folder / "paco")
     assert code == 0, printed
     return folder / "paco"
 
@@ -109,8 +109,8 @@ def test_two_processes_train_one_student(pacos_run, tiny_cifar, tmp_path):
     one process has an image more than the other: as many micro-batches, or both wait for ever."""
     flags = [*STUDENT, *FLOAT32, *("--stem conv --logit-adjustment --batch 26 --micro-batch 4 "
                                    "--epochs 1").split(), "--data-dir", str(tiny_cifar)]
-    code, printed = launch(2, tmp_path / "log", "train_student", *flags, "--teacher", pacos_run,
-                           "--out", tmp_path / "run")
+    code, printed = run(2, tmp_path / "log", "train_student", *flags, "--teacher", pacos_run,
+                        "--out", tmp_path / "run")
     assert code == 0, printed
     assert [r["epoch"] for r in records(tmp_path / "run")] == [0]
     state, rt = checkpoint(tmp_path / "run"), setup("cpu", "none")
@@ -134,8 +134,9 @@ def a_full_disk():
 
 def test_a_disk_that_is_full_for_the_writer_ends_all_with_one_line(tiny_cifar, tmp_path):
     """The others' tracebacks of a lost connection, or processes that wait for ever."""
-    code, printed = launch(2, tmp_path / "log", "train_teacher", *TEACHER, "--rho", 0, "--epochs", 1,
-                           "--data-dir", tiny_cifar, "--out", tmp_path / "run", prepare=a_full_disk)
+    code, printed = run(2, tmp_path / "log", "train_teacher", *TEACHER, *WITHOUT_SAM,
+                        "--epochs", 1, "--data-dir", tiny_cifar, "--out", tmp_path / "run",
+                        prepare=a_full_disk)
     assert code == 2 and printed.count("error: cannot write in") == 1
     assert "No space left" in printed and "Traceback" not in printed
 
@@ -143,13 +144,27 @@ def test_a_disk_that_is_full_for_the_writer_ends_all_with_one_line(tiny_cifar, t
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers under /proc")
 def test_a_process_that_dies_ends_torchruns_job(tiny_cifar, tmp_path):
     """The others would wait for it for half an hour. The checkpoint stays."""
-    job = Torchrun(2, tmp_path / "log", "train_teacher", *TEACHER, "--epochs", 500, "--save-every",
-                   1, "--data-dir", tiny_cifar, "--out", tmp_path / "run")
+    job = start_torchrun(2, tmp_path / "log", "train_teacher", *TEACHER, "--epochs", 500,
+                         "--save-every", 1, "--data-dir", tiny_cifar, "--out", tmp_path / "run")
     job.wait_until((tmp_path / "run" / "last.pt").exists)
-    os.kill(job.workers()[-1], signal.SIGKILL)
+    os.kill(job.children()[-1], signal.SIGKILL)
     code, printed = job.end()
     assert code != 0 and "SIGKILL" in printed
     assert checkpoint(tmp_path / "run")["world"] == 2
+
+
+# ---- Stopped -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_process_with_its_code(number, tiny_cifar, tmp_path):
+    """Ctrl-C: a traceback, or a process that trains on."""
+    job = start(tmp_path / "log", "train_student", *PLAIN, "--epochs", 1000, "--eval-every", 1000,
+                "--save-every", 1, "--data-dir", tiny_cifar, "--out", tmp_path / "run")
+    job.wait_until((tmp_path / "run" / "last.pt").exists)
+    os.kill(job.process.pid, number)
+    code, printed = job.end()
+    assert code == 128 + number, printed
+    assert "--resume goes on from there" in printed and "Traceback" not in printed
 
 
 # ---- Who is given what ---------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def test_a_network_of_torchvision_is_trained_and_read_back(loss, tiny_cifar, tmp
                                                            monkeypatch, capsys):
     """Another size, classifier or normalisation when its run folder is read than when trained."""
     flags = PACO if loss == "paco" else TEACHER
-    flags = [*flags, *WITHOUT_SAM, *"--arch mobilenet_v3_small --img-size 40 --epochs 1".split()]
+    flags = [*flags, *WITHOUT_SAM,
+             *"--arch mobilenet_v3_small --img-size 40 --epochs 1 --batch 45".split()]
     train(train_teacher, *flags, "--data-dir", tiny_cifar, "--out", tmp_path / "run")
     capsys.readouterr()
     script(analyze, monkeypatch, "eval", "--checkpoint", tmp_path / "run")
@@ -95,7 +96,8 @@ def test_a_file_from_elsewhere_is_a_teacher(tiny_cifar, tmp_path, monkeypatch, c
 def test_both_passes_of_sam_drop_the_same_units(tiny_cifar, tmp_path):
     """At a radius of almost nothing SAM is SGD, unless its second gradient is of another draw of
     the network's dropout."""
-    flags = [*TEACHER, *("--arch mobilenet_v3_small --img-size 32 --epochs 1 --amp none").split(),
+    flags = [*TEACHER, *("--arch mobilenet_v3_small --img-size 32 --epochs 1 --batch 45 "
+                        "--amp none").split(),
              "--data-dir", tiny_cifar]
     for rho in ("0", "1e-12"):
         train(train_teacher, *flags, "--rho", rho, "--out", tmp_path / rho)
