@@ -310,15 +310,14 @@ def student_step(args, batch, rt):
         x, target = augment.mixup_cutmix(x, labels, K)
         lap("augment")
         with rt.autocast():
-            y_t = evaluation.teacher_logits(teacher, x)
-            if args.distill == "hard":
-                y_t = y_t.argmax(dim=1)
+            g = evaluation.teacher_logits(teacher, x)
+            y_t = g if args.distill == "soft" else g.argmax(dim=1)
             lap("teacher")
             cls_logits, dist_logits = net(x)
             if args.logit_adjustment:
-                cls_logits = cls_logits + prior.log()
-                dist_logits = dist_logits + train_student.log_teacher_prior(prior, y_t, args.tau,
-                                                                            0.01, rt)
+                cls_logits = cls_logits + train_student.log_prior_of(prior)
+                train_student.update_teacher_prior(prior, y_t, args.tau, 1.0, rt)
+                dist_logits = dist_logits + args.tau * train_student.log_prior_of(prior)
             loss, *_ = losses.distillation_loss(cls_logits, dist_logits, target, y_t, args.alpha,
                                                 tau=args.tau)
         lap("forward")

@@ -1,4 +1,4 @@
-"""Shared by all tests: the project on the path, one thread, and a tiny CIFAR-like folder of images."""
+"""Shared by all tests: the project on the path, one thread, a tiny CIFAR-like folder of images."""
 import sys
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                            # the networks are too small for more
+pytest.register_assert_rewrite("tiny_runs", "several_processes")     # helpers in tests/runs/
 
 
 def script(module, monkeypatch, *flags):

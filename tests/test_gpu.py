@@ -1,4 +1,4 @@
-"""Training on a pretended GPU: every tensor where it should be, no wait for the device in a step."""
+"""Training on a pretended GPU: every tensor on its device, no wait for it within a step."""
 import json
 import warnings
 from collections import Counter
@@ -20,7 +20,7 @@ from pretended_gpu import GPU, PretendedGPU
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 SHORT = "--recipe", "cpu", "--epochs", 2, "--batch", 8, "--eval-every", 2
-DRW = "--drw-epoch", 1                                  # an epoch before re-weighting, and one of it
+DRW = "--drw-epoch", 1                                  # one epoch before, one with re-weighting
 CIFAR = "--dataset", "cifar10", "--imb", 24             # from 24 images to one a class: 74
 STEPS = 8                                               # in an epoch, at least
 TEACHERS = {

@@ -203,8 +203,10 @@ def test_best_is_an_older_name_of_ours():
 
 
 @pytest.mark.parametrize("module, flags", [
-    (train_student, "--dataset shapes --recipe paper"), (train_teacher, "--dataset inat18 --loss paco"),
-    (train_student, "--dataset inat18 --recipe cpu"), (train_teacher, "--dataset shapes --recipe paper")])
+    (train_student, "--dataset shapes --recipe paper"),
+    (train_teacher, "--dataset inat18 --loss paco"),
+    (train_student, "--dataset inat18 --recipe cpu"),
+    (train_teacher, "--dataset shapes --recipe paper")])
 def test_there_is_no_recipe_where_none_was_published_or_tried(module, flags):
     """A row of another data set in silence."""
     with pytest.raises(UserError, match="there is no .* recipe for"):
@@ -219,7 +221,7 @@ def test_there_is_no_recipe_where_none_was_published_or_tried(module, flags):
     ("deit", dict(beta=0.0), "runs/teacher_strong_cifar10_imb100_RECIPE_s0"),
     ("vit", dict(distill="none", tokens=1), None)])
 def test_methods(recipe, method, changed, teacher):
-    """deit: another teacher, and no weights. vit: no teacher and one token. Nothing else differs."""
+    """deit: another teacher, no weights. vit: no teacher, one token. Nothing else differs."""
     args = resolved(train_student, "--recipe", recipe, "--method", method)
     expected = STUDENTS[recipe]["cifar10"] | changed
     assert settings_of(train_student, args) == expected

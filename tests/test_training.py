@@ -40,7 +40,7 @@ def test_every_parameter_group_gets_the_learning_rate():
 # ---- Averaged weights ----------------------------------------------------------------------------
 
 def test_ema_averages_weights_and_batchnorm_statistics():
-    """Another decay; 1 - decay in its place; the last weights' statistics beside averaged weights."""
+    """Another decay; 1 - decay in its place; statistics that are not averaged."""
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     ema = EMA(net, 0.9)
     by_hand = {"0.weight": net[0].weight.detach().clone(), "1.running_mean": torch.zeros(2)}

@@ -170,7 +170,7 @@ def watch(monkeypatch):
 
 @pytest.fixture
 def steps_of(monkeypatch):
-    """steps_of(optimizer class) -> list of {"groups": settings, "grads", "weights"} at each step."""
+    """steps_of(optimizer class) -> {"groups": settings, "grads", "weights"} of each step."""
     def steps_of(optimizer):
         original, steps = optimizer.step, []
 
@@ -309,7 +309,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(steps_of):
 
 
 def test_a_students_steps_written_out_again():
-    """Gradients of earlier steps that are left, a step that is not taken, or one with other moments."""
+    """Gradients of earlier steps that are left, a step not taken, or one with other moments."""
     batches = []
 
     def augment_images(images, args):
@@ -1083,7 +1083,7 @@ def paco_steps(watch, monkeypatch, *flags):
 
 @pytest.mark.parametrize("rho", [0, 0.1])
 def test_pacos_anchors_and_keys_come_from_their_own_views(rho, watch, monkeypatch):
-    """Keys of the query's view; keys that move, or are enqueued, twice under SAM; others' labels."""
+    """Keys of the query's view; keys that move, or are enqueued, twice under SAM; wrong labels."""
     calls, _, _ = paco_steps(watch, monkeypatch, "--rho", rho)
     passes = 2 if rho else 1
     assert len(calls["keys"]) == len(calls["enqueue"]) == 6

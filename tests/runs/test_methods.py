@@ -158,7 +158,7 @@ def three_teachers(own_runs):
 
 
 def test_several_teachers_say_the_mean_of_their_probabilities(three_teachers):
-    """A mean of logits, the first one's alone, or classes in a file's order. By hand, in float64."""
+    """A mean of logits, the first one's alone, classes in a file's order. By hand, in float64."""
     files, data = three_teachers
     x, rt = torch.rand(5, 3, 8, 8), runtime.setup("cpu", "none")
     ensemble, text = load_teacher(",".join(files), data, rt)

@@ -27,7 +27,8 @@ def nothing_left(tmp_path, monkeypatch):
 @pytest.mark.parametrize("module, flags, words", [
     (train_teacher, "--imb 0", "--imb"), (train_student, "--imb 1000 --method vit", "lower --imb"),
     (train_teacher, "--rho nan", "--rho must be"), (train_teacher, "--device gpu", "--device is"),
-    (train_student, "--patch-size 5", "multiple of"), (train_student, "--epochs 0", "--epochs must"),
+    (train_student, "--patch-size 5", "multiple of"),
+    (train_student, "--epochs 0", "--epochs must be at least 1"),
     (train_student, "--stem conv --img-size 24 --patch-size 12", "for 12 px"),
     (train_student, "--teacher none.pt", "no checkpoint none.pt"),
     (train_student, "--method vit --teacher paco", "--teacher would have no effect"),

@@ -137,19 +137,20 @@ def test_a_disk_that_is_full_for_the_writer_ends_all_with_one_line(tiny_cifar, t
     code, printed = run(2, tmp_path / "log", "train_teacher", *TEACHER, *WITHOUT_SAM,
                         "--epochs", 1, "--data-dir", tiny_cifar, "--out", tmp_path / "run",
                         prepare=a_full_disk)
-    assert code == 2 and printed.count("error: cannot write in") == 1
+    assert code == 2 and printed.count("error: ") == 1 and "cannot write in" in printed
     assert "No space left" in printed and "Traceback" not in printed
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers under /proc")
 def test_a_process_that_dies_ends_torchruns_job(tiny_cifar, tmp_path):
-    """The others would wait for it for half an hour. The checkpoint stays."""
+    """The others would wait for it for half an hour. The checkpoint stays. (Whether torchrun first
+    sees its end or that another process has lost its connection is a matter of chance.)"""
     job = start_torchrun(2, tmp_path / "log", "train_teacher", *TEACHER, "--epochs", 500,
                          "--save-every", 1, "--data-dir", tiny_cifar, "--out", tmp_path / "run")
     job.wait_until((tmp_path / "run" / "last.pt").exists)
     os.kill(job.children()[-1], signal.SIGKILL)
     code, printed = job.end()
-    assert code != 0 and "SIGKILL" in printed
+    assert code != 0 and ("SIGKILL" in printed or "Connection" in printed), printed
     assert checkpoint(tmp_path / "run")["world"] == 2
 
 
