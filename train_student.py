@@ -107,8 +107,7 @@ METRICS = ("loss", "loss_cls", "loss_dist", "teacher_accuracy")
 def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=None, order_of=None):
     """The training loop. Returns {"cls", "dist", "avg" and, with --ema, "ema": accuracies}.
 
-    augment_images, label_loss, order_of: replaced by the baselines in experiments/.
-    """
+    augment_images, label_loss, order_of: replaced by the baselines in experiments/."""
     augment_images = augment_images or strong_augment
     label_loss = label_loss or losses.soft_cross_entropy
     order_of = order_of or epoch_order
@@ -391,7 +390,8 @@ def run_student(args, rt, prepare=None, **replacements):
              f"patch {args.patch_size}), {args.epochs} epochs on {describe(data, args)}")
     results = train(args, data, net, teacher, rt, run, **replacements)
     run.finish(results, method=args.method, model=args.model, teacher=args.teacher)
-    rt.print(f"\n{evaluation.tables(results, args.method, data)}\nRun folder: {args.out}")
+    text = evaluation.final_table(results, args.method, data, args.teacher)
+    rt.print(f"\n{text}\nRun folder: {args.out}")
     if rt.main:
         draw_summary(args.out)
 

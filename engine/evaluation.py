@@ -4,12 +4,14 @@ A student's prediction is the mean of its heads' logits. Accuracies: overall is 
 mid and tail are means of their classes' recalls. Test sets are balanced unless a user's own is not.
 """
 import math
+import os
 
 import torch
 import torch.nn.functional as F
 
 import augment
 import data_lt
+from engine.checkpoints import read_json
 from engine.runtime import all_sum, share_buffers
 
 COLUMNS = ("overall", "head", "mid", "tail")
@@ -210,6 +212,27 @@ def tables(results, title, data):
     if regrouped:
         text += f"\nby training images (> 100, 20 to 100, < 20)\n{table(regrouped, title)}"
     return text
+
+
+def final_table(results, title, data, teacher=None):
+    """A student's table, with its teacher's row if that is a finished run, and what it shows."""
+    if teacher and os.path.exists(os.path.join(teacher, "result.json")):
+        result = read_json(teacher, "result.json")
+        row = result["avg"] | {"per_class": result["per_class"]["avg"]}
+        results = results | {"teacher": row}
+    text = tables(results, title, data)
+    return f"{text}\n{heads_compared(results)}" if "dist" in results else text
+
+
+def heads_compared(results):
+    """What the table shows of CLS and DIST, a sentence."""
+    sentences = []
+    for group in ("head", "tail"):
+        cls, dist = results["cls"][group], results["dist"][group]
+        better = "CLS" if cls > dist else "DIST"
+        sentences.append(f"{better} is better on the {group} "
+                         f"({max(cls, dist):.1f} against {min(cls, dist):.1f} %)")
+    return f"{', '.join(sentences)}; avg, the mean of their logits, is the prediction."
 
 
 def table(results, title=""):
