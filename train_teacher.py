@@ -195,8 +195,10 @@ def make_criterion(args, counts, device):
         criterion = losses.PaCoLoss(counts, args.alpha, temperature=args.temperature)
     elif args.loss == "vs":
         criterion = losses.VSLoss(counts)
-    else:                                           # la: logit adjustment
+    elif args.loss == "la":                         # logit adjustment
         criterion = losses.VSLoss(counts, gamma=0)
+    else:
+        raise ValueError(f"there is no loss {args.loss!r} yet")
     return criterion.to(device)
 
 

@@ -10,6 +10,7 @@ import augment
 from analysis import drawing, quantities
 from analysis.drawing import Figure, plt
 from engine.evaluation import teacher_input, teacher_on_training_images
+from engine.runtime import UserError
 from losses import LDAMLoss, VSLoss, focal_loss, weighted_cross_entropy
 
 
@@ -121,8 +122,10 @@ def teacher_loss(subject):
         criterion = VSLoss(counts)
     elif name == "focal":
         criterion = focal_loss
-    else:
+    elif name in ("ce", "paco"):
         name, criterion = "ce", weighted_cross_entropy
+    else:
+        raise UserError(f"sharpness does not know the teacher's loss {name}")
     if isinstance(criterion, nn.Module):
         criterion = criterion.to(subject.data.train_labels.device)
     return name, criterion

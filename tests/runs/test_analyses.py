@@ -69,7 +69,8 @@ def test_a_report_of_a_student_leaves_nothing_out(student_run, tmp_path, monkeyp
     assert "Left out" not in page and page.count("data:image/png;base64") == 7
 
 
-@pytest.mark.parametrize("kind, flags", [("teacher", []), ("student", ["--mirror"])])
+@pytest.mark.parametrize("kind, flags", [
+    pytest.param("teacher", [], marks=pytest.mark.slow), ("student", ["--mirror"])])
 def test_an_exported_network_is_the_network_for_any_number_of_images(
         kind, flags, teacher_run, student_run, tmp_path, monkeypatch, capsys):
     """A batch size frozen into the file, normalisation or a head left out, --mirror forgotten."""
