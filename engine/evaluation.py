@@ -225,14 +225,16 @@ def final_table(results, title, data, teacher=None):
 
 
 def heads_compared(results):
-    """What the table shows of CLS and DIST, a sentence."""
+    """What the table shows of CLS and DIST, a sentence; ties and untested groups are left out."""
     sentences = []
     for group in ("head", "tail"):
         cls, dist = results["cls"][group], results["dist"][group]
+        if cls == dist or math.isnan(cls):
+            continue
         better = "CLS" if cls > dist else "DIST"
         sentences.append(f"{better} is better on the {group} "
                          f"({max(cls, dist):.1f} against {min(cls, dist):.1f} %)")
-    return f"{', '.join(sentences)}; avg, the mean of their logits, is the prediction."
+    return "; ".join([*sentences, "avg, the mean of their logits, is the prediction"]) + "."
 
 
 def table(results, title=""):

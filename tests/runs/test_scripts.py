@@ -7,6 +7,7 @@ import data_lt
 import train_student
 import train_teacher
 from conftest import script
+from engine import evaluation
 from engine.runtime import setup
 from tiny_runs import DATA, PLAIN, STUDENT, checkpoint, read, records, train
 from vit import resize_pos_embed
@@ -69,6 +70,15 @@ def test_a_students_picture_is_drawn_at_its_end(tiny_cifar, tmp_path, monkeypatc
     train_student.draw_summary("a/run")
     assert capsys.readouterr().out == (
         "No picture (no such font); python analyze.py summary a/run draws it\n")
+
+
+@pytest.mark.parametrize("tail", [0.0, float("nan")])
+def test_the_last_line_claims_no_difference_that_is_not_there(tail):
+    """"DIST is better on the tail (0.0 against 0.0 %)"; the same of groups without test images."""
+    results = {"cls": {"head": 60.0, "tail": tail}, "dist": {"head": 40.0, "tail": tail}}
+    text = evaluation.heads_compared(results)
+    assert "CLS is better on the head (60.0 against 40.0 %)" in text
+    assert "better on the tail" not in text and "nan" not in text
 
 
 # ---- What a run does -----------------------------------------------------------------------------
