@@ -198,6 +198,27 @@ def test_a_teacher_is_described_by_what_it_says_of_training_images():
     assert "50.0 % right, entropy 0.56 nats" in evaluation.teacher_summary_text(summary)
 
 
+def test_several_processes_count_each_image_once(monkeypatch):
+    """Every process with the whole test set, or two with the same half of it."""
+    data, net = small_data(), Student(torch.eye(4)[:1], None)
+    monkeypatch.setattr(evaluation, "all_sum", lambda tensor, rt: tensor)
+    monkeypatch.setattr(evaluation, "share_buffers", lambda net, rt: None)
+    parts = [evaluation.evaluate_student(net, data, 32, 1.0, Runtime(torch.device("cpu"), r, 2))
+             for r in range(2)]
+    assert sum(len(x) for x in net.images) == 16
+    assert [part["avg"]["overall"] for part in parts] == [25, 25]       # of 50
+
+
+def test_all_processes_evaluate_with_the_same_statistics(monkeypatch):
+    """BatchNorm's statistics, which each process gathers from its own images."""
+    shared, net = [], Student(torch.eye(4)[:1], None)
+    monkeypatch.setattr(evaluation, "share_buffers", lambda net, rt: shared.append(net))
+    evaluation.evaluate_student(net, small_data(), 32, 1.0, CPU)
+    teacher = Teacher(torch.eye(4)[:1], 32)
+    evaluation.evaluate_teacher(teacher, small_data(), CPU)
+    assert shared == [net, teacher]
+
+
 # ---- Tables --------------------------------------------------------------------------------------
 
 def test_large_sets_are_also_grouped_by_count():

@@ -308,14 +308,15 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(steps_of):
         assert one == pytest.approx(other, rel=1e-4)
 
 
-def test_a_students_steps_written_out_again():
+@pytest.mark.parametrize("tokens", [2, 1])
+def test_a_students_steps_written_out_again(tokens):
     """Gradients of earlier steps that are left, a step not taken, or one with other moments."""
     batches = []
 
     def augment_images(images, args):
         batches.append(indices_of(images))
         return as_they_are(images, args)
-    data, teacher, net = small_data(), GivenTeacher(), Vit()
+    data, teacher, net = small_data(), GivenTeacher(), Vit(distilled=tokens == 2)
     twin = copy.deepcopy(net)
     args = student_settings("--lr", 0.01, "--weight-decay", 0.5, drw_epoch=0, epochs=2)
     train_a_student(args, net, teacher, augment_images=augment_images)
@@ -324,6 +325,8 @@ def test_a_students_steps_written_out_again():
     for t, batch in enumerate(batches):
         x, y = data.train_images[batch] / 255, data.train_labels[batch]
         cls_logits, dist_logits = twin(x)
+        if tokens == 1:
+            dist_logits = cls_logits
         loss = 0.5 * cross_entropy(cls_logits, y)
         loss = loss + 0.5 * cross_entropy(dist_logits, teacher(x).argmax(dim=1), class_weights())
         grads = torch.autograd.grad(loss, list(twin.parameters()))
@@ -368,7 +371,7 @@ def test_a_students_bad_step_moves_nothing(bad, steps_of):
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-@pytest.mark.parametrize("rho, at", [(0, 2), (0.1, 3), (0.1, 4)])
+@pytest.mark.parametrize("rho, at", [(0, 1), (0, 2), (0.1, 1), (0.1, 3), (0.1, 4)])
 def test_a_teachers_bad_step_moves_nothing(bad, rho, at, steps_of, monkeypatch):
     """A queue, a key encoder or statistics of NaN, in either pass of SAM; weights left at w + e."""
     steps, calls, original = steps_of(torch.optim.SGD), [], losses.PaCoLoss.forward
@@ -385,13 +388,13 @@ def test_a_teachers_bad_step_moves_nothing(bad, rho, at, steps_of, monkeypatch):
     args = teacher_settings("--loss", "paco", "--rho", rho, "--queue", 64, "--projection", 5,
                             epochs=1)
     _, run, _ = train_a_teacher(args)
-    first, second, third = (step["weights"] for step in steps)
-    assert all(torch.equal(a, b) for a, b in zip(second, third))
-    assert any(not torch.equal(a, b) for a, b in zip(first, second))
-    paco = run.parts["paco"]
+    paco, bad_step = run.parts["paco"], (at - 1) // (2 if rho else 1)
+    moved = [any(not torch.equal(a, b) for a, b in zip(one["weights"], other["weights"]))
+             for one, other in zip(steps, steps[1:])]
+    assert moved == [bad_step != 0, bad_step != 1]
     assert all(tensor.isfinite().all() for tensor in paco.state_dict().values())
-    assert (paco.queue_labels >= 0).sum() == 15                 # 8 + 7: not the second batch's
-    assert run.finite == [1, 0, 1]
+    assert (paco.queue_labels >= 0).sum() == 15                 # 8 + 7: not the bad step's 8
+    assert run.finite == [step != bad_step for step in range(3)]
 
 
 @pytest.mark.parametrize("micro_batch, pieces", [(8, [8]), (4, [4, 4]), (3, [3, 3, 2])])
@@ -811,6 +814,16 @@ def test_training_a_student_leaves_its_teacher_alone(tmp_path):
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     for name, tensor in teacher.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_several_teachers_answer_by_the_mean_of_their_probabilities():
+    """A mean of logits, in which the surest teacher would have most of the say."""
+    teachers = [GivenTeacher(), GivenTeacher()]
+    teachers[1].forward = lambda x: teachers[0](x).flip(1) * 3
+    x = torch.rand(5, 3, 8, 8)
+    p = sum(teacher(x).double().softmax(dim=1) for teacher in teachers) / 2
+    torch.testing.assert_close(networks.Ensemble(teachers)(x).double(), p.log(), rtol=1e-4,
+                               atol=1e-5)
 
 
 @pytest.mark.parametrize("flags, expected", [
