@@ -27,7 +27,6 @@ table and writes NAME.png and, with its numbers, NAME.csv (rank: .json), into th
 or beside the file unless --out says where. Figures need matplotlib.
 """
 import os
-import sys
 from math import inf
 
 import torch

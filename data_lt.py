@@ -10,8 +10,7 @@ NumPy's legacy generator with seed 0 are kept: those of the published code, the 
     imb = 100    CIFAR-10   5000 2997 1796 1077 645 387 232 139 83 50      total 12,406
                  CIFAR-100   500  477  455  434 ...  5   5   5   5         total 10,847
 
-Classes are numbered by descending training count. An epoch's order depends only on (seed, epoch):
-any process can compute any step of it. Files are read by engine/datasets.py.
+Classes are numbered by descending training count. Files are read by engine/datasets.py.
 """
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 
 from images import shapes
-from images.files import DataError, Stream
+from images.decode import Stream
+from images.files import DataError
 
 PUBLISHED_GROUPS = {                # number of classes in head, mid and tail
     "cifar10": (3, 4, 3), "cifar100": (36, 35, 29), "shapes": (3, 4, 3),

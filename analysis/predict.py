@@ -25,7 +25,7 @@ from analysis.loading import decoded_size
 from engine.checkpoints import write_atomically
 from engine.evaluation import student_heads
 from engine.runtime import UserError
-from images import files
+from images import decode, files
 
 
 class Predictor(nn.Module):
@@ -77,7 +77,7 @@ def predict(network, names, rt, topk=5, batch=64):
     for start in range(0, len(paths), batch):
         part = paths[start:start + batch]
         encoded = files.Files([os.fsencode(path) for path in part], None, [])
-        images, readable, problems = files.read_all(encoded, size)
+        images, readable, problems = decode.read_all(encoded, size)
         for problem in problems:
             print(problem, file=sys.stderr)
         if not len(images):

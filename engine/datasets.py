@@ -23,8 +23,8 @@ import torch
 from data_lt import (DATASETS, LISTS, LongTailData, head_mid_tail, load_shapes, long_tailed_counts,
                      long_tailed_indices)
 from engine.runtime import barrier
-from images.files import (DataError, Stream, check, hold_out, list_file, list_folder, natural,
-                          read_all, refuse, shown, sides)
+from images.decode import Stream, check, read_all, sides
+from images.files import DataError, hold_out, list_file, list_folder, natural, refuse, shown
 
 LIST_NAMES = {
     "imagenet_lt": ("ImageNet_LT_train.txt", "ImageNet_LT_test.txt"),

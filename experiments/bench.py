@@ -42,7 +42,7 @@ from engine import evaluation, runtime
 from engine.networks import build_student
 from engine.runtime import Runtime
 from engine.training import EMA, FiniteScaler
-from images import files
+from images import decode, files
 from sam import SAM, frozen_batchnorm_statistics
 
 try:
@@ -227,14 +227,14 @@ def bench_files(rt, n, drawn=256, images=2048, batch=64):
         draw_photographs(folder, drawn)
         loader = DataLoader(ImageFolder(folder, transform), batch, sampler=order,
                             num_workers=threads, persistent_workers=True)
-        stream = files.Stream(files.list_folder(folder), 224, rt.device)
+        stream = decode.Stream(files.list_folder(folder), 224, rt.device)
 
         def ours():
             for _ in stream.batches(enumerate(order.split(batch)), key=(0, 0, 0)):
                 pass
         baseline = f"ImageFolder, {threads} worker processes"
         times = measure({baseline: every_batch_of(loader),
-                         f"images/files.py, {files.THREADS} threads": ours}, n, rt)
+                         f"images/decode.py, {decode.THREADS} threads": ours}, n, rt)
         print_rates("JPEG files of 500 x 375 px, a random box of each at 224 px", times, images,
                     baseline)
 

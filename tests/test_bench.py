@@ -109,5 +109,5 @@ def test_sections_print_their_tables(quick, monkeypatch, capsys):
     bench.bench_teacher(CPU, 1, batch=4)
     rates = re.findall(r"  (\S.*?)  +\d+ images/s", capsys.readouterr().out)
     assert [rate.split(",")[0] for rate in rates] == [
-        "augment.py", "augment.py", "ImageFolder", "images/files.py", "vit.py",
+        "augment.py", "augment.py", "ImageFolder", "images/decode.py", "vit.py",
         "channels first", "channels last", "channels last"]

@@ -15,7 +15,8 @@ import data_lt
 from engine import datasets
 from engine.runtime import Runtime
 from image_folders import close, damage, make_folder, picture
-from images.files import DataError, Stream
+from images.decode import Stream
+from images.files import DataError
 
 
 class Recorder(Runtime):

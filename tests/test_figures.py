@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import augment
 from analysis import (drawing, loading, quantities, run_figures, student_figures, teacher_figures)
