@@ -85,8 +85,8 @@ def head_mid_tail(dataset, counts):
 # ---- The order of an epoch -----------------------------------------------------------------------
 
 def epoch_generator(seed, epoch):
-    """A random generator that depends on (seed, epoch) alone."""
-    key = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    """A random generator that depends on (seed, epoch) alone; no step of it has the same seed."""
+    key = np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(key >> 1))
 
 

@@ -31,7 +31,7 @@ from engine.run_folder import Run
 from engine.runtime import UserError
 from engine.settings import (CARRIED, Interval, Parser, Setting, add_run_flags, add_settings,
                              as_flags, defaults, fill_settings, fit_to_folder, flag,
-                             pick_recipe, resolve_data, run_name)
+                             pick_recipe, resolve_data, run_name, schedule_text)
 from engine.training import EMA, FiniteScaler, cosine_lr, micro_batches, parameter_groups, set_lr
 from vit import MODELS, STEMS, resize_pos_embed
 
@@ -49,7 +49,7 @@ SETTINGS = [
     Setting("batch", 1024, Interval(1), "images per optimizer step, all processes together"),
     Setting("micro_batch", 128, Interval(1), "images per forward pass and process, at most"),
     Setting("lr", 2.5e-4, Interval(0), "peak learning rate of AdamW"),
-    Setting("warmup_epochs", 5, Interval(0), "epochs of linear warm-up"),
+    Setting("warmup_epochs", 5.0, Interval(0), "epochs of linear warm-up"),
     Setting("weight_decay", 0.05, Interval(0), "of AdamW; for matrices and kernels"),
     Setting("drop_path", 0.1, Interval(0, 0.99), "stochastic depth rate of the last block"),
     Setting("distill", "hard", ("hard", "soft", "none"), "labels, probabilities or no teacher"),
@@ -387,7 +387,7 @@ def run_student(args, rt, prepare=None, **replacements):
         teacher, text = load_teacher(args.teacher, data, rt, args.teacher_norm, args.teacher_size)
         rt.print(f"Teacher {args.teacher}: {text}")
     rt.print(f"Student ({args.recipe} recipe): {args.method} {args.model} ({args.img_size} px, "
-             f"patch {args.patch_size}), {args.epochs} epochs on {describe(data, args)}")
+             f"patch {args.patch_size}), {schedule_text(args)} on {describe(data, args)}")
     results = train(args, data, net, teacher, rt, run, **replacements)
     run.finish(results, method=args.method, model=args.model, teacher=args.teacher)
     text = evaluation.final_table(results, args.method, data, args.teacher)

@@ -29,7 +29,7 @@ from engine.run_folder import Run
 from engine.runtime import UserError
 from engine.settings import (Interval, Parser, Setting, add_run_flags, add_settings, defaults,
                              fill_settings, fit_to_folder, flag, pick_recipe, resolve_data,
-                             run_name)
+                             run_name, schedule_text)
 from engine.training import FiniteScaler, cosine_lr, set_lr
 from images.policies import color_jitter
 from sam import SAM, frozen_batchnorm_statistics
@@ -50,7 +50,7 @@ SETTINGS = [
     Setting("weight_decay", 2e-4, Interval(0), "of SGD"),
     Setting("schedule", "step", ("step", "cosine"), "step: drops at 80 %% and 90 %%; cosine: to 0"),
     Setting("decay", 0.01, Interval(0, 1), "factor of a drop of the step schedule"),
-    Setting("warmup_epochs", 5, Interval(0), "epochs of linear warm-up"),
+    Setting("warmup_epochs", 5.0, Interval(0), "epochs of linear warm-up"),
     Setting("rho", 0.8, Interval(0), "radius of SAM's perturbation; 0: plain SGD"),
     Setting("rho_schedule", "constant", ("constant", "step", "late"),
             "step: rho/10, rho/5, rho; late: 0, then rho in the last third"),
@@ -271,9 +271,7 @@ def resolve(args, rt):
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)
     if args.dataset == "folder":
         images = survey(args)
-        row = fit_to_folder(row, images, 64)
-        row |= dict(batch=64 if images.images > 5000 else 32,
-                    drw_epoch=round(0.7 * row["epochs"]))
+        row = fit_to_folder(row, images, 64) | dict(batch=64 if images.images > 5000 else 32)
         if paco:
             row["alpha"] = 1e-4 * images.classes
     if strong:          # DeiT's teacher: no SAM, so twice the epochs at equal cost
@@ -338,7 +336,8 @@ def run_teacher(args, rt):
         raise UserError(f"--batch {args.batch}: BatchNorm needs two images or more in each of "
                         f"{rt.world} process(es)")
     rt.print(f"Teacher ({args.recipe} recipe): {args.arch}, {args.loss}, SAM rho {args.rho:g}, "
-             f"{args.epochs} epochs on {describe(data, args)}. Run folder: {args.out}")
+             f"{schedule_text(args, args.beta > 0)} on {describe(data, args)}. Run folder: "
+             f"{args.out}")
     net = new_network(args, data, rt)
     results = train(args, data, net, rt, run)
     summary = evaluation.teacher_summary(net, data, rt)

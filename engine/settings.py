@@ -192,9 +192,12 @@ def defaults(table):
 def fill_settings(args, table, row):
     """Set every setting that no flag gave to its value in `row`, a dict of all of them.
 
-    Returns {name: value} of the flags that differ from that. UserError for a value not allowed.
+    --epochs changes the rest of the row's schedule in proportion. Returns {name: value} of the
+    flags that differ from the row. UserError for a value that is not allowed.
     """
-    changed = {}
+    epochs, changed = getattr(args, "epochs", None), {}
+    if epochs is not None and epochs > 0:
+        row = in_proportion(row, epochs / row["epochs"])
     for setting in table:
         name, default = setting.name, row[setting.name]
         given = getattr(args, name)
@@ -206,22 +209,43 @@ def fill_settings(args, table, row):
     return changed
 
 
+def in_proportion(row, epochs, steps=None):
+    """A recipe's row with the parts of its schedule for a share `epochs` of its epochs.
+
+    These are warm-up, first re-weighted epoch, and the memory of the averaged weights, which is
+    counted in steps: a share `steps` of the row's (None: the same share).
+    """
+    parts = dict(warmup_epochs=round(epochs * row["warmup_epochs"], 2),
+                 drw_epoch=round(epochs * row["drw_epoch"]))
+    if row.get("ema"):
+        parts["ema"] = round(row["ema"] ** (1 / (steps or epochs)), 6)
+    return row | parts
+
+
+def schedule_text(args, drw=True):
+    """20 epochs (warm-up 1.67, 7 from --drw-epoch on), for people; drw: is there such a part?"""
+    parts = f"warm-up {args.warmup_epochs:g}"
+    if drw:
+        parts += f", {max(0, args.epochs - args.drw_epoch) or 'none'} from --drw-epoch on"
+    return f"{args.epochs} epochs ({parts})"
+
+
 def fit_to_folder(row, survey, largest_size):
     """A recipe's row for a user's own folder: image size, patch size and length follow from it.
 
     Image size: the largest of 32, 64, 128, 224 px up to `largest_size` that is not above 1.25
     times the median shorter side. Epochs: as many samples as on CIFAR-10-LT (12,406 images), but
-    from a quarter to three times the row's epochs; re-weighting in proportion.
+    from a quarter to three times the row's epochs.
     """
     limit = min(1.25 * survey.side, largest_size)
     size = max([32, *(size for size in (64, 128, 224) if size <= limit)])
     longest = row["epochs"]
     epochs = round(min(max(longest * 12406 / survey.images, longest / 4), 3 * longest))
-    fitted = row | dict(img_size=size, epochs=epochs)
+    share = epochs / longest
+    fitted = in_proportion(row, share, share * survey.images / 12406)
+    fitted |= dict(img_size=size, epochs=epochs)
     if "patch_size" in row:
         fitted["patch_size"] = 8 if size < 128 else 16
-    if "drw_epoch" in row:
-        fitted["drw_epoch"] = round(row["drw_epoch"] / longest * epochs)
     return fitted
 
 

@@ -94,7 +94,7 @@ TABLE6 = [
     Row("DeiT-LT base", f"{STUDENT} --model base", "avg", (87.5, None, 55.6)),
 ]
 # The stem, the soft labels, the adjusted loss and the learning rate of ours, each as in cpu.
-OURS_20 = f"{STUDENT} --recipe ours --epochs 20 --drw-epoch 13"
+OURS_20 = f"{STUDENT} --recipe ours --epochs 20"
 OURS = [
     Row("ours", OURS_20),
     Row("without the convolutional stem", f"{OURS_20} --stem patch"),
@@ -102,7 +102,7 @@ OURS = [
     Row("re-weighting, no logit adjustment", f"{OURS_20} --no-logit-adjustment --beta 0.9999"),
     Row("half the learning rate", f"{OURS_20} --lr 0.0005"),
 ]
-CPU_20 = f"{STUDENT} --recipe cpu --holdout 0.1 --epochs 20 --drw-epoch 13"
+CPU_20 = f"{STUDENT} --recipe cpu --holdout 0.1 --epochs 20"
 SOFT, ADJUSTED = "--distill soft", "--logit-adjustment --beta 0"
 CHANGES = [
     "", "--lr 0.00025", "--lr 0.001", "--lr 0.002", "--batch 32", "--batch 128 --lr 0.001",

@@ -37,8 +37,10 @@ STUDENT_PAPER = {
     "cifar100": STUDENT_CIFAR,
     "imagenet_lt": STUDENT_IMAGENET,
     "inat18": STUDENT_IMAGENET | dict(epochs=1000, drw_epoch=900),
-    # 24,812 images of 20 classes and of 300 px: half of 400 epochs; re-weighted from 90 % on.
-    "folder": STUDENT_CIFAR | dict(model="small", epochs=200, drw_epoch=180, eval_crop=1.0),
+    # 24,812 images of 20 classes and of 300 px: half of 400 epochs; re-weighted from 90 % on. As
+    # many steps as on CIFAR-10-LT, so the same EMA.
+    "folder": STUDENT_CIFAR | dict(model="small", epochs=200, warmup_epochs=2.5, drw_epoch=180,
+                                   eval_crop=1.0),
 }
 STUDENT_CPU_CIFAR = dict(
     model="mini", img_size=32, patch_size=8, stem="patch", tokens=2, layer_scale=0.0,
@@ -53,7 +55,7 @@ STUDENT_CPU = {
     "shapes": STUDENT_CPU_CIFAR | dict(model="micro", stem="conv", epochs=30, lr=0.002,
                                        warmup_epochs=2, drw_epoch=15, eval_every=10),
     # The same folder, at 64 px: half of 60 epochs, re-weighted in the last third.
-    "folder": STUDENT_CPU_CIFAR | dict(img_size=64, epochs=30, drw_epoch=20),
+    "folder": STUDENT_CPU_CIFAR | dict(img_size=64, epochs=30, warmup_epochs=2.5, drw_epoch=20),
 }
 OURS = dict(stem="conv", lr=0.001, distill="soft", logit_adjustment=True, beta=0.0)
 STUDENT_OURS = {dataset: row | OURS for dataset, row in STUDENT_CPU.items()}
@@ -77,7 +79,8 @@ LDAM_PAPER = {
     "cifar100": LDAM_CIFAR,
     "imagenet_lt": LDAM_IMAGENET,
     "inat18": LDAM_IMAGENET | dict(lr=0.1, weight_decay=0.0001, norm="inat"),
-    "folder": LDAM_CIFAR | dict(img_size=64, epochs=100, batch=64, drw_epoch=70, rho=0.1),
+    "folder": LDAM_CIFAR | dict(img_size=64, epochs=100, batch=64, warmup_epochs=2.5,
+                                drw_epoch=80, rho=0.1),
 }
 LDAM_CPU_CIFAR = LDAM_CIFAR | dict(
     epochs=24, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw_epoch=16, eval_every=4)
@@ -86,14 +89,15 @@ LDAM_CPU = {
     "cifar100": LDAM_CPU_CIFAR,
     "shapes": LDAM_CPU_CIFAR | dict(img_size=16, epochs=8, batch=32, lr=0.03, rho=0.05,
                                     rho_schedule="late", drw_epoch=5, warmup_epochs=1),
-    "folder": LDAM_CPU_CIFAR | dict(img_size=64, epochs=12, drw_epoch=8),
+    "folder": LDAM_CPU_CIFAR | dict(img_size=64, epochs=12, warmup_epochs=1, drw_epoch=8),
 }
 ADJUSTED = dict(loss="la", beta=0.0, epochs=36, drw_epoch=24, rho_schedule="late")
 LA_OURS = {
     "cifar10": LDAM_CPU_CIFAR | ADJUSTED,
     "cifar100": LDAM_CPU_CIFAR | ADJUSTED,
     "shapes": LDAM_CPU["shapes"],                       # ours has no teacher of its own there
-    "folder": LDAM_CPU_CIFAR | ADJUSTED | dict(img_size=64, epochs=18, drw_epoch=13),
+    "folder": LDAM_CPU_CIFAR | ADJUSTED | dict(img_size=64, epochs=18, warmup_epochs=1,
+                                               drw_epoch=12),
 }
 PACO_CIFAR100 = dict(
     arch="resnet32", loss="paco", img_size=32, norm="cifar", augment="weak",
@@ -104,7 +108,7 @@ PACO_CIFAR100 = dict(
 PACO_PAPER = {
     "cifar10": PACO_CIFAR100 | dict(alpha=0.001),
     "cifar100": PACO_CIFAR100,
-    "folder": PACO_CIFAR100 | dict(img_size=64, epochs=200, batch=64, alpha=0.002),
+    "folder": PACO_CIFAR100 | dict(img_size=64, epochs=200, batch=64, warmup_epochs=5, alpha=0.002),
 }
 PACO_CPU_CIFAR100 = PACO_CIFAR100 | dict(
     epochs=24, batch=64, schedule="cosine", warmup_epochs=2, eval_every=4)
@@ -113,7 +117,7 @@ PACO_CPU = {
     "cifar100": PACO_CPU_CIFAR100,
     "shapes": PACO_CPU_CIFAR100 | dict(epochs=12, batch=32, lr=0.03, warmup_epochs=1, alpha=0.001,
                                        eval_every=2),
-    "folder": PACO_CPU_CIFAR100 | dict(img_size=64, epochs=12, alpha=0.002),
+    "folder": PACO_CPU_CIFAR100 | dict(img_size=64, epochs=12, warmup_epochs=1, alpha=0.002),
 }
 # DeiT's teacher: the student's augmentation, no SAM, so twice the epochs at equal cost.
 STRONG = dict(loss="ce", augment="padded", rho=0.0, beta=0.0)

@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 
+import data_lt
 from engine import runtime
 from engine.runtime import Runtime, UserError
 from images.files import DataError
@@ -60,6 +61,14 @@ def test_step_seeds_replay_and_differ_in_every_part_of_the_key():
     draws = [draw(*key) for key in keys]
     assert draws == [draw(*key) for key in keys]
     assert len(set(draws)) == len(keys)
+
+
+def test_an_epochs_order_has_a_seed_of_its_own():
+    """The order's draws again in step 0: images that come first would be augmented alike."""
+    for seed, epoch in ((0, 0), (0, 3), (5, 0)):
+        runtime.seed_step(seed, epoch, 0, 0)
+        order = data_lt.epoch_generator(seed, epoch)
+        assert order.initial_seed() != torch.default_generator.initial_seed()
 
 
 # ---- How a script ends ---------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def test_durations_read_naturally():
 # ---- A user's own folder -------------------------------------------------------------------------
 
 def fitted(images, side, largest=224, **row):
-    row = dict(epochs=60, drw_epoch=40, patch_size=16, img_size=224) | row
+    row = dict(epochs=60, drw_epoch=40, warmup_epochs=5, patch_size=16, img_size=224) | row
     return settings.fit_to_folder(row, argparse.Namespace(images=images, side=side), largest)
 
 
@@ -164,9 +164,57 @@ def test_image_and_patch_size_follow_from_the_images():
 
 def test_epochs_follow_from_the_number_of_images():
     """Minutes for a million images, days for a hundred; re-weighting after the end."""
-    lengths = [(fitted(n, 32)["epochs"], fitted(n, 32)["drw_epoch"])
+    lengths = [tuple(fitted(n, 32)[name] for name in ("epochs", "drw_epoch", "warmup_epochs"))
                for n in (100, 6203, 12406, 24812, 10 ** 6)]
-    assert lengths == [(180, 120), (120, 80), (60, 40), (30, 20), (15, 10)]
+    assert lengths == [(180, 120, 15), (120, 80, 10), (60, 40, 5), (30, 20, 2.5), (15, 10, 1.25)]
+
+
+def test_the_average_remembers_the_same_part_of_the_steps():
+    """Averages of a folder's first weights, or of its last few only; memory is counted in steps."""
+    row = dict(epochs=60, drw_epoch=40, warmup_epochs=5, ema=0.999)
+    usual = settings.fit_to_folder(row, argparse.Namespace(images=24812, side=32), 64)
+    assert usual["ema"] == 0.999                            # half of the epochs, as many steps
+    fewer = settings.fit_to_folder(row, argparse.Namespace(images=100, side=32), 64)
+    share = 180 * 100 / (60 * 12406)
+    assert 1 / (1 - fewer["ema"]) == pytest.approx(1000 * share, rel=0.05)
+
+
+@pytest.mark.parametrize("module, flags, expected", [
+    (train_student, "--epochs 3", dict(warmup_epochs=0.25, drw_epoch=2)),
+    (train_student, "--epochs 120", dict(warmup_epochs=10, drw_epoch=80)),
+    (train_student, "--epochs 3 --drw-epoch 0", dict(warmup_epochs=0.25, drw_epoch=0)),
+    (train_student, "--epochs 3 --warmup-epochs 5", dict(warmup_epochs=5, drw_epoch=2)),
+    (train_student, "--epochs 12 --recipe paper",
+     dict(warmup_epochs=0.05, drw_epoch=11, ema=round(0.99984 ** 100, 6))),
+    (train_student, "--epochs 30 --method vit --recipe ours", dict(drw_epoch=20)),
+    (train_teacher, "--epochs 8", dict(warmup_epochs=0.67, drw_epoch=5)),
+    (train_teacher, "--epochs 20 --recipe paper", dict(warmup_epochs=0.5, drw_epoch=16)),
+    (train_teacher, "--epochs 8 --drw-epoch 16", dict(drw_epoch=16))])
+def test_the_schedule_shrinks_with_epochs(module, flags, expected):
+    """--epochs 3: five of them warm-up, mixing to the end and never a re-weighted one."""
+    args = module.parse(["--dataset", "cifar10", *flags.split()])
+    module.resolve(args, CPU)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_a_part_of_the_schedule_that_is_in_proportion_is_not_in_the_name():
+    """Two folders for one run; the same folder for runs with another warm-up."""
+    def name(*flags):
+        args = train_student.parse(["--epochs", "20", *flags])
+        train_student.resolve(args, CPU)
+        return args.out
+    assert name() == name("--drw-epoch", "13") == "runs/deit-lt_cifar10_imb100_cpu_epochs20_s0"
+    assert name("--drw-epoch", "12") != name() != name("--warmup-epochs", "5")
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--epochs 20", "20 epochs (warm-up 1.67, 7 from --drw-epoch on)"),
+    ("--epochs 4 --drw-epoch 9", "4 epochs (warm-up 0.33, none from --drw-epoch on)")])
+def test_people_are_told_what_the_schedule_became(flags, words):
+    """A part of the method that never happens, and nobody knows."""
+    args = train_student.parse(flags.split())
+    train_student.resolve(args, CPU)
+    assert settings.schedule_text(args) == words
 
 
 # ---- Settings that are refused -------------------------------------------------------------------
