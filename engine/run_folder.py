@@ -321,7 +321,7 @@ class Run:
             with open(self.log_path) as file:
                 seconds = round(sum(json.loads(line)["seconds"] for line in file), 1)
             args, data = self.args, self.data
-            result = {"dataset": data.label, "imb": args.imb or round(data.imb, 1),
+            result = {"dataset": data.label, "imb": round(data.imb, 1),
                       "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
                       "command": command_line(self.rt), "hardware": self.rt.hardware(),
                       "seconds": seconds, "date": time.strftime("%Y-%m-%d")}

@@ -5,18 +5,23 @@ in two arrays, so that a million images need no million Python objects.
 
     links that lead in a circle                 followed once
     names that are not UTF-8                    shown escaped
+    names in two Unicode forms                  one class (NFC)
+    a run's folder among the images             passed over
 
+images/layout.py says which folders to list, images/copies.py which files are the same image,
 images/decode.py reads them.
 """
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
+RUN_FILES = {"config.json", "log.jsonl", "result.json", "last.pt"}  # two of them: a run's folder
 
 
 class DataError(ValueError):
@@ -31,14 +36,20 @@ class Files:
     class_names: list
     problems: list = field(default_factory=list)        # a line of text each, with the path
     ignored: Counter = field(default_factory=Counter)   # endings of files that are not images
+    remarks: list = field(default_factory=list)         # lines of text that are only said
+    content: np.ndarray = None      # (N,) a number that files of the same content share
+
+    def __post_init__(self):
+        if self.content is None:
+            self.content = np.arange(len(self.paths))
 
     def __len__(self):
         return len(self.paths)
 
     def keep(self, chosen):
         """The same with only the images of an index array or a mask."""
-        return Files(self.paths[chosen], self.labels[chosen], self.class_names, self.problems,
-                     self.ignored)
+        return replace(self, paths=self.paths[chosen], labels=self.labels[chosen],
+                       content=self.content[chosen])
 
     def names(self, root):
         """Paths relative to root, bytes (so that a folder may be moved)."""
@@ -91,34 +102,81 @@ def refuse(problems, skip, say):
 
 # ---- Which files ---------------------------------------------------------------------------------
 
+def is_image(name):
+    """Is a file of this name taken for an image?"""
+    return name.lower().endswith(IMAGE_FILES) and not name.startswith(".")
+
+
+def is_run(folder):
+    """Is this a run's folder, or one that holds nothing but runs?"""
+    with os.scandir(folder) as entries:
+        entries = list(entries)
+    if len(RUN_FILES & {entry.name for entry in entries}) >= 2:
+        return True
+    inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return (bool(inner) and not any(is_image(entry.name) for entry in entries)
+            and all(map(is_run, inner)))
+
+
+def subfolders(root):
+    """(names of the folders in root, names of the images in it), both in natural order.
+
+    Hidden folders and runs are left out. DataError if there is no such folder.
+    """
+    folders, images = [], []
+    try:
+        for entry in os.scandir(root):
+            if os.path.isdir(entry.path):                       # False for a link to itself
+                if not entry.name.startswith(".") and not is_run(entry.path):
+                    folders.append(entry.name)
+            elif is_image(entry.name):
+                images.append(entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"there is no folder {shown(root)}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {shown(error.filename)}: {error.strerror}") from None
+    return sorted(folders, key=natural), sorted(images, key=natural)
+
+
 def list_folder(root):
     """`root/<class>/**` -> Files; classes and files in natural order, hidden files left out.
 
-    DataError if there is no such folder or no class in it. A class without images is kept, as a
-    problem.
+    DataError if there is no such folder, no class in it, or one class twice. A class without images
+    is kept, as a problem; images beside the class folders are a problem.
     """
-    if not os.path.isdir(root):
-        raise DataError(f"there is no folder {shown(root)}")
-    classes = [entry.name for entry in os.scandir(root)
-               if entry.is_dir() and not entry.name.startswith(".")]
-    classes.sort(key=natural)
+    classes, beside = subfolders(root)
     if not classes:
         raise DataError(f"{shown(root)} has no class folders: images are expected as "
                         f"{shown(os.path.join(root, '<class>', '*.jpg'))}")
+    names = [shown(unicodedata.normalize("NFC", name)) for name in classes]
     folders = [os.path.join(root, name) for name in classes]
     identities = [identity(folder) for folder in (root, *folders)]
     paths, labels, problems, ignored = [], [], [], Counter()
+    if beside:
+        problems.append(f"images in {shown(root)} itself, in no class folder: {some(beside)}")
     for k, folder in enumerate(folders):
+        if names[k] in names[:k]:
+            raise DataError(f"{shown(root)} has two folders called {names[k]}, in two Unicode "
+                            "forms; make them one folder")
+        if identities[1 + k] in identities[:1 + k]:
+            other = (root, *folders)[identities.index(identities[1 + k])]
+            problems.append(f"class folder {shown(folder)} is a link to {shown(other)}")
+            continue
         elsewhere = set(identities) - {identities[1 + k]}
-        images = walk(folder, problems, ignored, elsewhere)
+        images = sorted(walk(folder, problems, ignored, elsewhere), key=natural)
         if not images:
             problems.append(f"class folder {shown(folder)} has no images")
-        images.sort(key=natural)
         paths += [os.fsencode(path) for path in images]
         labels += [k] * len(images)
-    names = [shown(name) for name in classes]
     return Files(np.array(paths, dtype=np.bytes_), np.array(labels, dtype=np.int64), names,
                  problems, ignored)
+
+
+def some(names):
+    """The first five names, for people: a, b, c, d, e and 7 more."""
+    names = [shown(name) for name in names]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def identity(folder):
@@ -128,12 +186,12 @@ def identity(folder):
 
 
 def walk(folder, problems, ignored, elsewhere=frozenset()):
-    """Paths of all image files below a folder, which is entered once however many links lead to it.
+    """Yield all image files below a folder, which is entered once however many links lead to it.
 
     elsewhere: identities of the root and the other classes, to which a link is a problem.
     problems (list) and ignored (Counter of the endings of other files) are added to.
     """
-    visited, images, waiting = set(), [], [folder]
+    visited, waiting = set(), [folder]
     while waiting:
         folder = waiting.pop()
         try:
@@ -145,6 +203,8 @@ def walk(folder, problems, ignored, elsewhere=frozenset()):
                 continue
             visited.add(here)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            if len(RUN_FILES & {entry.name for entry in entries}) >= 2:
+                continue
         except OSError as error:
             problems.append(f"{shown(folder)}: {error.strerror}")
             continue
@@ -153,18 +213,18 @@ def walk(folder, problems, ignored, elsewhere=frozenset()):
                 continue
             if os.path.isdir(entry.path):               # False for a link to itself
                 waiting.append(entry.path)
-            elif entry.name.lower().endswith(IMAGE_FILES):
-                images.append(entry.path)
+            elif is_image(entry.name):
+                yield entry.path
             else:
                 ending = os.path.splitext(entry.name)[1].lower()
                 ignored[ending or "without ending"] += 1
-    return images
 
 
 def list_file(path, root, num_classes):
     """Lines `relative/path label` -> Files in the lines' order, paths under root.
 
-    Labels are numbers below num_classes. Other lines are problems, and so are files listed twice.
+    Labels are numbers below num_classes. Other lines are problems, and so are files listed twice
+    or outside root.
     DataError if the list cannot be read or is empty.
     """
     try:
@@ -179,15 +239,19 @@ def list_file(path, root, num_classes):
         if not words:
             continue
         image, label = words[0].lstrip(), words[-1]
+        name = os.path.normpath(image)                          # of a/../b/x.jpg: b/x.jpg
         is_label = len(words) == 2 and label.isdigit() and len(label) < 10
         if not is_label or int(label) >= num_classes:
             problems.append(f"{shown(path)}, line {number}: {shown(line[:80])!r} is not a path and "
                             f"a class from 0 to {num_classes - 1}")
-        elif image in first_line:
+        elif name.startswith((b"/", b"../")):
+            problems.append(f"{shown(path)}, line {number}: {shown(image)} is not a path below "
+                            f"{shown(root)}")
+        elif name in first_line:
             problems.append(f"{shown(path)}, line {number}: {shown(image)} is listed in line "
-                            f"{first_line[image]} already")
+                            f"{first_line[name]} already")
         else:
-            first_line[image] = number
+            first_line[name] = number
             paths.append(folder + image)
             labels.append(int(label))
     if not paths and not problems:
@@ -202,14 +266,21 @@ def hold_out(files, fraction, root):
     """Split class by class into (training, test) Files by a hash of each file's name.
 
     The split is the same for every run. Of n images of a class, round(fraction * n) are for
-    testing, at least one, but never the last one that is left to train on. More images in the
-    folder move at most one or two of a class from one part to the other.
+    testing, at least one, but never the last one that is left to train on. Files of the same
+    content are in one part; those that the test part has no room for are trained on. More images in
+    the folder move at most one or two of a class from one part to the other.
     """
     order = np.array([hashlib.sha256(name).hexdigest() for name in files.names(root)])
     is_test = np.zeros(len(files), dtype=bool)
     for k, n in enumerate(files.counts()):
         members = np.where(files.labels == k)[0]
-        members = members[order[members].argsort()]
-        if n > 1:
-            is_test[members[:min(max(1, round(fraction * n)), n - 1)]] = True
-    return files.keep(~is_test), files.keep(is_test)
+        together = {}                                           # {content: images}
+        for i in members[order[members].argsort()]:
+            together.setdefault(files.content[i], []).append(i)
+        room = min(max(1, round(fraction * n)), n - 1)
+        for images in together.values():
+            if len(images) <= room:
+                is_test[images] = True
+                room -= len(images)
+    test = replace(files.keep(is_test), problems=[], ignored=Counter(), remarks=[])
+    return files.keep(~is_test), test
