@@ -135,7 +135,8 @@ def settings_of(network, path, data_flags):
         raise UserError(f"{path} knows {K} classes, neither CIFAR's 10 nor 100: name its --dataset")
     assumed = dict(dataset="cifar100" if K == 100 else "cifar10", imb=None, imb_type="exp",
                    data_dir="data", img_size=side, eval_crop=side / decoded_size(network),
-                   holdout=None, train_list=None, test_list=None, skip_bad=True)
+                   holdout=None, train_list=None, test_list=None, skip_bad=True,
+                   white=network.white if network.config else None)
     args = argparse.Namespace(**assumed | network.config | data_flags)
     if args.imb is None and args.dataset not in ("folder", *data_lt.LISTS):
         args.imb = 100.0

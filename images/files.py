@@ -12,11 +12,15 @@ import hashlib
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
+IMAGE_FILES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".ppm", ".pgm",
+               ".pbm", ".pnm", ".webp", ".tif", ".tiff", ".gif", ".avif")
+# Folders in which systems keep thumbnails and deleted files (NAS, macOS, Windows, Linux).
+SYSTEM_FOLDERS = ("@eadir", "@__thumb", "@recycle", "#recycle", "__macosx", "$recycle.bin",
+                  "system volume information", "lost+found")
 
 
 class DataError(ValueError):
@@ -30,15 +34,15 @@ class Files:
     labels: np.ndarray                                  # (N,) int64, into class_names
     class_names: list
     problems: list = field(default_factory=list)        # a line of text each, with the path
-    ignored: Counter = field(default_factory=Counter)   # endings of files that are not images
+    ignored: Counter = field(default_factory=Counter)   # endings of other files, folders left out
+    white: int = 65535                                  # see images.decode.WHITES
 
     def __len__(self):
         return len(self.paths)
 
     def keep(self, chosen):
         """The same with only the images of an index array or a mask."""
-        return Files(self.paths[chosen], self.labels[chosen], self.class_names, self.problems,
-                     self.ignored)
+        return replace(self, paths=self.paths[chosen], labels=self.labels[chosen])
 
     def names(self, root):
         """Paths relative to root, bytes (so that a folder may be moved)."""
@@ -92,22 +96,23 @@ def refuse(problems, skip, say):
 # ---- Which files ---------------------------------------------------------------------------------
 
 def list_folder(root):
-    """`root/<class>/**` -> Files; classes and files in natural order, hidden files left out.
+    """`root/<class>/**` -> Files; classes and files in natural order, see left_out.
 
     DataError if there is no such folder or no class in it. A class without images is kept, as a
     problem.
     """
     if not os.path.isdir(root):
         raise DataError(f"there is no folder {shown(root)}")
+    ignored = Counter()
     classes = [entry.name for entry in os.scandir(root)
-               if entry.is_dir() and not entry.name.startswith(".")]
+               if entry.is_dir() and not left_out(entry, ignored)]
     classes.sort(key=natural)
     if not classes:
         raise DataError(f"{shown(root)} has no class folders: images are expected as "
                         f"{shown(os.path.join(root, '<class>', '*.jpg'))}")
     folders = [os.path.join(root, name) for name in classes]
     identities = [identity(folder) for folder in (root, *folders)]
-    paths, labels, problems, ignored = [], [], [], Counter()
+    paths, labels, problems = [], [], []
     for k, folder in enumerate(folders):
         elsewhere = set(identities) - {identities[1 + k]}
         images = walk(folder, problems, ignored, elsewhere)
@@ -127,11 +132,23 @@ def identity(folder):
     return status.st_dev, status.st_ino
 
 
+def left_out(entry, ignored):
+    """Is an os.DirEntry hidden, or a folder of SYSTEM_FOLDERS? Folders and images are counted."""
+    hidden = entry.name.startswith(".")
+    if os.path.isdir(entry.path):
+        hidden = hidden or entry.name.lower() in SYSTEM_FOLDERS
+        if hidden:
+            ignored[f"folder {shown(entry.name)}"] += 1
+    elif hidden and entry.name.lower().endswith(IMAGE_FILES):
+        ignored["hidden"] += 1
+    return hidden
+
+
 def walk(folder, problems, ignored, elsewhere=frozenset()):
     """Paths of all image files below a folder, which is entered once however many links lead to it.
 
     elsewhere: identities of the root and the other classes, to which a link is a problem.
-    problems (list) and ignored (Counter of the endings of other files) are added to.
+    problems (list) and ignored (Counter of what is left out) are added to.
     """
     visited, images, waiting = set(), [], [folder]
     while waiting:
@@ -149,7 +166,7 @@ def walk(folder, problems, ignored, elsewhere=frozenset()):
             problems.append(f"{shown(folder)}: {error.strerror}")
             continue
         for entry in entries:
-            if entry.name.startswith("."):
+            if left_out(entry, ignored):
                 continue
             if os.path.isdir(entry.path):               # False for a link to itself
                 waiting.append(entry.path)
