@@ -8,7 +8,8 @@ r"""Loads the data set that a run's settings name: `load_data(args, rt)` -> data
                             folder of classes and --holdout (images/layout.py)
 
 `args` is any object with the attributes dataset, imb, imb_type, data_dir, img_size, holdout,
-train_list, test_list, skip_bad and, if test images are cropped, eval_crop. What fits into the
+train_list, test_list, skip_bad and, if test images are cropped, eval_crop; white, if the level of
+deep images is known (images/decode.py). What fits into the
 memory budget is held as uint8 tensors on the training device; other images are streamed from disk.
 All files that cannot be used are listed before training starts.
 """
@@ -26,7 +27,7 @@ from data_lt import (DATASETS, LISTS, LongTailData, head_mid_tail, load_shapes, 
                      long_tailed_indices)
 from engine.runtime import barrier
 from images.copies import without_copies
-from images.decode import Stream, check, read_all, sides
+from images.decode import Stream, check, read_all, sides, white_level
 from images.files import (DataError, Files, hold_out, list_file, list_folder, natural, refuse,
                           shown, some, subfolders)
 from images.layout import (better_root, check_classes, find_splits, plain, refuse_layout, split_of,
@@ -76,7 +77,7 @@ def load(args, rt):
         fingerprint = train.fingerprint(root) + test.fingerprint(root)
         read = functools.partial(read_files, args, label, train, test, fingerprint, rt)
     key = (dataset, os.path.abspath(root), imb, kind, args.holdout, args.skip_bad,
-           image_sizes(args), fingerprint, rt.device)
+           image_sizes(args), fingerprint, getattr(args, "white", None), rt.device)
     if key not in last_loaded:
         last_loaded.clear()
         last_loaded[key] = read().to(rt.device)
@@ -123,6 +124,8 @@ def read_files(args, label, train, test, fingerprint, rt):
     train_size, test_size = image_sizes(args)
     needed = 3 * (len(train) * train_size ** 2 + len(test) * test_size ** 2)                # bytes
     on_disk = args.dataset in LISTS or needed > memory_budget(rt)
+    white = white_level(train, test, rt.print, getattr(args, "white", None))
+    train, test = replace(train, white=white), replace(test, white=white)
     splits, problems = [], train.problems + test.problems
     for files, size in ((train, train_size), (test, test_size)):
         if on_disk:
@@ -135,7 +138,8 @@ def read_files(args, label, train, test, fingerprint, rt):
     refuse(problems, args.skip_bad, rt.print)
     if problems and args.dataset != "folder":
         label = unpublished(label)
-    return sort_classes(args.dataset, label, *splits, train.class_names, fingerprint)
+    data = sort_classes(args.dataset, label, *splits, train.class_names, fingerprint)
+    return replace(data, white=white)
 
 
 def sort_classes(dataset, label, train, test, class_names, fingerprint=None):

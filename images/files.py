@@ -20,8 +20,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
-RUN_FILES = {"config.json", "log.jsonl", "result.json", "last.pt"}  # two of them: a run's folder
+IMAGE_FILES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".ppm", ".pgm",
+               ".pbm", ".pnm", ".webp", ".tif", ".tiff", ".gif", ".avif")
+# Folders in which systems keep thumbnails and deleted files (NAS, macOS, Windows, Linux).
+SYSTEM_FOLDERS = ("@eadir", "@__thumb", "@recycle", "#recycle", "__macosx", "$recycle.bin",
+                  "system volume information", "lost+found")
+RUN_FILES = {"config.json", "log.jsonl", "result.json", "last.pt", "lock"}
 
 
 class DataError(ValueError):
@@ -35,8 +39,9 @@ class Files:
     labels: np.ndarray                                  # (N,) int64, into class_names
     class_names: list
     problems: list = field(default_factory=list)        # a line of text each, with the path
-    ignored: Counter = field(default_factory=Counter)   # endings of files that are not images
+    ignored: Counter = field(default_factory=Counter)   # endings of other files, folders left out
     remarks: list = field(default_factory=list)         # lines of text that are only said
+    white: int = 65535                                  # see images.decode.WHITES
     content: np.ndarray = None      # (N,) a number that files of the same content share
 
     def __post_init__(self):
@@ -104,30 +109,39 @@ def refuse(problems, skip, say):
 
 def is_image(name):
     """Is a file of this name taken for an image?"""
-    return name.lower().endswith(IMAGE_FILES) and not name.startswith(".")
+    return name.lower().endswith(IMAGE_FILES)
+
+
+def are_of_a_run(names):
+    """Are these the names of the files in a run's folder?"""
+    names = set(names)
+    return len(RUN_FILES & names) >= 2 or names == {"lock"}     # of a run that is about to begin
 
 
 def is_run(folder):
     """Is this a run's folder, or one that holds nothing but runs?"""
     with os.scandir(folder) as entries:
         entries = list(entries)
-    if len(RUN_FILES & {entry.name for entry in entries}) >= 2:
+    if are_of_a_run(entry.name for entry in entries):
         return True
     inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
     return (bool(inner) and not any(is_image(entry.name) for entry in entries)
             and all(map(is_run, inner)))
 
 
-def subfolders(root):
+def subfolders(root, ignored=None):
     """(names of the folders in root, names of the images in it), both in natural order.
 
-    Hidden folders and runs are left out. DataError if there is no such folder.
+    Runs are left out, see also left_out. DataError if there is no such folder.
     """
+    ignored = Counter() if ignored is None else ignored
     folders, images = [], []
     try:
         for entry in os.scandir(root):
+            if left_out(entry, ignored):
+                continue
             if os.path.isdir(entry.path):                       # False for a link to itself
-                if not entry.name.startswith(".") and not is_run(entry.path):
+                if not is_run(entry.path):
                     folders.append(entry.name)
             elif is_image(entry.name):
                 images.append(entry.name)
@@ -139,19 +153,20 @@ def subfolders(root):
 
 
 def list_folder(root):
-    """`root/<class>/**` -> Files; classes and files in natural order, hidden files left out.
+    """`root/<class>/**` -> Files; classes and files in natural order, see left_out.
 
     DataError if there is no such folder, no class in it, or one class twice. A class without images
     is kept, as a problem; images beside the class folders are a problem.
     """
-    classes, beside = subfolders(root)
+    ignored = Counter()
+    classes, beside = subfolders(root, ignored)
     if not classes:
         raise DataError(f"{shown(root)} has no class folders: images are expected as "
                         f"{shown(os.path.join(root, '<class>', '*.jpg'))}")
     names = [shown(unicodedata.normalize("NFC", name)) for name in classes]
     folders = [os.path.join(root, name) for name in classes]
     identities = [identity(folder) for folder in (root, *folders)]
-    paths, labels, problems, ignored = [], [], [], Counter()
+    paths, labels, problems = [], [], []
     if beside:
         problems.append(f"images in {shown(root)} itself, in no class folder: {some(beside)}")
     for k, folder in enumerate(folders):
@@ -185,11 +200,23 @@ def identity(folder):
     return status.st_dev, status.st_ino
 
 
+def left_out(entry, ignored):
+    """Is an os.DirEntry hidden, or a folder of SYSTEM_FOLDERS? Folders and images are counted."""
+    hidden = entry.name.startswith(".")
+    if os.path.isdir(entry.path):
+        hidden = hidden or entry.name.lower() in SYSTEM_FOLDERS
+        if hidden:
+            ignored[f"folder {shown(entry.name)}"] += 1
+    elif hidden and is_image(entry.name):
+        ignored["hidden"] += 1
+    return hidden
+
+
 def walk(folder, problems, ignored, elsewhere=frozenset()):
     """Yield all image files below a folder, which is entered once however many links lead to it.
 
     elsewhere: identities of the root and the other classes, to which a link is a problem.
-    problems (list) and ignored (Counter of the endings of other files) are added to.
+    problems (list) and ignored (Counter of what is left out) are added to.
     """
     visited, waiting = set(), [folder]
     while waiting:
@@ -203,13 +230,13 @@ def walk(folder, problems, ignored, elsewhere=frozenset()):
                 continue
             visited.add(here)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-            if len(RUN_FILES & {entry.name for entry in entries}) >= 2:
+            if are_of_a_run(entry.name for entry in entries):
                 continue
         except OSError as error:
             problems.append(f"{shown(folder)}: {error.strerror}")
             continue
         for entry in entries:
-            if entry.name.startswith("."):
+            if left_out(entry, ignored):
                 continue
             if os.path.isdir(entry.path):               # False for a link to itself
                 waiting.append(entry.path)

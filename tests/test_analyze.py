@@ -100,7 +100,8 @@ def test_runs_are_listed_as_they_ended(runs, tmp_path, monkeypatch, capsys):
         row = dict(zip(title, line, strict=True))
         result = read_result(runs.get(name, tmp_path / name))
         assert row["run"] == f"`{name}`" and row["command"] == "`python train.py --imb 4`"
-        assert row["data"] == "CIFAR-10 not as published, imb 4" and row["minutes"] == "2" and row["seed"] == "0"
+        assert row["data"] == "CIFAR-10 not as published, imb 4"
+        assert row["minutes"] == "2" and row["seed"] == "0"
         shown = [None if row[c] == "-" else float(row[c]) for c in COLUMNS]
         assert shown == [pytest.approx(result["avg"][c], abs=0.051) for c in COLUMNS]
     assert err == f"{tmp_path}: no finished run\n"
