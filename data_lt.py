@@ -138,6 +138,7 @@ class LongTailData:
     groups: dict                    # see head_mid_tail
     class_ids: list = None          # the data set's own number of each class; None: 0..K-1
     fingerprint: str = ""           # changes with the data
+    white: int = 65535              # level of deep images that is white, see images/decode.py
 
     def __post_init__(self):
         if self.class_ids is None:
@@ -160,8 +161,7 @@ class LongTailData:
     def batches(self, steps, key):
         """(step, index (b,)) in -> (step, images (b,3,H,W), labels (b,)) out, on the device.
 
-        Images on disk are decoded ahead. Those of the large sets are cropped to random boxes, which
-        depend on (*key, step) alone.
+        Images on disk are decoded ahead; those of LISTS are cropped by (*key, step) alone.
         """
         device = self.train_labels.device
         if isinstance(self.train_images, Stream):

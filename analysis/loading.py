@@ -135,8 +135,10 @@ def settings_of(network, path, data_flags):
         raise UserError(f"{path} knows {K} classes, neither CIFAR's 10 nor 100: name its --dataset")
     assumed = dict(dataset="cifar100" if K == 100 else "cifar10", imb=None, imb_type="exp",
                    data_dir="data", img_size=side, eval_crop=side / decoded_size(network),
-                   holdout=None, train_list=None, test_list=None, skip_bad=True)
-    args = argparse.Namespace(**assumed | network.config | data_flags)
+                   holdout=None, train_list=None, test_list=None,
+                   white=network.white if network.config else None)
+    # Images that have become unusable are listed and left out: there is no --skip-bad here.
+    args = argparse.Namespace(**assumed | network.config | data_flags | {"skip_bad": True})
     if args.imb is None and args.dataset not in ("folder", *data_lt.LISTS):
         args.imb = 100.0
     return args

@@ -76,7 +76,7 @@ def predict(network, names, rt, topk=5, batch=64):
     paths, size = find_images(names), decoded_size(network)
     for start in range(0, len(paths), batch):
         part = paths[start:start + batch]
-        encoded = files.Files([os.fsencode(path) for path in part], None, [])
+        encoded = files.Files([os.fsencode(path) for path in part], None, [], white=network.white)
         images, readable, problems = decode.read_all(encoded, size)
         for problem in problems:
             print(problem, file=sys.stderr)

@@ -5,14 +5,17 @@ r"""Loads the data set that a run's settings name: `load_data(args, rt)` -> data
                             test/<class>/* with the images of a class in their original order
     imagenet_lt, inat18     lists of files, lines `path label`; the images stay on disk
     folder                  a user's own: train/<class>/* and test/<class>/* (or val/), or one
-                            folder of classes and --holdout
+                            folder of classes and --holdout (images/layout.py)
 
 `args` is any object with the attributes dataset, imb, imb_type, data_dir, img_size, holdout,
-train_list, test_list, skip_bad and, if test images are cropped, eval_crop. What fits into the
+train_list, test_list, skip_bad and, if test images are cropped, eval_crop; white, if the level of
+deep images is known (images/decode.py). What fits into the
 memory budget is held as uint8 tensors on the training device; other images are streamed from disk.
 All files that cannot be used are listed before training starts.
 """
+import argparse
 import functools
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -23,13 +26,18 @@ import torch
 from data_lt import (DATASETS, LISTS, LongTailData, head_mid_tail, load_shapes, long_tailed_counts,
                      long_tailed_indices)
 from engine.runtime import barrier
-from images.decode import Stream, check, read_all, sides
-from images.files import DataError, hold_out, list_file, list_folder, natural, refuse, shown
+from images.copies import without_copies
+from images.decode import Stream, check, read_all, sides, white_level
+from images.files import (DataError, Files, hold_out, list_file, list_folder, natural, refuse,
+                          shown, some, subfolders)
+from images.layout import (better_root, check_classes, find_splits, plain, refuse_layout, split_of,
+                           with_images)
 
 LIST_NAMES = {
     "imagenet_lt": ("ImageNet_LT_train.txt", "ImageNet_LT_test.txt"),
     "inat18": ("iNaturalist18_train.txt", "iNaturalist18_val.txt"),
 }
+PUBLISHED_COUNTS = {"imagenet_lt": (115_846, 50), "inat18": (437_513, 3)}   # train; test per class
 last_loaded = {}        # {what defines it: LongTailData}, at most one
 
 
@@ -52,6 +60,7 @@ def load_data(args, rt):
 
 def load(args, rt):
     """load_data for one process."""
+    args = with_home(args)
     dataset, root, imb, kind = args.dataset, args.data_dir, args.imb, args.imb_type
     if dataset not in DATASETS:
         raise DataError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
@@ -60,7 +69,7 @@ def load(args, rt):
     if dataset == "shapes":
         return load_shapes(imb, kind).to(rt.device)
     fingerprint = ""
-    if dataset.startswith("cifar") and not os.path.isdir(os.path.join(root, "train")):
+    if dataset.startswith("cifar") and not is_cifar_folder(root):
         num_classes = int(dataset.removeprefix("cifar"))
         read = functools.partial(load_cifar, root, num_classes, imb, kind, args.holdout)
     else:
@@ -68,11 +77,18 @@ def load(args, rt):
         fingerprint = train.fingerprint(root) + test.fingerprint(root)
         read = functools.partial(read_files, args, label, train, test, fingerprint, rt)
     key = (dataset, os.path.abspath(root), imb, kind, args.holdout, args.skip_bad,
-           image_sizes(args), fingerprint, rt.device)
+           image_sizes(args), fingerprint, getattr(args, "white", None), rt.device)
     if key not in last_loaded:
         last_loaded.clear()
         last_loaded[key] = read().to(rt.device)
     return last_loaded[key]
+
+
+def with_home(args):
+    """The settings with ~ in paths replaced by the user's folder."""
+    paths = {name: os.path.expanduser(getattr(args, name))
+             for name in ("data_dir", "train_list", "test_list") if getattr(args, name)}
+    return argparse.Namespace(**vars(args) | paths)
 
 
 def find_files(args, imb):
@@ -81,12 +97,9 @@ def find_files(args, imb):
         train, test = own_folder(args.data_dir, imb, args.imb_type, args.holdout)
         return train, test, shown(os.path.basename(os.path.abspath(args.data_dir)))
     if args.dataset in LISTS:
-        train, test = listed_set(args.dataset, args.data_dir, (args.train_list, args.test_list))
-        return train, test, LISTS[args.dataset][0]
-    num_classes = int(args.dataset.removeprefix("cifar"))
-    train, test = cifar_folder(args.data_dir, num_classes, imb, args.imb_type, args.holdout,
-                               args.skip_bad)
-    return train, test, cifar_label(num_classes, args.holdout)
+        return listed_set(args.dataset, args.data_dir, (args.train_list, args.test_list))
+    return cifar_folder(args.data_dir, int(args.dataset.removeprefix("cifar")), imb, args.imb_type,
+                        args.holdout, args.skip_bad)
 
 
 def image_sizes(args):
@@ -102,6 +115,8 @@ def read_files(args, label, train, test, fingerprint, rt):
     DataError with a list of all files that cannot be used; with --skip-bad it is printed, and they
     are left out.
     """
+    for remark in train.remarks + test.remarks:
+        rt.print(remark)
     ignored = train.ignored + test.ignored
     if ignored:
         endings = ", ".join(f"{n} {ending}" for ending, n in sorted(ignored.items()))
@@ -109,6 +124,8 @@ def read_files(args, label, train, test, fingerprint, rt):
     train_size, test_size = image_sizes(args)
     needed = 3 * (len(train) * train_size ** 2 + len(test) * test_size ** 2)                # bytes
     on_disk = args.dataset in LISTS or needed > memory_budget(rt)
+    white = white_level(train, test, rt.print, getattr(args, "white", None))
+    train, test = replace(train, white=white), replace(test, white=white)
     splits, problems = [], train.problems + test.problems
     for files, size in ((train, train_size), (test, test_size)):
         if on_disk:
@@ -119,13 +136,17 @@ def read_files(args, label, train, test, fingerprint, rt):
         splits.append((images, files.labels[good]))
         problems += bad
     refuse(problems, args.skip_bad, rt.print)
-    return sort_classes(args.dataset, label, *splits, train.class_names, fingerprint)
+    if problems and args.dataset != "folder":
+        label = unpublished(label)
+    data = sort_classes(args.dataset, label, *splits, train.class_names, fingerprint)
+    return replace(data, white=white)
 
 
 def sort_classes(dataset, label, train, test, class_names, fingerprint=None):
     """LongTailData with the classes in descending count; classes without images are left out.
 
-    train, test: (images, labels) with the data set's own class numbers. DataError if one is empty.
+    train, test: (images, labels) with the data set's own class numbers. DataError if one is empty,
+    or if there are fewer than two classes to train on.
     """
     (x, y), (test_x, test_y) = train, test
     for purpose, labels in (("train", y), ("test", test_y)):
@@ -133,6 +154,8 @@ def sort_classes(dataset, label, train, test, class_names, fingerprint=None):
             raise DataError(f"{label} has no images to {purpose} on")
     counts = np.bincount(y, minlength=len(class_names))
     ids = descending(counts)[:(counts > 0).sum()]
+    if len(ids) < 2:
+        raise DataError(f"{label} has images of only one class to train on: {class_names[ids[0]]}")
     number = np.full(len(class_names), -1)                      # the data set's number -> ours
     number[ids] = np.arange(len(ids))
     known = np.where(number[test_y] >= 0)[0]
@@ -177,6 +200,25 @@ def memory_budget(rt):
 
 # ---- CIFAR ---------------------------------------------------------------------------------------
 
+NOT_PUBLISHED = " not as published"
+CIFAR_NAMES = {
+    10: "airplane automobile bird cat deer dog frog horse ship truck",
+    100: "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus "
+         "butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach "
+         "couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster "
+         "house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree "
+         "motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear "
+         "pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket "
+         "rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar "
+         "sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip "
+         "turtle wardrobe whale willow_tree wolf woman worm"}
+
+
+def is_cifar_folder(root):
+    """Is CIFAR in folders `root/train/<class>`, in contrast to torchvision's files?"""
+    return os.path.isdir(root) and any(split_of(name) == "train" for name in subfolders(root)[0])
+
+
 def load_cifar(root, num_classes, imb=100, kind="exp", holdout=None):
     """CIFAR from torchvision's folder `root`, downloaded if it is missing -> LongTailData.
 
@@ -184,50 +226,93 @@ def load_cifar(root, num_classes, imb=100, kind="exp", holdout=None):
     long tail is cut from the rest. DataError if there are no files and they cannot be downloaded.
     """
     from torchvision import datasets
-    existed = os.path.isdir(root)
+    existed, place = os.path.isdir(root), shown(root)
     cifar = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[num_classes]
+    if existed and not os.path.isdir(os.path.join(root, cifar.base_folder)):
+        if len(with_images(root)) == num_classes:
+            refuse_layout(root, f"{place} has {num_classes} folders of images but no train/",
+                          f"Move them into {place}/train and images to test on into "
+                          f"{place}/test/<class>; or use --dataset folder --holdout 0.2")
     try:
         train = cifar(root, train=True, download=True)
         test = cifar(root, train=False, download=True)
     except Exception as error:                  # no network, no space, a damaged archive, ...
         if not existed and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)                      # torchvision creates it before it tries
+        below = better_root(root) if os.path.isdir(root) else None
+        advice = f" {shown(below)}" if below and is_cifar_folder(below) else ""
         raise DataError(
-            f"CIFAR-{num_classes} is not under {root} and could not be downloaded ({error}); put "
+            f"CIFAR-{num_classes} is not under {place} and could not be downloaded ({error}); put "
             "torchvision's folder or train/<class>/*, test/<class>/* there, or name its place "
-            "with --data-dir") from None
+            f"with --data-dir{advice}") from None
     x, y = train.data, np.array(train.targets)                  # uint8 (N,32,32,3), (N,)
     test_x, test_y = test.data, np.array(test.targets)
     kept, held_out = select_cifar(y, num_classes, imb, kind, holdout)
     if holdout:
         test_x, test_y = x[held_out], y[held_out]
-    return sort_classes(f"cifar{num_classes}", cifar_label(num_classes, holdout),
+    label = cifar_label(num_classes, holdout)
+    if cifar_difference(train.classes, np.bincount(y), np.bincount(test.targets)):
+        label = unpublished(label)
+    return sort_classes(f"cifar{num_classes}", label,
                         (channels_first(x[kept]), y[kept]), (channels_first(test_x), test_y),
                         train.classes)
 
 
 def cifar_folder(root, num_classes, imb, kind, holdout, skip_bad):
-    """(training Files, test Files) of CIFAR as `root/train/<class>/*` and `root/test/<class>/*`.
+    """(training Files, test Files, label) of CIFAR as `root/train/<class>/*` and `root/test/...`.
 
     With the files of each class in the original order the selection is the published one. Only
-    the selected files are decoded later. holdout: see load_cifar.
+    the selected files are decoded later. holdout: see load_cifar; `root/test` is not needed then.
     """
-    train = list_folder(os.path.join(root, "train"))
-    test = list_folder(os.path.join(root, "test"))
-    for files, split in ((train, "train"), (test, "test")):
+    train_root, test_root, remarks = find_splits(root)
+    train = list_folder(train_root)
+    test = train.keep(slice(0))
+    if test_root:
+        test = list_folder(test_root)
+    elif not holdout:
+        raise DataError(f"there is no folder {shown(os.path.join(root, 'test'))}")
+    for files, folder in ((train, train_root), (test, test_root or train_root)):
         if len(files.class_names) != num_classes:
-            raise DataError(f"{os.path.join(root, split)} has {len(files.class_names)} class "
-                            f"folders, {num_classes} are expected")
+            raise DataError(f"{shown(folder)} has {len(files.class_names)} class folders, "
+                            f"{num_classes} are expected")
     if train.class_names != test.class_names:
         unpaired = sorted(set(train.class_names) ^ set(test.class_names), key=natural)
-        raise DataError(f"train and test under {root} have different classes: "
-                        + ", ".join(unpaired[:5]))
+        raise DataError(f"train and test under {shown(root)} have different classes: "
+                        f"{some(unpaired)}; rename folders until they agree")
     if not skip_bad:
         refuse(train.problems + test.problems, skip=False, say=None)
+    label = cifar_label(num_classes, holdout)
+    difference = cifar_difference(train.class_names, train.counts(),
+                                  None if holdout else test.counts())
+    if difference:
+        remarks.append(f"This is not the published {label}: {difference}.")
+        label = unpublished(label)
     kept, held_out = select_cifar(train.labels, num_classes, imb, kind, holdout)
     if holdout:
-        test = train.keep(held_out)
-    return train.keep(kept), test
+        test = replace(train.keep(held_out), problems=[], ignored=Counter())
+    train, test = without_copies(train.keep(kept), test, keep=not difference)
+    return replace(train, remarks=remarks + train.remarks), test, label
+
+
+def cifar_difference(class_names, counts, test_counts=None):
+    """What is not as in the published CIFAR of this many classes, a line of text, or None.
+
+    counts, test_counts: images per class. Names may differ in upper and lower case.
+    """
+    names = CIFAR_NAMES[len(class_names)].split()
+    for number, (name, published) in enumerate(zip(class_names, names)):
+        if name.lower() != published:
+            return f"class {number} is {name}, not {published}"
+    for what, numbers, total in (("train", counts, 50000), ("test", test_counts, 10000)):
+        for k, n in enumerate(numbers if numbers is not None else ()):
+            if n != total // len(names):
+                return f"{names[k]} has {n} images to {what} on, not {total // len(names)}"
+    return None
+
+
+def unpublished(label):
+    """The name in tables of a set that is not the published one of that name."""
+    return label if label.endswith(NOT_PUBLISHED) else label + NOT_PUBLISHED
 
 
 def select_cifar(labels, num_classes, imb, kind, holdout):
@@ -261,44 +346,60 @@ def channels_first(images):
 # ---- A user's own folder -------------------------------------------------------------------------
 
 def own_folder(root, imb, kind, holdout):
-    """(training Files, test Files) of `root/train` and `root/test` (or `val`), or of one folder.
+    """(training Files, test Files) of a folder to train on and one to test on, or of one folder.
 
     One folder of classes is split by `holdout`. imb: None, or the imbalance to make by leaving
-    images out. DataError if there is nothing to test on.
+    images out. DataError for a layout that is not understood, if there is nothing to test on, or
+    for an imbalance that cannot be made.
     """
-    train_root, test_root = root, None
-    if os.path.isdir(os.path.join(root, "train")):
-        train_root = os.path.join(root, "train")
-        for name in ("val", "test"):            # test, if there are both
-            if os.path.isdir(os.path.join(root, name)):
-                test_root = os.path.join(root, name)
-    train = list_folder(train_root)
+    train_root, test_root, remarks = find_splits(root)
     if holdout and test_root:
-        raise DataError(f"{shown(root)} has images to test on in {os.path.basename(test_root)}/: "
-                        "leave --holdout out")
-    if holdout:
-        train, test = hold_out(train, holdout, train_root)
-        test = replace(test, problems=[], ignored=Counter())    # training's are the same
-    elif test_root:
+        raise DataError(f"{shown(root)} has images to test on in "
+                        f"{shown(os.path.basename(test_root))}/: leave --holdout out")
+    remarks += check_classes(root, train_root)
+    train = replace(list_folder(train_root), remarks=remarks)
+    if test_root:
         test = renumber(list_folder(test_root), train.class_names, test_root, train_root)
+    elif holdout:
+        test = Files(train.paths[:0], train.labels[:0], train.class_names)
     else:
         raise DataError(f"{shown(root)} has no images to test on: put some into train/<class>/ and "
                         "some into test/<class>/ (or val/), or keep a part of each class for that "
                         "with --holdout 0.2")
+    train, test = without_copies(train, test)
+    if holdout:
+        train, test = hold_out(train, holdout, train_root)
     if imb is not None:
-        counts = train.counts()
-        order = descending(counts)
-        limits = long_tailed_counts(counts.max(), len(counts), imb, kind)
-        counts[order] = np.minimum(counts[order], limits)
-        train = train.keep(np.sort(long_tailed_indices(train.labels, counts)))
+        train = make_tail(train, imb, kind, root)
     return train, test
+
+
+def make_tail(train, imb, kind, root):
+    """Files without as many images as gives this imbalance. DataError if it has a longer tail."""
+    counts = train.counts()
+    order = descending(counts)[:(counts > 0).sum()]
+    largest, smallest = counts[order[0]], counts[order[-1]]
+    limits = long_tailed_counts(largest, len(order), imb, kind)
+    if smallest < limits[-1]:
+        possible = math.ceil(largest / smallest)
+        raise DataError(f"--imb {imb:g} cannot be made of {shown(root)}, whose imbalance is "
+                        f"{largest / smallest:.4g} ({largest} to {smallest} images to train on): "
+                        f"leave --imb out, or use --imb {possible} or more")
+    counts[order] = np.minimum(counts[order], limits)
+    return train.keep(np.sort(long_tailed_indices(train.labels, counts)))
 
 
 def renumber(test, class_names, test_root, train_root):
     """Test Files with the class numbers of training; a class unknown there is a problem."""
     known = {name: k for k, name in enumerate(class_names)}
-    problems = [f"class {name} of {shown(test_root)} is not in {shown(train_root)}"
-                for name in test.class_names if name not in known]
+    alike = {plain(name): name for name in class_names}
+    problems = []
+    for name in test.class_names:
+        if name not in known:
+            line = f"class {name} of {shown(test_root)} is not in {shown(train_root)}"
+            if plain(name) in alike:
+                line += f"; if it is {alike[plain(name)]}, rename one of the two folders"
+            problems.append(line)
     number = np.array([known.get(name, -1) for name in test.class_names])
     labels = number[test.labels]
     test = replace(test, labels=labels, class_names=class_names, problems=test.problems + problems)
@@ -315,6 +416,7 @@ class Survey:
 
 def survey(args):
     """Survey of a user's own folder. DataError if no image in it can be read."""
+    args = with_home(args)
     return survey_folder(args.data_dir, args.imb, args.imb_type, args.holdout)
 
 
@@ -330,29 +432,34 @@ def survey_folder(root, imb, kind, holdout):
 # ---- Lists ---------------------------------------------------------------------------------------
 
 def listed_set(dataset, root, lists):
-    """(training Files, test Files) of two list files.
+    """(training Files, test Files, label) of two list files.
 
     lists: their paths; None for the published name under root.
     """
-    num_classes = LISTS[dataset][1]
+    label, num_classes = LISTS[dataset]
     paths = [path or os.path.join(root, name) for path, name in zip(lists, LIST_NAMES[dataset])]
     train, test = [list_file(path, root, num_classes) for path in paths]
     missing = np.where(train.counts() == 0)[0].tolist()
     if missing:
-        numbers = ", ".join(str(k) for k in missing[:10])
-        if len(missing) > 10:
-            numbers += ", ..."
         train.problems.append(f"{shown(paths[0])} has no image of {len(missing)} classes: "
-                              + numbers)
-    return train, test
+                              + some(map(str, missing)))
+    n, n_test = PUBLISHED_COUNTS[dataset]
+    published = len(train) == n and set(test.counts()) == {n_test}
+    if not published:
+        train.remarks.append(f"These are not the published lists of {label}, of {n:,} images to "
+                             f"train and {n_test} a class to test on.")
+        label = unpublished(label)
+    return *without_copies(train, test, keep=published), label
 
 
 # ---- For people ----------------------------------------------------------------------------------
 
 def describe(data, args):
-    """CIFAR-10-LT (imb 100, 12,406 images, 10 classes of 5000 to 50)."""
-    imb = data.imb if args.imb is None else args.imb
-    return (f"{data.label} (imb {imb:.4g}, {len(data.train_labels):,} images, {data.num_classes} "
+    """CIFAR-10-LT (imb 100, 12,406 images, 10 classes of 5000 to 50); the actual imbalance."""
+    imb = f"{data.imb:.4g}"
+    if args.imb is not None and abs(data.imb / args.imb - 1) > 0.01:
+        imb += f" for --imb {args.imb:g}"
+    return (f"{data.label} (imb {imb}, {len(data.train_labels):,} images, {data.num_classes} "
             f"classes of {max(data.counts)} to {min(data.counts)})")
 
 

@@ -54,6 +54,7 @@ class Network:
     class_names: list = None    # in the order of the outputs, or None
     data: str = ""              # fingerprint of the data that a run was trained on
     numbering: str = "own"      # of outputs without names: as the data set's own, or by "count"
+    white: int = 65535          # level of deep images that is white, see images/decode.py
 
     @property
     def num_classes(self):
@@ -147,7 +148,7 @@ def run_network(state, name):
         net = build_teacher(config, K)
     load_weights(net, weights, name)
     return Network(net, kind, f"this project's {what}", config, state["class_names"],
-                   state.get("data", ""))
+                   state.get("data", ""), white=state.get("white", 65535))
 
 
 def foreign_network(state, name):

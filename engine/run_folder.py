@@ -113,10 +113,14 @@ class Run:
         return os.path.exists(os.path.join(self.folder, "result.json"))
 
     def check_data(self, data):
-        """UserError if the run that is resumed was trained on other images."""
-        if self.resumed and self.resumed.get("data", data.fingerprint) != data.fingerprint:
-            raise UserError(f"{self.folder} was trained on other images than these: --overwrite "
-                            "trains it again, --out names another folder")
+        """UserError if the run that is resumed was trained on other images, or other levels."""
+        if not self.resumed:
+            return
+        before = self.resumed.get("data", data.fingerprint), self.resumed.get("white", 65535)
+        if before != (data.fingerprint, data.white):
+            raise UserError(f"{self.folder} was trained on other images than these, or on other "
+                            "levels of them: --overwrite trains it again, --out names another "
+                            "folder")
 
     def print_if_finished(self, epochs, title):
         """True, after printing its table, if nothing is left to resume."""
@@ -305,7 +309,7 @@ class Run:
                      seconds=time.monotonic() - self.started)
         about = dict(config=self.config(), data=self.data.fingerprint, counts=self.data.counts,
                      class_names=self.data.class_names, groups=self.data.groups,
-                     world=self.rt.world, forced=self.forced)
+                     white=self.data.white, world=self.rt.world, forced=self.forced)
 
         def write():
             with suppress(FileNotFoundError):   # of a shorter run, which --force has extended
@@ -321,7 +325,7 @@ class Run:
             with open(self.log_path) as file:
                 seconds = round(sum(json.loads(line)["seconds"] for line in file), 1)
             args, data = self.args, self.data
-            result = {"dataset": data.label, "imb": args.imb or round(data.imb, 1),
+            result = {"dataset": data.label, "imb": round(data.imb, 1),
                       "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
                       "command": command_line(self.rt), "hardware": self.rt.hardware(),
                       "seconds": seconds, "date": time.strftime("%Y-%m-%d")}

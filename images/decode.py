@@ -2,26 +2,30 @@ r"""Image files decoded, and what is wrong with them found before training start
 
     grayscale, palette, CMYK, YCbCr, 1 bit      converted to RGB
     transparent                                 laid on white
-    16 bit                                      the upper 8 bits
+    16 or 32 bit gray (deep)                    0 to the white level of the data set, see WHITES
+    16 bit color                                the upper 8 bits
     EXIF orientation                            turned upright
     animated                                    the first frame
     one pixel, odd shapes                       resized like any other
-    empty, truncated, no image, floating point, more than 179 million pixels, not readable
-                                                listed as a problem
+    empty, truncated, no file, none of FORMATS, floating point, more than 179 million pixels, not
+    readable                                    listed as a problem
 
 Decoding is C code that releases Python's lock, so threads share the work: no worker processes, no
 copies between them.
 """
 import os
+import stat
 import sys
+import threading
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 from images.files import shown
 
@@ -29,18 +33,34 @@ THREADS = os.cpu_count() or 1
 if hasattr(os, "sched_getaffinity"):
     THREADS = len(os.sched_getaffinity(0))      # the CPUs that this process may use
 
-# Twice the limit of this warning is an error of PIL's, and a problem here.
+Image.init()                                    # OPEN then has all formats of this PIL
+FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF")
+           if name in Image.OPEN]               # no other decoder ever sees a file
+# More is an error of PIL's, and a problem here.
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module="PIL")         # remarks on a file, without its path
+
+# White levels of 8, 10, 12, 14 and 16 bits. A deep file does not say which it means, so a data set
+# has one for all: the smallest that no deep training image exceeds. Other levels are clamped; the
+# upper 8 bits are kept.
+WHITES = (255, 1023, 4095, 16383, 65535)
+
+EXIF_ORIENTATION, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 274, 262, 339      # numbers of tags
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+         5: Image.TRANSPOSE, 6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+ON_ITS_SIDE = (Image.TRANSPOSE, Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90)
 
 
 # ---- What is wrong with them ---------------------------------------------------------------------
 
-ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND"}      # how JPEG and PNG files begin and end
+JPEG = b"\xff\xd8"
+ENDS = {JPEG: b"\xff\xd9", b"\x89PNG": b"IEND"}            # how JPEG and PNG files begin and end
 
 
 def looks_whole(path):
     """Does it begin and end as JPEG and PNG files do? Microseconds; OSError if it is unreadable."""
+    require_file(path)
     with open(path, "rb", buffering=0) as file:
         begin = file.read(4)
         for start, end in ENDS.items():
@@ -58,17 +78,19 @@ def problem(path, thorough=False):
     try:
         if thorough or not looks_whole(path):
             read_image(path)
-    except Image.UnidentifiedImageError:
-        reason = "no image that can be read" if os.path.getsize(path) else "empty"
-    except Image.DecompressionBombError:
-        reason = f"has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
-    except OSError as error:                    # the system's, or PIL's for a truncated file
-        reason = error.strerror or error
     except Exception as error:                  # damaged files raise nearly anything
-        reason = str(error) or type(error).__name__
-    else:
-        return None
-    return f"{shown(path)}: {reason}"
+        return f"{shown(path)}: {reason(error)}"
+    return None
+
+
+def reason(error):
+    """Why a file cannot be read, as one line for people."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "no image that can be read"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"has more than {MAX_PIXELS / 1e6:.0f} million pixels"
+    text = str(getattr(error, "strerror", None) or error or type(error).__name__)
+    return shown(" ".join(text.split())[:200])
 
 
 def check(files, thorough=False):
@@ -81,60 +103,206 @@ def check(files, thorough=False):
     return good, [result for result in results if result is not None]
 
 
+# ---- Levels of deep images -----------------------------------------------------------------------
+
+def is_deep(image):
+    """Does an open image have levels of which the file does not say which one is white?"""
+    return image.mode.startswith("I") and not states_white(image)
+
+
+def states_white(image):
+    """Is an open image a PGM file that states its white level? PIL scales its levels to 65535.
+
+    65535 itself is what any 16-bit file states.
+    """
+    decoder_args = image.tile[0][3]             # a raw mode, or a tuple of it and the white level
+    return (image.format == "PPM" and isinstance(decoder_args, tuple)
+            and decoder_args[-1] != WHITES[-1])
+
+
+def levels(image):
+    """The pixels (H,W) of an open deep image, integers of any kind."""
+    pixels = np.asarray(image)
+    if image.format == "TIFF" and image.mode == "I" and not is_signed(image):
+        return pixels.view(np.uint32)           # which PIL reads as signed
+    return pixels
+
+
+def is_signed(image):
+    """Does an open TIFF image have signed integers?"""
+    return 2 in image.tag_v2.get(TIFF_SAMPLE_FORMAT, ())
+
+
+def eight_bits(image, white):
+    """A deep PIL image -> mode L: levels are clamped to 0..white, their upper 8 bits kept."""
+    if states_white(image):
+        white = WHITES[-1]
+    deep = levels(image)
+    pixels = np.clip(deep, 0, white)
+    if image.format == "TIFF" and image.tag_v2.get(TIFF_PHOTOMETRIC) == 0:
+        pixels = white - pixels                 # its 0 is white, which PIL minds in 8 bits only
+    pixels = (pixels >> white.bit_length() - 8).astype(np.uint8)
+    if "transparency" in image.info:            # a level of a PNG file
+        pixels[deep == image.info["transparency"]] = 255
+    return Image.fromarray(pixels)
+
+
+def extremes(path):
+    """(lowest, highest) level of a deep image file; None for others and for unreadable ones."""
+    try:
+        require_file(path)
+        with open(path, "rb", buffering=0) as file:
+            if file.read(2) == JPEG:            # never deep, and most files of large sets
+                return None
+        with opened(path) as image:
+            if not is_deep(image):
+                return None
+            with budget.take(image.size):
+                pixels = levels(image)
+                return int(pixels.min()), int(pixels.max())
+    except Exception:                           # it will be listed as a problem
+        return None
+
+
+def white_level(train, test, say, white=None):
+    """The white level of a data set's deep images: see WHITES. It is told by say(text).
+
+    train, test: Files. white: the level that is known already, of a network's own data.
+    """
+    with workers() as pool:
+        found, others = [[pair for pair in pool.map(extremes, files.paths) if pair is not None]
+                         for files in (train, test)]
+    if white is None:
+        highest = max((high for _, high in found), default=WHITES[-1])
+        white = next((level for level in WHITES if highest <= level), WHITES[-1])
+    deep = found + others
+    outside = sum(low < 0 or high > white for low, high in deep)
+    if deep:
+        say(f"Images with 16-bit levels: {len(deep)}; 0 to {white} becomes 0 to 255")
+    if outside:
+        say(f"Images with levels below 0 or above {white}, which become 0 or 255: {outside}")
+    return white
+
+
 # ---- Decoding ------------------------------------------------------------------------------------
 
-def upright(image):
-    """A PIL image of any mode -> RGB, turned as its EXIF orientation says.
+class Budget:
+    """Pixels that all threads together may decode at a time; who asks for more waits."""
 
-    ValueError for floating-point pixels.
+    def __init__(self, pixels):
+        self.pixels, self.free, self.changed = pixels, pixels, threading.Condition()
+
+    @contextmanager
+    def take(self, size):
+        """Have W * H pixels while the block runs; a larger image has them all."""
+        pixels = min(size[0] * size[1], self.pixels)
+        with self.changed:
+            self.changed.wait_for(lambda: pixels <= self.free)
+            self.free -= pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.free += pixels
+                self.changed.notify_all()
+
+
+budget = Budget(MAX_PIXELS)
+
+
+def require_file(path):
+    """OSError for an empty file, and for a folder, pipe or device, which may never end."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a regular file")
+    if status.st_size == 0:
+        raise OSError("empty")
+
+
+def opened(path):
+    """A file as a PIL image that is not decoded yet. OSError if it is none of FORMATS."""
+    require_file(path)
+    return Image.open(path, formats=FORMATS)
+
+
+def turn(image):
+    """How PIL must transpose an open image, or None; also where its metadata cannot be read."""
+    try:
+        return TURNS.get(image.getexif().get(EXIF_ORIENTATION))
+    except Exception:                           # damaged metadata raise nearly anything
+        return None
+
+
+def upright(image, white):
+    """Decode an open image and turn it as its EXIF orientation says, in a mode of 8 bits or fewer.
+
+    white: level of deep images. ValueError for floating-point and signed 8-bit pixels.
     """
     if image.mode == "F":
         raise ValueError("holds floating-point pixels; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):              # 16 bit: PIL's own conversion would clip it
-        pixels = np.asarray(image)
-        if pixels.max() > 255:
-            pixels = pixels >> 8
-        image = Image.fromarray(pixels.astype(np.uint8))
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
-    if transparent:
+    if image.mode == "L" and image.format == "TIFF" and is_signed(image):
+        raise ValueError("holds signed 8-bit pixels; save it with unsigned ones")
+    decoded = eight_bits(image, white) if image.mode.startswith("I") else image
+    decoded.load()
+    transposition = turn(image)     # not earlier: PIL turns TIFF images itself when it decodes them
+    return decoded if transposition is None else decoded.transpose(transposition)
+
+
+def rgb(image):
+    """A decoded PIL image of any mode -> RGB, on white where it is transparent."""
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def read_image(path):
-    """Decode a file -> PIL RGB image, upright. OSError, ValueError or another for damaged files."""
-    with Image.open(path) as image:
-        return upright(image)
+def read_image(path, white=WHITES[-1]):
+    """Decode a file -> PIL RGB image, upright. OSError, ValueError or another for damaged files.
+
+    white: the level of deep images that becomes 255.
+    """
+    with opened(path) as image, budget.take(image.size):
+        return rgb(upright(image, white))
 
 
-def read_square(path, size, box=None):
+def read_square(path, size, box=None, white=WHITES[-1]):
     """Decode the largest central square of a file, or a box, at size x size -> uint8 (3,size,size).
 
     box: function of the upright image's (W, H) that returns (left, top, right, bottom) in pixels.
-    JPEG files are decoded at an eighth, a quarter or half of their size where that is at least
-    twice what is wanted. torch resizes, faster than PIL and equal but for rounding. Raises as
-    read_image does.
+    torch resizes, faster than PIL and equal but for rounding. white and errors: see read_image.
     """
-    with Image.open(path) as image:
-        W, H = image.size
-        if image.getexif().get(0x0112) in (5, 6, 7, 8):         # EXIF: it lies on its side
-            W, H = H, W
-        left, top, right, bottom = (box or central_square)(W, H)
-        scale = 2 * size / min(right - left, bottom - top)
-        image.draft(image.mode, [max(1, int(side * scale)) for side in image.size])     # JPEG only
-        image = upright(image)
-    w, h = image.size
-    x, y = w / W, h / H                                         # 1, unless JPEG was decoded smaller
-    left, top = min(round(left * x), w - 1), min(round(top * y), h - 1)
-    right, bottom = max(left + 1, round(right * x)), max(top + 1, round(bottom * y))
-    image = image.crop((left, top, right, bottom))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    if pixels.shape[1:] == (size, size):
-        return pixels
-    return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+    box = box or central_square
+    with opened(path) as image:
+        whole = draft(image, size, box) if image.format in ("JPEG", "MPO") else None
+        # A progressive JPEG file's coefficients are all held, however small it is decoded.
+        progressive = whole and image.info.get("progressive")
+        with budget.take(whole if progressive else image.size):
+            image = upright(image, white)
+            image = rgb(image.crop(scaled(box, whole or image.size, image.size)))
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            if pixels.shape[1:] == (size, size):
+                return pixels
+            return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+
+
+def draft(image, size, box):
+    """Let PIL decode a JPEG file smaller if that is enough; returns the whole image's upright size.
+
+    An eighth, a quarter or half, where that is at least twice what is wanted.
+    """
+    whole = image.size[::-1] if turn(image) in ON_ITS_SIDE else image.size
+    left, top, right, bottom = box(*whole)
+    scale = 2 * size / min(right - left, bottom - top)
+    image.draft(image.mode, [max(1, int(side * scale)) for side in image.size])
+    return whole
+
+
+def scaled(box, whole, size):
+    """The box of a whole image (W, H) in the pixels of the same decoded at `size`; not empty."""
+    left, top, right, bottom = box(*whole)
+    x, y = size[0] / whole[0], size[1] / whole[1]       # 1, unless JPEG was decoded smaller
+    left, top = min(round(left * x), size[0] - 1), min(round(top * y), size[1] - 1)
+    return left, top, max(left + 1, round(right * x)), max(top + 1, round(bottom * y))
 
 
 def central_square(W, H):
@@ -165,12 +333,12 @@ def read_all(files, size, exact=False):
         path = files.paths[i]
         try:
             if exact:
-                image = read_image(path)
+                image = read_image(path, files.white)
                 if image.size != (size, size):
                     return f"{shown(path)}: is {image.size[0]}x{image.size[1]}, not {size}x{size}"
                 images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             else:
-                images[i] = read_square(path, size)
+                images[i] = read_square(path, size, white=files.white)
         except Exception:                       # damaged files raise nearly anything
             return problem(path, thorough=True) or f"{shown(path)}: cannot be decoded"
 
@@ -215,12 +383,12 @@ class Stream:
         """Write image i to out (3,size,size)."""
         path = self.files.paths[i]
         try:
-            pixels = read_square(path, self.size, box)
+            pixels = read_square(path, self.size, box, self.files.white)
         except Exception as error:              # damaged files raise nearly anything
             if path not in self.failed:
                 self.failed.add(path)
-                print(f"{shown(path)} cannot be decoded ({error}); gray instead", file=sys.stderr,
-                      flush=True)
+                print(f"{shown(path)} cannot be decoded ({reason(error)}); gray instead",
+                      file=sys.stderr, flush=True)
             pixels = torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
         out.copy_(pixels.flip(2) if mirror else pixels)
 
@@ -301,7 +469,7 @@ def sides(files, limit=200):
     spread = np.linspace(0, len(files) - 1, min(limit, len(files))).astype(int)
     for path in files.paths[spread]:
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 shorter_sides.append(min(image.size))
         except Exception:                       # damaged files raise nearly anything
             continue

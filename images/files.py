@@ -5,18 +5,27 @@ in two arrays, so that a million images need no million Python objects.
 
     links that lead in a circle                 followed once
     names that are not UTF-8                    shown escaped
+    names in two Unicode forms                  one class (NFC)
+    a run's folder among the images             passed over
 
+images/layout.py says which folders to list, images/copies.py which files are the same image,
 images/decode.py reads them.
 """
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff", ".gif")
+IMAGE_FILES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".ppm", ".pgm",
+               ".pbm", ".pnm", ".webp", ".tif", ".tiff", ".gif", ".avif")
+# Folders in which systems keep thumbnails and deleted files (NAS, macOS, Windows, Linux).
+SYSTEM_FOLDERS = ("@eadir", "@__thumb", "@recycle", "#recycle", "__macosx", "$recycle.bin",
+                  "system volume information", "lost+found")
+RUN_FILES = {"config.json", "log.jsonl", "result.json", "last.pt", "lock"}
 
 
 class DataError(ValueError):
@@ -30,15 +39,22 @@ class Files:
     labels: np.ndarray                                  # (N,) int64, into class_names
     class_names: list
     problems: list = field(default_factory=list)        # a line of text each, with the path
-    ignored: Counter = field(default_factory=Counter)   # endings of files that are not images
+    ignored: Counter = field(default_factory=Counter)   # endings of other files, folders left out
+    remarks: list = field(default_factory=list)         # lines of text that are only said
+    white: int = 65535                                  # see images.decode.WHITES
+    content: np.ndarray = None      # (N,) a number that files of the same content share
+
+    def __post_init__(self):
+        if self.content is None:
+            self.content = np.arange(len(self.paths))
 
     def __len__(self):
         return len(self.paths)
 
     def keep(self, chosen):
         """The same with only the images of an index array or a mask."""
-        return Files(self.paths[chosen], self.labels[chosen], self.class_names, self.problems,
-                     self.ignored)
+        return replace(self, paths=self.paths[chosen], labels=self.labels[chosen],
+                       content=self.content[chosen])
 
     def names(self, root):
         """Paths relative to root, bytes (so that a folder may be moved)."""
@@ -91,34 +107,91 @@ def refuse(problems, skip, say):
 
 # ---- Which files ---------------------------------------------------------------------------------
 
-def list_folder(root):
-    """`root/<class>/**` -> Files; classes and files in natural order, hidden files left out.
+def is_image(name):
+    """Is a file of this name taken for an image?"""
+    return name.lower().endswith(IMAGE_FILES)
 
-    DataError if there is no such folder or no class in it. A class without images is kept, as a
-    problem.
+
+def are_of_a_run(names):
+    """Are these the names of the files in a run's folder?"""
+    names = set(names)
+    return len(RUN_FILES & names) >= 2 or names == {"lock"}     # of a run that is about to begin
+
+
+def is_run(folder):
+    """Is this a run's folder, or one that holds nothing but runs?"""
+    with os.scandir(folder) as entries:
+        entries = list(entries)
+    if are_of_a_run(entry.name for entry in entries):
+        return True
+    inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return (bool(inner) and not any(is_image(entry.name) for entry in entries)
+            and all(map(is_run, inner)))
+
+
+def subfolders(root, ignored=None):
+    """(names of the folders in root, names of the images in it), both in natural order.
+
+    Runs are left out, see also left_out. DataError if there is no such folder.
     """
-    if not os.path.isdir(root):
-        raise DataError(f"there is no folder {shown(root)}")
-    classes = [entry.name for entry in os.scandir(root)
-               if entry.is_dir() and not entry.name.startswith(".")]
-    classes.sort(key=natural)
+    ignored = Counter() if ignored is None else ignored
+    folders, images = [], []
+    try:
+        for entry in os.scandir(root):
+            if left_out(entry, ignored):
+                continue
+            if os.path.isdir(entry.path):                       # False for a link to itself
+                if not is_run(entry.path):
+                    folders.append(entry.name)
+            elif is_image(entry.name):
+                images.append(entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"there is no folder {shown(root)}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {shown(error.filename)}: {error.strerror}") from None
+    return sorted(folders, key=natural), sorted(images, key=natural)
+
+
+def list_folder(root):
+    """`root/<class>/**` -> Files; classes and files in natural order, see left_out.
+
+    DataError if there is no such folder, no class in it, or one class twice. A class without images
+    is kept, as a problem; images beside the class folders are a problem.
+    """
+    ignored = Counter()
+    classes, beside = subfolders(root, ignored)
     if not classes:
         raise DataError(f"{shown(root)} has no class folders: images are expected as "
                         f"{shown(os.path.join(root, '<class>', '*.jpg'))}")
+    names = [shown(unicodedata.normalize("NFC", name)) for name in classes]
     folders = [os.path.join(root, name) for name in classes]
     identities = [identity(folder) for folder in (root, *folders)]
-    paths, labels, problems, ignored = [], [], [], Counter()
+    paths, labels, problems = [], [], []
+    if beside:
+        problems.append(f"images in {shown(root)} itself, in no class folder: {some(beside)}")
     for k, folder in enumerate(folders):
+        if names[k] in names[:k]:
+            raise DataError(f"{shown(root)} has two folders called {names[k]}, in two Unicode "
+                            "forms; make them one folder")
+        if identities[1 + k] in identities[:1 + k]:
+            other = (root, *folders)[identities.index(identities[1 + k])]
+            problems.append(f"class folder {shown(folder)} is a link to {shown(other)}")
+            continue
         elsewhere = set(identities) - {identities[1 + k]}
-        images = walk(folder, problems, ignored, elsewhere)
+        images = sorted(walk(folder, problems, ignored, elsewhere), key=natural)
         if not images:
             problems.append(f"class folder {shown(folder)} has no images")
-        images.sort(key=natural)
         paths += [os.fsencode(path) for path in images]
         labels += [k] * len(images)
-    names = [shown(name) for name in classes]
     return Files(np.array(paths, dtype=np.bytes_), np.array(labels, dtype=np.int64), names,
                  problems, ignored)
+
+
+def some(names):
+    """The first five names, for people: a, b, c, d, e and 7 more."""
+    names = [shown(name) for name in names]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def identity(folder):
@@ -127,13 +200,25 @@ def identity(folder):
     return status.st_dev, status.st_ino
 
 
+def left_out(entry, ignored):
+    """Is an os.DirEntry hidden, or a folder of SYSTEM_FOLDERS? Folders and images are counted."""
+    hidden = entry.name.startswith(".")
+    if os.path.isdir(entry.path):
+        hidden = hidden or entry.name.lower() in SYSTEM_FOLDERS
+        if hidden:
+            ignored[f"folder {shown(entry.name)}"] += 1
+    elif hidden and is_image(entry.name):
+        ignored["hidden"] += 1
+    return hidden
+
+
 def walk(folder, problems, ignored, elsewhere=frozenset()):
-    """Paths of all image files below a folder, which is entered once however many links lead to it.
+    """Yield all image files below a folder, which is entered once however many links lead to it.
 
     elsewhere: identities of the root and the other classes, to which a link is a problem.
-    problems (list) and ignored (Counter of the endings of other files) are added to.
+    problems (list) and ignored (Counter of what is left out) are added to.
     """
-    visited, images, waiting = set(), [], [folder]
+    visited, waiting = set(), [folder]
     while waiting:
         folder = waiting.pop()
         try:
@@ -145,26 +230,28 @@ def walk(folder, problems, ignored, elsewhere=frozenset()):
                 continue
             visited.add(here)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            if are_of_a_run(entry.name for entry in entries):
+                continue
         except OSError as error:
             problems.append(f"{shown(folder)}: {error.strerror}")
             continue
         for entry in entries:
-            if entry.name.startswith("."):
+            if left_out(entry, ignored):
                 continue
             if os.path.isdir(entry.path):               # False for a link to itself
                 waiting.append(entry.path)
-            elif entry.name.lower().endswith(IMAGE_FILES):
-                images.append(entry.path)
+            elif is_image(entry.name):
+                yield entry.path
             else:
                 ending = os.path.splitext(entry.name)[1].lower()
                 ignored[ending or "without ending"] += 1
-    return images
 
 
 def list_file(path, root, num_classes):
     """Lines `relative/path label` -> Files in the lines' order, paths under root.
 
-    Labels are numbers below num_classes. Other lines are problems, and so are files listed twice.
+    Labels are numbers below num_classes. Other lines are problems, and so are files listed twice
+    or outside root.
     DataError if the list cannot be read or is empty.
     """
     try:
@@ -179,15 +266,19 @@ def list_file(path, root, num_classes):
         if not words:
             continue
         image, label = words[0].lstrip(), words[-1]
+        name = os.path.normpath(image)                          # of a/../b/x.jpg: b/x.jpg
         is_label = len(words) == 2 and label.isdigit() and len(label) < 10
         if not is_label or int(label) >= num_classes:
             problems.append(f"{shown(path)}, line {number}: {shown(line[:80])!r} is not a path and "
                             f"a class from 0 to {num_classes - 1}")
-        elif image in first_line:
+        elif name.startswith((b"/", b"../")):
+            problems.append(f"{shown(path)}, line {number}: {shown(image)} is not a path below "
+                            f"{shown(root)}")
+        elif name in first_line:
             problems.append(f"{shown(path)}, line {number}: {shown(image)} is listed in line "
-                            f"{first_line[image]} already")
+                            f"{first_line[name]} already")
         else:
-            first_line[image] = number
+            first_line[name] = number
             paths.append(folder + image)
             labels.append(int(label))
     if not paths and not problems:
@@ -202,14 +293,21 @@ def hold_out(files, fraction, root):
     """Split class by class into (training, test) Files by a hash of each file's name.
 
     The split is the same for every run. Of n images of a class, round(fraction * n) are for
-    testing, at least one, but never the last one that is left to train on. More images in the
-    folder move at most one or two of a class from one part to the other.
+    testing, at least one, but never the last one that is left to train on. Files of the same
+    content are in one part; those that the test part has no room for are trained on. More images in
+    the folder move at most one or two of a class from one part to the other.
     """
     order = np.array([hashlib.sha256(name).hexdigest() for name in files.names(root)])
     is_test = np.zeros(len(files), dtype=bool)
     for k, n in enumerate(files.counts()):
         members = np.where(files.labels == k)[0]
-        members = members[order[members].argsort()]
-        if n > 1:
-            is_test[members[:min(max(1, round(fraction * n)), n - 1)]] = True
-    return files.keep(~is_test), files.keep(is_test)
+        together = {}                                           # {content: images}
+        for i in members[order[members].argsort()]:
+            together.setdefault(files.content[i], []).append(i)
+        room = min(max(1, round(fraction * n)), n - 1)
+        for images in together.values():
+            if len(images) <= room:
+                is_test[images] = True
+                room -= len(images)
+    test = replace(files.keep(is_test), problems=[], ignored=Counter(), remarks=[])
+    return files.keep(~is_test), test

@@ -17,14 +17,17 @@ def close(image, other, by=3):
 
 
 def make_folder(root, n=6, size=(36, 40), classes=("apple pie", "Bär", "c,3")):
-    """root/train and root/test with n - k and 2 pictures of class k. Returns root."""
-    for split in ("train", "test"):
+    """root/train and root/test with n - k and 2 pictures of class k. Returns root.
+
+    Picture i of class k is picture(seed=100 * k + i); 1000 more for testing.
+    """
+    for split, start in (("train", 0), ("test", 1000)):
         for k, name in enumerate(classes):
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(n - k if split == "train" else 2):
                 ending = "jpg" if i % 2 else "png"
-                picture(*size, seed=10 * k + i).save(folder / f"{i}.{ending}", quality=95)
+                picture(*size, seed=start + 100 * k + i).save(folder / f"{i}.{ending}", quality=95)
     return root
 
 

@@ -73,7 +73,7 @@ def test_eval_says_how_sure_to_be():
 def test_heads_are_those_of_the_run(runs, tmp_path, monkeypatch, capsys):
     """Another head, mean or crop than what the run reported; a prior of other data."""
     script(analyze, monkeypatch, "heads", runs["deit-lt"], "--out", tmp_path / "heads.csv")
-    assert "CIFAR-10 (imb 4)" in capsys.readouterr().out
+    assert "CIFAR-10 not as published (imb 4)" in capsys.readouterr().out
     rows, result = rows_of(tmp_path / "heads.csv"), read_result(runs["deit-lt"])["per_class"]
     for way, head in (("CLS", "cls"), ("DIST", "dist"), ("CLS + DIST, logits", "avg")):
         assert [float(row[way]) for row in rows] == result[head]
@@ -100,7 +100,8 @@ def test_runs_are_listed_as_they_ended(runs, tmp_path, monkeypatch, capsys):
         row = dict(zip(title, line, strict=True))
         result = read_result(runs.get(name, tmp_path / name))
         assert row["run"] == f"`{name}`" and row["command"] == "`python train.py --imb 4`"
-        assert row["data"] == "CIFAR-10, imb 4" and row["minutes"] == "2" and row["seed"] == "0"
+        assert row["data"] == "CIFAR-10 not as published, imb 4"
+        assert row["minutes"] == "2" and row["seed"] == "0"
         shown = [None if row[c] == "-" else float(row[c]) for c in COLUMNS]
         assert shown == [pytest.approx(result["avg"][c], abs=0.051) for c in COLUMNS]
     assert err == f"{tmp_path}: no finished run\n"

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -94,7 +95,7 @@ def test_a_folder_loads_the_published_selection_of_its_images(cifar):
     by_class = np.argsort(np.arange(20) % 10, kind="stable")
     assert torch.equal(data.test_images, as_tensor(pixels(20, 1)[by_class]))
     assert data.test_labels.tolist() == [k for k in range(10) for _ in range(2)]
-    assert data.class_names == NAMES and (data.name, data.label) == ("cifar10", "CIFAR-10")
+    assert data.class_names == NAMES and data.name == "cifar10"
     assert data.train_images.dtype == data.test_images.dtype == torch.uint8
     assert data.train_labels.dtype == data.test_labels.dtype == torch.int64
 
@@ -116,7 +117,7 @@ def test_holding_images_out_of_cifar_leaves_the_test_set_alone(cifar):
     everything = as_set(as_tensor(pixels(120, 0)))
     assert as_set(data.test_images) == as_set(as_tensor(pixels(120, 0)[held_out]))
     assert as_set(data.train_images) <= everything - as_set(data.test_images)
-    assert data.label == "CIFAR-10 validation"
+    assert data.label == "CIFAR-10 validation not as published"
 
 
 def write_torchvision(root, K, train, test, names):
@@ -179,15 +180,18 @@ def test_images_are_read_once_for_teacher_and_student_but_again_when_they_change
 # ---- What people get wrong with CIFAR ------------------------------------------------------------
 
 def message(dataset, data_dir, **changes):
-    """The one line that loading ends with."""
+    """What loading ends with: one line, or one, a drawing of the folder and one."""
     with pytest.raises(DataError) as error:
         load(dataset, data_dir, **({"imb": 1} | changes))
-    assert "\n" not in str(error.value)
+    first, *drawing = str(error.value).splitlines()
+    assert not drawing or first.endswith(":") and drawing[0] == f"  {data_dir}/"
     return str(error.value)
 
 
 def test_a_missing_test_folder_is_named(cifar):
     (cifar / "test").rename(cifar / "tests")
+    assert f"{cifar} has train/ and beside it images in tests:" in message("cifar10", cifar)
+    (cifar / "tests").rename(cifar / ".tests")
     assert message("cifar10", cifar) == f"there is no folder {cifar / 'test'}"
 
 
@@ -204,14 +208,15 @@ def test_an_empty_class_is_named(cifar):
 
 def test_a_wrong_number_of_classes_is_named(cifar):
     for split in ("train", "test"):
-        (cifar / split / "kind10").rename(cifar / f"{split}-10")
+        shutil.rmtree(cifar / split / "kind10")
     expected = f"{cifar / 'train'} has 9 class folders, 10 are expected"
     assert message("cifar10", cifar) == expected
 
 
 def test_classes_that_differ_between_train_and_test_are_named(cifar):
     (cifar / "test" / "kind4").rename(cifar / "test" / "sort4")
-    expected = f"train and test under {cifar} have different classes: kind4, sort4"
+    expected = f"train and test under {cifar} have different classes: kind4, sort4; "
+    expected += "rename folders until they agree"
     assert message("cifar10", cifar) == expected
 
 
@@ -281,7 +286,7 @@ def test_skip_bad_continues_with_the_good_ones(tmp_path):
     assert len(data.test_labels) == 6
     for k in range(3):
         for i, image in enumerate(data.train_images[data.train_labels == k]):
-            source = picture(36, 40, seed=10 * k + i)
+            source = picture(36, 40, seed=100 * k + i)
             expected = source.resize((32, 32), Image.BICUBIC, (0, 2, 36, 38))
             assert close(image.permute(1, 2, 0), expected, by=5)
 
@@ -297,7 +302,7 @@ def test_a_class_that_loses_all_its_images_leaves(on_disk, tmp_path, monkeypatch
     data = load("folder", tmp_path, skip_bad=True)
     assert data.class_names == ["apple pie", "c,3"] and data.counts == [6, 4]
     assert data.test_labels.tolist() == [0, 0, 1, 1] and len(data.test_images[:]) == 4
-    expected = picture(36, 40, seed=20).resize((32, 32), Image.BICUBIC, (0, 2, 36, 38))
+    expected = picture(36, 40, seed=1200).resize((32, 32), Image.BICUBIC, (0, 2, 36, 38))
     assert close(data.test_images[2:3][0].permute(1, 2, 0), expected, by=5)
 
 
@@ -350,7 +355,7 @@ def test_classes_come_in_order_of_count_ties_in_their_own(tmp_path):
     for name, n in {"a": 2, "b": 5, "c": 2, "d": 5, "e": 9}.items():
         (tmp_path / name).mkdir()
         for i in range(n):
-            picture(8, 8, seed=i).save(tmp_path / name / f"{i}.png")
+            picture(8, 8, seed=ord(name) * 10 + i).save(tmp_path / name / f"{i}.png")
     data = load("folder", tmp_path, holdout=0.2)
     assert data.class_names == ["e", "b", "d", "a", "c"] and data.class_ids == [4, 1, 3, 0, 2]
     many = datasets.descending(np.array([3, 5] * 100)).tolist()
@@ -360,15 +365,15 @@ def test_classes_come_in_order_of_count_ties_in_their_own(tmp_path):
 def test_classes_of_training_and_test_are_matched_by_name(tmp_path):
     """Numbered by their own folders, test images of the second class would count as the first."""
     make_folder(tmp_path)
-    os.rename(tmp_path / "test" / "apple pie", tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "test" / "apple pie")
     data = load("folder", tmp_path)
     tested = [data.class_names[k] for k in data.test_labels.tolist()]
     assert tested == ["Bär", "Bär", "c,3", "c,3"]
 
 
 @pytest.mark.parametrize("make, changes, words", [
-    (lambda root: None, {}, "no class folders"),
-    (lambda root: (root / "cat").mkdir(), {}, "--holdout"),
+    (lambda root: None, {}, "no folders of images"),
+    (lambda root: make_folder(root) and shutil.rmtree(root / "test"), {}, "--holdout 0.2"),
     (make_folder, {"holdout": 0.2}, "leave --holdout out")])
 def test_a_folder_that_cannot_be_split_says_what_to_do(make, changes, words, tmp_path):
     make(tmp_path)
@@ -388,7 +393,7 @@ def test_the_summary_of_a_folder_says_what_is_in_it(tmp_path):
     """The paragraph that a user checks a run by: counts, groups, sizes, classes without tests."""
     root = make_folder(tmp_path / "my pictures", n=12, size=(90, 70)) / "train"
     (root / "only one").mkdir()
-    picture(90, 70).save(root / "only one" / "x.png")
+    picture(90, 70, seed=300).save(root / "only one" / "x.png")
     args = settings("folder", root, holdout=0.2, patch_size=8, epochs=3, recipe="cpu")
     rt = Recorder()
     datasets.print_data_summary(datasets.load_data(args, rt), args, rt)
@@ -457,18 +462,20 @@ def test_a_listed_set_keeps_the_map_of_its_classes(tmp_path, monkeypatch):
         lines = []
         for k, n in enumerate(counts[split]):
             for i in range(n):
-                picture(80, 60, seed=100 * k + i).save(tmp_path / f"{split}_{k}_{i}.jpg")
+                seed = 100 * k + i + 1000 * (split == "test")
+                picture(80, 60, seed=seed).save(tmp_path / f"{split}_{k}_{i}.jpg")
                 lines.append(f"{split}_{k}_{i}.jpg {k}")
         (tmp_path / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines) + "\n")
     rt = Recorder()
     data = load("imagenet_lt", tmp_path, rt, eval_crop=0.875, skip_bad=True)
-    assert data.label == "ImageNet-LT"
+    assert data.label == "ImageNet-LT not as published"
+    assert rt.printed[0].startswith("These are not the published lists of ImageNet-LT, of 115,846 ")
     assert data.class_ids == [1, 3, 0, 4] and data.class_names == ["1", "3", "0", "4"]
     assert data.counts == [9, 9, 4, 1]
     assert data.train_images.shape == (23, 3, 32, 32)
     assert data.test_images.shape == (8, 3, 37, 37)             # 32 / 0.875
     assert data.test_labels.tolist() == [2, 2, 0, 0, 1, 1, 3, 3]
-    assert "no image of 1 classes: 2" in rt.printed[0]
+    assert "no image of 1 classes: 2" in rt.printed[1]
     steps = [(0, torch.arange(23))]
     one, = data.batches(steps, (0, 0, 0))
     other, = data.batches(steps, (0, 1, 0))

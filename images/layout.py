@@ -1,0 +1,144 @@
+r"""Which folder of a data set is to train on, which to test on, and which folders are classes.
+
+    root/<class>/**                     one folder of classes
+    root/train/<class>/**               also training; trainset, train_images, ...; in any case
+    root/test/<class>/** or root/val    also testing; valid, validation
+
+What may mean something else is refused: the message draws what was found and says what to do.
+Hidden folders and runs are passed over.
+"""
+import os
+import re
+import unicodedata
+from collections import Counter
+
+from images.files import DataError, shown, some, subfolders, walk
+
+SPLIT = re.compile(r"(?:(?P<train>train|training)|(?P<val>val|valid|validation)|"
+                   r"(?P<test>test|testing))(?:[ _-]*(?:set|data|images))?", re.IGNORECASE)
+
+
+def split_of(name):
+    """What a folder of this name is for: "train", "val", "test", or None: a class."""
+    match = SPLIT.fullmatch(name.strip())
+    return match and match.lastgroup
+
+
+def find_splits(root):
+    """(folder to train on, folder to test on or None, remarks) of the data in `root`.
+
+    Without folders of these names, root itself is to train on. DataError for a mixture.
+    """
+    folders, beside = subfolders(root)
+    found, others, place = {}, [], shown(root)
+    for name in folders:
+        if split_of(name):
+            found.setdefault(split_of(name), []).append(name)
+        elif has_images(os.path.join(root, name)):
+            others.append(name)
+    if not found:
+        return root, None, []
+    for names in found.values():
+        if len(names) > 1:
+            refuse_layout(root, f"{place} has {some(names)}", "Keep one of them.")
+    if "train" not in found:
+        name = shown([*found.values()][0][0])
+        refuse_layout(root, f"{place} has {name}/ but no train/",
+                      f"Put images to train on into {place}/train/<class>; or, if {name} is a "
+                      f"class, rename it, for example to class_{name}.")
+    train = shown(found["train"][0])
+    if others:
+        refuse_layout(root, f"{place} has {train}/ and beside it images in {some(others)}",
+                      f"If {train} is a class, rename it, for example to class_{train}; if it "
+                      f"holds the images to train on, move the others into it or out of {place}.")
+    remarks = []
+    if "val" in found and "test" in found:
+        remarks.append(f"{place} has {shown(found['val'][0])}/ and {shown(found['test'][0])}/: the "
+                       "first is not used.")
+    if beside:
+        remarks.append(f"Images in {place} itself are not used: {some(beside)}.")
+    test = found.get("test") or found.get("val")
+    return (os.path.join(root, found["train"][0]), os.path.join(root, test[0]) if test else None,
+            remarks)
+
+
+def check_classes(root, train_root):
+    """Remarks on the class folders in train_root, which is root or its folder to train on.
+
+    DataError for fewer than two with images, or for classes that are split each for itself.
+    """
+    classes = with_images(train_root)
+    place = shown(train_root)
+    if len(classes) < 2:
+        found = "only one folder of images" if classes else "no folders of images"
+        below = better_root(train_root)
+        if below and train_root == root:
+            advice = f"Use --data-dir {shown(below)}"
+        elif below:
+            advice = f"Move the folders of {shown(below)} up into {place}."
+        else:
+            advice = f"Images are expected as {place}/<class>/*.jpg, two classes at least."
+        refuse_layout(root, f"{place} has {found}, so fewer than two classes", advice)
+    remarks, alike = [], {}
+    for name in classes:
+        alike.setdefault(plain(name), []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            remarks.append(f"{some(names)} are taken for {len(names)} classes.")
+    inner = [set(with_images(os.path.join(train_root, name))) for name in classes]
+    for name, folders in zip(classes, inner):
+        purposes = {split_of(folder) for folder in folders}
+        if "train" in purposes and purposes & {"val", "test"}:
+            name = shown(name)
+            refuse_layout(root, f"{place}/{name} holds {some(sorted(folders))}",
+                          f"For these images alone use --data-dir {place}/{name}. If {name} is a "
+                          f"class, its images belong into {shown(root)}/train/{name} and "
+                          f"{shown(root)}/test/{name}.")
+    if inner[0] and all(folders == inner[0] for folders in inner):
+        remarks.append(f"Classes are {some(classes)}; folders in them count as theirs: "
+                       f"{some(sorted(inner[0]))}.")
+    return remarks
+
+
+def plain(name):
+    """A class's name without upper case, blanks, hyphens and underscores, in one Unicode form."""
+    return re.sub(r"[\s_-]", "", unicodedata.normalize("NFKC", name).casefold())
+
+
+def better_root(folder):
+    """The nearest folder below, down a line of only folders, that can be used; or None."""
+    only = with_images(folder)
+    while len(only) == 1:
+        folder = os.path.join(folder, only[0])
+        only = with_images(folder)
+        if len(only) > 1 or any(map(split_of, only)):
+            return folder
+    return None
+
+
+def with_images(folder):
+    """Names of the folders in a folder that have images in them, at any depth."""
+    return [name for name in subfolders(folder)[0] if has_images(os.path.join(folder, name))]
+
+
+def has_images(folder):
+    """Is there an image in a folder, at any depth?"""
+    return any(True for _ in walk(folder, [], Counter()))
+
+
+def refuse_layout(root, reason, advice):
+    """Raise DataError with a drawing of the folder."""
+    raise DataError("\n".join([f"{reason}:", *tree(root), advice]))
+
+
+def tree(folder, depth=2, indent=2):
+    """A folder as it was found, lines of text: its folders and how many images lie in each."""
+    folders, images = subfolders(folder)
+    name = shown(folder) if indent == 2 else shown(os.path.basename(folder))
+    lines = [" " * indent + f"{name}/" + (f"  {len(images)} images" if images else "")]
+    if depth > 0:
+        for name in folders[:5]:
+            lines += tree(os.path.join(folder, name), depth - 1, indent + 4)
+        if len(folders) > 5:
+            lines.append(" " * (indent + 4) + f"and {len(folders) - 5} more folders")
+    return lines
