@@ -29,6 +29,7 @@ from engine import runtime
 from engine.checkpoints import (load_checkpoint, load_weights, null_for_nan, read_json,
                                 save_checkpoint, save_json, write_atomically)
 from engine.evaluation import COLUMNS, group_by_count, table
+from engine.networks import check_origin
 from engine.runtime import UserError, all_max, all_sum, barrier, exit_together, gather
 from engine.settings import NOT_RESUMED, flag
 
@@ -54,6 +55,7 @@ class Run:
         else:
             self.every_steps = int(args.save_every)
         self.resumed, self.fallback, self.forced = None, False, []
+        self.force, self.teachers = args.force, []
         self.start_epoch, self.start_step = 0, 0
         self.check_writable()
         if not (os.path.exists(self.checkpoint) or os.path.exists(self.previous)):
@@ -118,6 +120,29 @@ class Run:
             raise UserError(f"{self.folder} was trained on other images than these: --overwrite "
                             "trains it again, --out names another folder")
 
+    def check_teacher(self, teacher, data):
+        """Remember which networks the teacher is, by the hashes of their weights.
+
+        UserError if they are not finished, or if the run that is resumed has learned from others;
+        with --force that is printed.
+        """
+        for known in teacher.origin:
+            check_origin(f"the teacher {known['file']}", known, data, self.rt)
+        self.teachers = teacher.origin
+        old = (self.resumed or {}).get("teachers")              # None: of an older version
+        if old in (None, self.hashes()):
+            return
+        if not self.force:
+            raise UserError(f"{self.folder} was begun with another teacher: its weights have "
+                            "changed since; bring the old one back, start another run, or go on "
+                            "all the same with --force")
+        self.forced = [*self.forced, f"after epoch {self.start_epoch}: another teacher, "
+                       + ", ".join(self.hashes())]
+        self.rt.print(f"--force: going on {self.forced[-1]}")
+
+    def hashes(self):
+        return [known["weights"] for known in self.teachers]
+
     def print_if_finished(self, epochs, title):
         """True, after printing its table, if nothing is left to resume."""
         if not (self.finished and self.resumed and self.start_epoch >= epochs):
@@ -175,7 +200,7 @@ class Run:
         save_json(os.path.join(self.folder, "config.json"), self.config() | {
             "classes": self.data.class_names, "counts": self.data.counts,
             "groups": self.data.groups, "versions": versions, "hardware": self.rt.hardware(),
-            "amp_dtype": str(self.rt.amp), "forced": self.forced})
+            "amp_dtype": str(self.rt.amp), "teachers": self.teachers, "forced": self.forced})
         lines = []
         if self.resumed and os.path.exists(self.log_path):
             with open(self.log_path) as file:
@@ -305,7 +330,7 @@ class Run:
                      seconds=time.monotonic() - self.started)
         about = dict(config=self.config(), data=self.data.fingerprint, counts=self.data.counts,
                      class_names=self.data.class_names, groups=self.data.groups,
-                     world=self.rt.world, forced=self.forced)
+                     world=self.rt.world, teachers=self.hashes(), forced=self.forced)
 
         def write():
             with suppress(FileNotFoundError):   # of a shorter run, which --force has extended
@@ -325,6 +350,8 @@ class Run:
                       "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
                       "command": command_line(self.rt), "hardware": self.rt.hardware(),
                       "seconds": seconds, "date": time.strftime("%Y-%m-%d")}
+            if self.teachers:
+                result["teachers"] = self.teachers
             if self.forced:
                 result["forced"] = self.forced
             result |= more

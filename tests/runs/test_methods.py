@@ -32,7 +32,7 @@ def own_runs(tmp_path, monkeypatch, tiny_cifar):
 
 class OneClass(torch.nn.Module):
     """A teacher that gives every image the label 7."""
-    img_size, calls = 16, 0
+    img_size, origin, calls = 16, [], 0
 
     def forward(self, x):
         assert x.shape[1:] == (3, 16, 16) and 0 <= x.min() and x.max() <= 1
