@@ -218,7 +218,8 @@ def check_run(state):
         raise UserError("its class names are damaged: they are not a list of different names")
     for key, value in state["config"].items():
         if not isinstance(key, str) or not isinstance(value, (str, int, float, type(None))):
-            raise UserError(f"its setting {key!s:.50} is damaged: it is a {type(value).__name__}")
+            raise UserError(f"its setting {one_line(key)} is damaged: it is a "
+                            + type(value).__name__)
     for key in ("epoch", "step"):
         check_number(key, state.get(key, 0), 0, 10 ** 9)
     if not isinstance(state.get("data", ""), str):
@@ -239,7 +240,7 @@ def check_settings(config):
     """
     for key in TEXTS & config.keys():
         if not isinstance(config[key], str):
-            raise UserError(f"its setting {key} is damaged: it is {config[key]!s:.50}")
+            raise UserError(f"its setting {key} is damaged: it is {one_line(config[key])}")
     for key in NUMBERS.keys() & config.keys():
         if config[key] is not None or key not in OPTIONAL:
             check_number(key, config[key], *NUMBERS[key])
@@ -249,8 +250,14 @@ def check_number(key, value, low, high):
     """UserError unless low <= value <= high; if `low` is an int, so must be the value."""
     kinds = int if isinstance(low, int) else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise UserError(f"its {key} is damaged: it is {value!s:.50}, not a number from {low:g} to "
-                        f"{high:g}")
+        raise UserError(f"its {key} is damaged: it is {one_line(value)}, not a number from {low:g} "
+                        f"to {high:g}")
+
+
+def one_line(value, longest=50):
+    """The beginning of a damaged file's value as text that a terminal can show in one line."""
+    text = " ".join(str(value).split())[:longest]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def check_tensors(weights, what):
@@ -262,11 +269,12 @@ def check_tensors(weights, what):
     stored, needed = {}, 0
     for key, tensor in weights.items():
         if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{what} is damaged: {key} is a {type(tensor).__name__}, not a tensor")
+            raise UserError(f"{what} is damaged: {one_line(key)} is a {type(tensor).__name__}, not "
+                            "a tensor")
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.is_quantized or tensor.is_complex() or tensor.numel() == 0:
-            raise UserError(f"{what}: {key} is not a plain tensor of real numbers (empty, sparse, "
-                            "quantized or complex); save the weights as float32")
+            raise UserError(f"{what}: {one_line(key)} is not a plain tensor of real numbers (empty, "
+                            "sparse, quantized or complex); save the weights as float32")
         storage = tensor.untyped_storage()
         stored[storage.data_ptr()] = storage.nbytes()
         needed += tensor.numel() * tensor.element_size()
@@ -283,8 +291,7 @@ def load_weights(model, weights, what):
     try:
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, ValueError, TypeError) as error:      # TypeError: there are none
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"{what} does not fit the network: {text}") from None
+        raise UserError(f"{what} does not fit the network: {one_line(error, 200)}") from None
     for key, tensor in model.state_dict().items():
         if key in weights and weights[key].is_floating_point() != tensor.is_floating_point():
             raise UserError(f"{what} does not fit the network: {key} is {weights[key].dtype}; save "

@@ -37,7 +37,8 @@ from torch import nn
 
 import resnet
 import vit
-from engine.checkpoints import are_names, check_tensors, is_run, load_checkpoint, load_weights
+from engine.checkpoints import (are_names, check_tensors, is_run, load_checkpoint, load_weights,
+                                one_line)
 from engine.runtime import UserError
 
 NORMALISATIONS = {  # mean and standard deviation of the pixels that a network was trained on
@@ -138,7 +139,7 @@ def load_network(path, norm=None, size=None):
         network = run_network(state, name) if is_run(state) else foreign_network(state, name)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
             ValueError) as error:                               # known names, odd values or shapes
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        text = one_line(f"{type(error).__name__}: {error}", 200)
         raise UserError(f"{name} holds no network that is known here ({text})") from None
     network.weights = weights_digest(network.net)
     if network.config:
@@ -368,7 +369,7 @@ def vit_network(weights, name):
 def torchvision_network(weights, name):
     """The network of torchvision that loads these weights, found by its number of parameters."""
     from torchvision import models
-    known = ", ".join(list(weights)[:3]) or "no tensors"
+    known = one_line(", ".join(list(weights)[:3]) or "no tensors", 100)
     unknown = UserError(f"{name} holds no network that is known here ({known})")
     matrices = [k for k, v in weights.items() if v.ndim == 2 and k.endswith(".weight")]
     if not matrices:
