@@ -382,7 +382,7 @@ def run_student(args, rt, prepare=None, **replacements):
         train_teacher.teacher_folder(teacher_flags, rt)
     if args.teacher:
         teacher, text = load_teacher(args.teacher, data, rt, args.teacher_norm, args.teacher_size)
-        run.check_teacher(teacher, data)
+        run.check_teacher(args, teacher, data)
         rt.print(f"Teacher {args.teacher}: {text}; "
                  f"{evaluation.accuracy_on_clean(teacher, data, rt)}")
     rt.print(f"Student ({args.recipe} recipe): {args.method} {args.model} ({args.img_size} px, "

@@ -255,9 +255,8 @@ def check_number(key, value, low, high):
 
 
 def one_line(value, longest=50):
-    """The beginning of a damaged file's value as text that a terminal can show in one line."""
-    text = " ".join(str(value).split())[:longest]
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """The beginning of a value as text without line breaks."""
+    return " ".join(str(value).split())[:longest]
 
 
 def check_tensors(weights, what):

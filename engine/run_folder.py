@@ -55,7 +55,7 @@ class Run:
         else:
             self.every_steps = int(args.save_every)
         self.resumed, self.fallback, self.forced = None, False, []
-        self.force, self.teachers = args.force, []
+        self.teachers = []
         self.start_epoch, self.start_step = 0, 0
         self.check_writable()
         if not (os.path.exists(self.checkpoint) or os.path.exists(self.previous)):
@@ -102,12 +102,16 @@ class Run:
         if not names:
             return
         changes = ", ".join(f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in names)
+        self.force(args, changes)
+        self.start_step = 0             # the steps of a half-done epoch may be others now
+
+    def force(self, args, changes):
+        """UserError for changed settings, or, with --force, a line about them."""
         if not args.force:
             raise UserError(f"{self.folder} was begun with other settings: {changes}; repeat them, "
                             "start another run, or go on all the same with --force")
         self.forced = [*self.forced, f"after epoch {self.start_epoch}: {changes}"]
         self.rt.print(f"--force: going on {self.forced[-1]}")
-        self.start_step = 0             # the steps of a half-done epoch may be others now
 
     @property
     def finished(self):
@@ -120,28 +124,22 @@ class Run:
             raise UserError(f"{self.folder} was trained on other images than these: --overwrite "
                             "trains it again, --out names another folder")
 
-    def check_teacher(self, teacher, data):
-        """Remember which networks the teacher is, by the hashes of their weights.
+    def check_teacher(self, args, teacher, data):
+        """Remember which networks the teacher is: their files, hashes of weights, and data.
 
-        UserError if they are not finished, or if the run that is resumed has learned from others;
-        with --force that is printed.
+        UserError if one is not finished, or if the run that is resumed has learned from others;
+        with --force the latter is printed.
         """
         for known in teacher.origin:
             check_origin(f"the teacher {known['file']}", known, data, self.rt)
         self.teachers = teacher.origin
-        old = (self.resumed or {}).get("teachers")              # None: of an older version
-        if old in (None, self.hashes()):
-            return
-        if not self.force:
-            raise UserError(f"{self.folder} was begun with another teacher: its weights have "
-                            "changed since; bring the old one back, start another run, or go on "
-                            "all the same with --force")
-        self.forced = [*self.forced, f"after epoch {self.start_epoch}: another teacher, "
-                       + ", ".join(self.hashes())]
-        self.rt.print(f"--force: going on {self.forced[-1]}")
+        old = (self.resumed or {}).get("teachers", self.hashes())       # none in older runs
+        if old != self.hashes():
+            self.force(args, f"the teacher's weights {old} -> {self.hashes()}")
 
     def hashes(self):
-        return [known["weights"] for known in self.teachers]
+        """Of the teachers' weights, for the checkpoint: a text, which is compared as it is."""
+        return ",".join(known["weights"] for known in self.teachers)
 
     def print_if_finished(self, epochs, title):
         """True, after printing its table, if nothing is left to resume."""
