@@ -37,7 +37,8 @@ from analysis.loading import DATA_FLAGS
 from analysis.predict import export, predict, prediction_text
 from engine.checkpoints import read_json, read_log
 from engine.datasets import describe
-from engine.evaluation import table, tables as result_tables, teacher_summary, teacher_summary_text
+from engine.evaluation import (predicted, table, tables as result_tables, teacher_summary,
+                               teacher_summary_text)
 from engine.networks import NORMALISATIONS, load_network, short_name, teacher_files
 from engine.runtime import Runtime, UserError, run_main, setup
 from engine.settings import Parser, check_ranges
@@ -63,7 +64,7 @@ def command_eval(options, rt):
     except UserError as error:
         print(f"no confusion matrix: {error}")
         return
-    confusion = accuracy.confusion(logits.argmax(dim=1), labels, data.num_classes)
+    confusion = accuracy.confusion(predicted(logits), labels, data.num_classes)
     title = f"{short_name(path)} on {data.label}"
     picture = drawing.as_png(run_figures.confusion_matrix(confusion, data, title))
     print(tables.write(confusion_path(out), picture))

@@ -7,7 +7,8 @@ ResNet-32 is the paper's CIFAR network, 6n + 2 layers with n = 5, not an ImageNe
 Its shortcuts have no parameters: where the size halves, they take every second pixel and pad the
 new channels with zeros ("option A"). 464,154 parameters at K = 10. ResNet-50 is torchvision's v1.5:
 bottlenecks with the stride in the 3x3 convolution, 1x1 convolutions as shortcuts. `make(arch, K)`
-builds one by its name, or any other classification network of torchvision.
+builds one by its name, also the CIFAR networks of other depths (CIFAR_BLOCKS), or any other
+classification network of torchvision.
 
 State-dict keys: ResNet-32 as LDAM-DRW and Saddle-LongTail, ResNet-50 as torchvision. B images,
 K classes. Like every network here they take images in [0, 1] and normalise them themselves;
@@ -21,6 +22,8 @@ import torch.nn.functional as F
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# The paper's CIFAR networks: blocks of a stage, n.
+CIFAR_BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 
 
 class CosineClassifier(nn.Module):
@@ -227,12 +230,12 @@ def resnet50(num_classes=1000, **kwargs):
 
 
 def make(arch, num_classes, **kwargs):
-    """The network called `arch`: resnet32, resnet50 or a network of torchvision.
+    """The network called `arch`: one of CIFAR_BLOCKS, resnet50 or a network of torchvision.
 
     Raises ValueError as TorchvisionNetwork does.
     """
-    if arch == "resnet32":
-        return resnet32(num_classes, **kwargs)
+    if arch in CIFAR_BLOCKS:
+        return CifarResNet(CIFAR_BLOCKS[arch], num_classes, **kwargs)
     if arch == "resnet50":
         return resnet50(num_classes, **kwargs)
     return TorchvisionNetwork(arch, num_classes, **kwargs)

@@ -24,16 +24,16 @@ import data_lt
 import losses
 import train_teacher
 from engine import evaluation, runtime
-from engine.checkpoints import load_checkpoint, load_weights
 from engine.datasets import describe, load_data, print_data_summary, survey
-from engine.networks import NORMALISATIONS, build_student, load_teacher, short_name, teacher_files
+from engine.networks import (NORMALISATIONS, build_student, load_teacher, short_name, start_from,
+                             teacher_files)
 from engine.run_folder import Run
 from engine.runtime import UserError
 from engine.settings import (CARRIED, Interval, Parser, Setting, add_run_flags, add_settings,
                              as_flags, defaults, fill_settings, fit_to_folder, flag,
                              pick_recipe, resolve_data, run_name, schedule_text)
 from engine.training import EMA, FiniteScaler, cosine_lr, micro_batches, parameter_groups, set_lr
-from vit import MODELS, STEMS, resize_pos_embed
+from vit import MODELS, STEMS
 
 # Every setting once: name, the paper's value for CIFAR, what is allowed, what it is. The published
 # scripts accumulate 4 micro-batches of 2 GPUs x 128 images; their learning rate is 5e-4 x 256 / 512
@@ -172,6 +172,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                             # 4. L = (1 - alpha) CE(f_c, y) + alpha w[y_t] CE(f_d, y_t)
                             loss, *terms = losses.distillation_loss(
                                 cls_logits, dist_logits, target, y_t, args.alpha, weight, args.tau)
+                            loss = loss + 0 * g.sum()       # not finite where g(x) is not
                             values = [loss, *terms, teacher_accuracy(g, target)]
                         else:
                             loss = label_loss(cls_logits, target)
@@ -336,6 +337,8 @@ def check(args, changed, rt):
         raise UserError(f"--batch {args.batch} cannot be shared by {rt.world} processes")
     if (args.crop == "loader") != (args.dataset in data_lt.LISTS):
         raise UserError("--crop loader is for data sets that stay on disk, and their only one")
+    if args.stem == "conv" and args.img_size == args.patch_size:
+        raise UserError("--stem conv: its BatchNorm needs an --img-size above --patch-size")
     if args.distill == "none" and args.tokens == 2:
         raise UserError("--distill none leaves DIST nothing to learn: --tokens 1")
     if args.teacher_view == "weak" and args.mixup + args.cutmix > 0:
@@ -352,15 +355,9 @@ def new_network(args, data, rt, resumed=False):
     try:
         net = build_student(vars(args), data.num_classes, args.tokens == 2).to(rt.device)
         if args.finetune and not resumed:
-            state = load_checkpoint(args.finetune, ("model", "config", "class_names"))
-            if state["class_names"] != data.class_names:
-                raise UserError(f"--finetune {args.finetune}: that run has other classes")
-            weights, grid = dict(state["model"]), args.img_size // args.patch_size
-            weights["pos_embed"] = resize_pos_embed(weights["pos_embed"], args.tokens, grid)
-            load_weights(net, weights, f"--finetune {args.finetune}")
-    except (ValueError, KeyError) as error:             # sizes that do not fit, or no student's run
-        start = f"--finetune {args.finetune} does not fit: " if args.finetune else ""
-        raise UserError(f"{start}{error}") from None
+            start_from(net, args.finetune, data, rt)
+    except ValueError as error:                         # sizes that do not fit
+        raise UserError(str(error)) from None
     return net
 
 
@@ -385,7 +382,9 @@ def run_student(args, rt, prepare=None, **replacements):
         train_teacher.teacher_folder(teacher_flags, rt)
     if args.teacher:
         teacher, text = load_teacher(args.teacher, data, rt, args.teacher_norm, args.teacher_size)
-        rt.print(f"Teacher {args.teacher}: {text}")
+        run.check_teacher(args, teacher, data)
+        rt.print(f"Teacher {args.teacher}: {text}; "
+                 f"{evaluation.accuracy_on_clean(teacher, data, rt)}")
     rt.print(f"Student ({args.recipe} recipe): {args.method} {args.model} ({args.img_size} px, "
              f"patch {args.patch_size}), {schedule_text(args)} on {describe(data, args)}")
     results = train(args, data, net, teacher, rt, run, **replacements)

@@ -111,7 +111,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, num_heads)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
-        hidden = int(mlp_ratio * embed_dim)
+        hidden = round(mlp_ratio * embed_dim)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(embed_dim, hidden), gelu=nn.GELU(),
                                              fc2=nn.Linear(hidden, embed_dim)))
         self.drop_rate, self.gamma_1, self.gamma_2 = drop_rate, None, None

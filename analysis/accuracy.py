@@ -4,8 +4,8 @@ import torch
 import augment
 from analysis import quantities
 from analysis.predict import Predictor
-from engine.evaluation import (evaluate, evaluate_student, evaluate_teacher, student_input,
-                               teacher_input)
+from engine.evaluation import (evaluate, evaluate_student, evaluate_teacher, predicted,
+                               student_input, teacher_input)
 
 
 def accuracies(network, args, data, rt):
@@ -55,8 +55,8 @@ def uncertainty_text(logits, labels, groups, binary=False):
 
     binary: the loss was a binary cross-entropy for each class, so that a softmax was never learned.
     """
-    confidence, predicted = logits.softmax(dim=1).max(dim=1)        # (N,) each
-    right = predicted == labels
+    confidence = logits.softmax(dim=1).amax(dim=1).nan_to_num()     # (N,); 0 if not finite
+    right = predicted(logits) == labels
     low, high = quantities.bootstrap(right, labels, groups)
     ranges = ", ".join(f"{name} {low[name]:.1f} to {high[name]:.1f}" for name in low)
     error = quantities.calibration_error(confidence, right)
@@ -69,6 +69,10 @@ def uncertainty_text(logits, labels, groups, binary=False):
 
 
 def confusion(predicted, labels, num_classes):
-    """How often each class (row) is predicted as each class (column): (N,), (N,) -> (K,K)."""
+    """How often each class (row) is predicted as each class (column): (N,), (N,) -> (K,K).
+
+    Without the images that are predicted as none, -1.
+    """
     K = num_classes
+    predicted, labels = predicted[predicted >= 0], labels[predicted >= 0]
     return torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)

@@ -70,7 +70,8 @@ def predict(network, names, rt, topk=5, batch=64):
     """Rows {"image", "class", "probability", "class 2", "probability 2", ...}, one for each image.
 
     network: an engine.networks.Network on rt.device. names: files, folders and patterns. Images
-    that cannot be read are named on stderr and left out; UserError if none can be read.
+    that cannot be read, or of which the network says nothing finite, are named on stderr and left
+    out; UserError if none is left.
     """
     model, rows = Predictor(network).eval(), []
     paths, size = find_images(names), decoded_size(network)
@@ -85,13 +86,18 @@ def predict(network, names, rt, topk=5, batch=64):
         x = augment.to_float(images.to(rt.device))
         x = augment.center_crop(x, model.size)                      # (B,3,S,S) in [0,1]
         with rt.autocast():
-            probabilities = model(x).float().softmax(dim=1)         # (B,K)
-        values, classes = probabilities.topk(min(topk, probabilities.shape[1]), dim=1)
+            logits = model(x).float()                               # (B,K)
+        finite = logits.isfinite().all(dim=1).tolist()
+        values, classes = logits.softmax(dim=1).topk(min(topk, logits.shape[1]), dim=1)
         read = [path for path, good in zip(part, readable) if good]
-        for path, p, k in zip(read, values.tolist(), classes.tolist()):
-            rows.append(prediction_row(path, p, k, network.class_names))
+        for path, known, p, k in zip(read, finite, values.tolist(), classes.tolist()):
+            if known:
+                rows.append(prediction_row(path, p, k, network.class_names))
+            else:
+                print(f"{files.shown(path)}: what the network says of it is not finite: no class",
+                      file=sys.stderr)
     if not rows:
-        raise UserError("none of the images can be read")
+        raise UserError("none of the images can be read, or classified")
     return rows
 
 

@@ -121,6 +121,15 @@ def read_log(folder):
 
 # ---- Reading checkpoints -------------------------------------------------------------------------
 
+# Settings that a network is built from, or its data are found by, in a checkpoint: texts, and
+# numbers from ... to ..., of which OPTIONAL ones may be None.
+TEXTS = {"arch", "loss", "norm", "method", "model", "stem", "dataset", "imb_type", "data_dir"}
+NUMBERS = {"img_size": (1, 4096), "patch_size": (1, 4096), "epochs": (1, 10 ** 9),
+           "drop_path": (0.0, 1.0), "layer_scale": (0.0, math.inf), "eval_crop": (0.1, 1.0),
+           "imb": (1.0, math.inf), "holdout": (0.0, 1.0)}
+OPTIONAL = {"layer_scale", "imb", "holdout"}
+REPEATED = 2 ** 30      # bytes of a file's tensors that may be repetitions
+
 # What published files hold beside tensors: settings, and accuracies as NumPy numbers.
 numpy_scalar = np.float64(0).__reduce__()[0]
 SAFE_GLOBALS = [argparse.Namespace, np.dtype,
@@ -134,7 +143,8 @@ def load_checkpoint(path, keys=("model", "config")):
 
     Of a folder: last.pt or, if that is damaged or missing, previous.pt, with a line on stderr and
     "fallback": True in the dict. A run's config has today's names, see `upgrade_config`. Raises
-    UserError if there is no checkpoint, if it is damaged, or if it lacks one of `keys`.
+    UserError if there is no checkpoint, if it is damaged, if it lacks one of `keys`, or if a run's
+    values are not of their kinds.
     """
     if os.path.isdir(path):
         return load_last_or_previous(path, keys)
@@ -147,7 +157,9 @@ def load_checkpoint(path, keys=("model", "config")):
         raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(keys)}")
     if is_run(state):
         try:
+            check_run(state)
             state["config"] = upgrade_config(state["config"])
+            check_settings(state["config"])
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     return state
@@ -172,7 +184,10 @@ def read_safely(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip():           # torch.load would take a flipped bit for a weight
+                packed = any(i.file_size > i.compress_size for i in archive.infolist())
+                # torch.save packs nothing: no file is larger in memory. torch.load would take a
+                # flipped bit for a weight.
+                if packed or archive.testzip():
                     raise zipfile.BadZipFile
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -194,13 +209,95 @@ def is_run(state):
     return student <= config.keys() or teacher <= config.keys()
 
 
+def check_run(state):
+    """UserError for a run's checkpoint with weights, names or settings that are none."""
+    weights, names = state["model"], state["class_names"]
+    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
+        raise UserError("its weights are damaged: they are no tensors by their names")
+    if not are_names(names):
+        raise UserError("its class names are damaged: they are not a list of different names")
+    for key, value in state["config"].items():
+        if not isinstance(key, str) or not isinstance(value, (str, int, float, type(None))):
+            raise UserError(f"its setting {one_line(key)} is damaged: it is a "
+                            + type(value).__name__)
+    for key in ("epoch", "step"):
+        check_number(key, state.get(key, 0), 0, 10 ** 9)
+    if not isinstance(state.get("data", ""), str):
+        raise UserError("the fingerprint of its data is damaged")
+
+
+def are_names(names):
+    """Is this a list of different class names, one or more?"""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+        return False
+    return len(names) == len(set(names)) > 0
+
+
+def check_settings(config):
+    """UserError for a setting of a wrong type or an absurd size, where a file that is read has it.
+
+    Only what a network is built from, and what its data are found by.
+    """
+    for key in TEXTS & config.keys():
+        if not isinstance(config[key], str):
+            raise UserError(f"its setting {key} is damaged: it is {one_line(config[key])}")
+    for key in NUMBERS.keys() & config.keys():
+        if config[key] is not None or key not in OPTIONAL:
+            check_number(key, config[key], *NUMBERS[key])
+
+
+def check_number(key, value, low, high):
+    """UserError unless low <= value <= high; if `low` is an int, so must be the value."""
+    kinds = int if isinstance(low, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        raise UserError(f"its {key} is damaged: it is {one_line(value)}, not a number from {low:g} "
+                        f"to {high:g}")
+
+
+def one_line(value, longest=50):
+    """The beginning of a value as text without line breaks."""
+    return " ".join(str(value).split())[:longest]
+
+
+def check_tensors(weights, what):
+    """UserError for weights (a dict) that are no plain tensors with numbers, or too large.
+
+    Before they are used: a file of a kilobyte can describe tensors of a terabyte, by repeating
+    one number.
+    """
+    stored, needed = {}, 0
+    for key, tensor in weights.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{what} is damaged: {one_line(key)} is a {type(tensor).__name__}, not "
+                            "a tensor")
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not plain or tensor.is_quantized or tensor.is_complex() or tensor.numel() == 0:
+            raise UserError(f"{what}: {one_line(key)} is not a plain tensor of real numbers (empty, "
+                            "sparse, quantized or complex); save the weights as float32")
+        storage = tensor.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+        needed += tensor.numel() * tensor.element_size()
+    if needed > sum(stored.values()) + REPEATED:
+        raise UserError(f"{what} is damaged: its weights would take {needed / 2 ** 30:,.0f} GiB, "
+                        "which are not in the file")
+
+
 def load_weights(model, weights, what):
-    """load_state_dict with strict=True. UserError, about `what`, that says where they differ."""
+    """load_state_dict with strict=True. UserError, about `what`, that says where they differ.
+
+    UserError also for weights that are not finite: such a network predicts nothing.
+    """
     try:
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, ValueError, TypeError) as error:      # TypeError: there are none
-        text = " ".join(str(error).split())[:200]
-        raise UserError(f"{what} does not fit the network: {text}") from None
+        raise UserError(f"{what} does not fit the network: {one_line(error, 200)}") from None
+    for key, tensor in model.state_dict().items():
+        if key in weights and weights[key].is_floating_point() != tensor.is_floating_point():
+            raise UserError(f"{what} does not fit the network: {key} is {weights[key].dtype}; save "
+                            "the weights as float32")
+        if not tensor.is_meta and not tensor.isfinite().all():
+            raise UserError(f"{what} is damaged, or its training has failed: its weights {key} are "
+                            "not finite; train it again, or take an earlier checkpoint")
 
 
 # ---- Settings of older runs ----------------------------------------------------------------------

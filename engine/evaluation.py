@@ -54,6 +54,13 @@ def student_heads(net, x):
     return {"cls": cls_logits, "dist": dist_logits, "avg": (cls_logits + dist_logits) / 2}
 
 
+def predicted(logits):
+    """The class of each image (B,), of logits (B,K): -1, which is no class, where one of an image's
+    logits is not finite. (argmax takes the first NaN, often class 0, the most frequent one.)
+    """
+    return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), -1)
+
+
 def entropy(logits):
     """-sum_k p_k ln p_k, p = softmax(logits): (B,K) -> (B,) in nats, 0 (certain) to ln K."""
     log_p = logits.float().log_softmax(dim=1)
@@ -76,7 +83,7 @@ def evaluate(predict, images, labels, groups, rt, batch=500):
         with rt.autocast():
             heads = predict(augment.to_float(images[index]))
         for head, logits in heads.items():
-            right = (logits.argmax(dim=1) == labels[index]).double()
+            right = (predicted(logits) == labels[index]).double()
             counts = torch.bincount(labels[index], right, minlength=num_classes)
             correct[head] = correct.get(head, 0) + counts
     total = torch.bincount(labels, minlength=num_classes).cpu()
@@ -160,10 +167,49 @@ def teacher_on_training_images(net, data, rt, kinds=("clean", "strong", "mixed")
             x, label = views[kind]
             with rt.autocast():
                 logits = net(teacher_input(x, net.img_size))
-            correct.append(logits.argmax(dim=1) == label)
+            correct.append(predicted(logits) == label)
             entropies.append(entropy(logits))
     return {kind: (torch.cat(correct), torch.cat(entropies))
             for kind, (correct, entropies) in found.items()}
+
+
+def balanced_sample(labels, n):
+    """(Up to) n of the images with these labels (N,), the same number of each class if it has them.
+
+    Of more classes than n, some. Returns their indices, the same ones each time.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order].argsort(stable=True)]                   # class after class
+    counts = torch.bincount(labels)
+    first = (counts.cumsum(0) - counts)[labels[order]]                  # where its class begins
+    place = torch.arange(len(labels)) - first                           # 0, 1, ... in its class
+    draw = torch.rand(len(labels), generator=generator)                 # which classes come first
+    return order[(place + draw).argsort()[:n]]
+
+
+def accuracy_on_clean(net, data, rt, n=500):
+    """How often a teacher is right on (up to) n clean training images, for people: catches classes
+    in another order, or wrong pixel statistics, before a student learns from them.
+
+    Chance is 1 / classes, counting those that are in the sample: the mean recall of any answer that
+    does not depend on the image. Near it, where there is a warning, are odds below twice chance's:
+    67 % of 2 classes, 18 % of 10, 2 % of 100.
+    """
+    index = balanced_sample(data.train_labels.cpu(), n).to(rt.device)
+    images, labels = data.train_images[index], data.train_labels[index]
+
+    def predict(x):
+        return {"avg": net(teacher_input(x, net.img_size))}
+    result = evaluate(predict, images, labels, data.groups, rt)["avg"]
+    recalls = [recall for recall in result["per_class"] if not math.isnan(recall)]
+    mean, chance = sum(recalls) / len(recalls), 1 / len(recalls)
+    text = (f"{result['overall']:.1f} % of {len(index)} clean training images right, {mean:.1f} % "
+            f"in the mean over classes (chance: {100 * chance:.1f} %)")
+    if mean * (1 - chance) < 2 * chance * (100 - mean):
+        text += ("; warning: that is near chance: its classes may be in another order than these, "
+                 "its pixel statistics others (--teacher-norm), or its training may have failed")
+    return text
 
 
 def teacher_summary(net, data, rt):

@@ -6,8 +6,8 @@ with strict=True:
     keys in the file (without PREFIXES)               recognised as
     config, class_names, model                        a run of this project: last.pt, or its folder
     encoder_q.*, linear.weight (K,d)                  PaCo teacher: query encoder, its classifier
-    layer3.4.*, linear.weight (64,K) without bias     ResNet-32, cosine classifier: LDAM
-    layer3.4.*, linear.weight (K,64), linear.bias     ResNet-32: cross-entropy, vector scaling
+    layer3.*, linear.weight (64,K) without bias       ResNet-20 to -110, cosine classifier: LDAM
+    layer3.*, linear.weight (K,64), linear.bias       the same: cross-entropy, vector scaling
     layer4.*, fc.weight (2048,K) without bias         ResNet-50, cosine classifier: LDAM
     patch_embed.*, blocks.*, head.*[, head_dist.*]    ViT, DeiT, DeiT-III, DeiT-LT, timm's too
     torchvision's keys of a classification network    that network, by its number of parameters
@@ -18,11 +18,17 @@ ResNet-50 with an ordinary classifier is taken for torchvision's, which it is: g
 pixel statistics of iNaturalist.
 
 `match_classes` puts outputs into the order of the data at hand: by class names where the file has
-them ("class_names"), else by numbers. A published teacher of ImageNet-LT or iNaturalist numbers
-classes as the data set does (PaCo) or by descending training count (LDAM), DeiT-LT's students by
-descending count.
+them ("class_names") or a text file beside it (x.pth -> x.classes.txt, a name a line), else by
+numbers. A published teacher of ImageNet-LT or iNaturalist numbers classes as the data set does
+(PaCo) or by descending training count (LDAM), DeiT-LT's students by descending count. Of a user's
+own folders nothing is published: where torchvision's ImageFolder would sort them otherwise than
+here (1, 10, 2), names are needed.
 """
+import hashlib
 import os
+import sys
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from math import log
 
@@ -31,7 +37,8 @@ from torch import nn
 
 import resnet
 import vit
-from engine.checkpoints import is_run, load_checkpoint, load_weights
+from engine.checkpoints import (are_names, check_tensors, is_run, load_checkpoint, load_weights,
+                                one_line)
 from engine.runtime import UserError
 
 NORMALISATIONS = {  # mean and standard deviation of the pixels that a network was trained on
@@ -40,6 +47,7 @@ NORMALISATIONS = {  # mean and standard deviation of the pixels that a network w
     "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+LARGEST = 4096      # side of a network's images, pixels
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 
@@ -55,6 +63,8 @@ class Network:
     data: str = ""              # fingerprint of the data that a run was trained on
     numbering: str = "own"      # of outputs without names: as the data set's own, or by "count"
     white: int = 65535          # level of deep images that is white, see images/decode.py
+    weights: str = ""           # 16 hexadecimal digits that change with any weight
+    unfinished: str = None      # where a run stands that is not finished, or ""; None: not known
 
     @property
     def num_classes(self):
@@ -126,7 +136,19 @@ def load_network(path, norm=None, size=None):
     """
     state = load_checkpoint(path, keys=())
     name = os.path.basename(os.path.normpath(path))
-    network = run_network(state, name) if is_run(state) else foreign_network(state, name)
+    try:
+        network = run_network(state, name) if is_run(state) else foreign_network(state, name)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:                               # known names, odd values or shapes
+        text = one_line(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"{name} holds no network that is known here ({text})") from None
+    network.weights = weights_digest(network.net)
+    if network.config:
+        network.unfinished = unfinished(state, path)
+    else:
+        network.class_names = foreign_names(state, path, network.num_classes)
+    if network.net.img_size > LARGEST:
+        raise UserError(f"{name} is damaged: it takes images of {network.net.img_size} px")
     if norm is not None:
         set_normalisation(network.net, norm)
     network.net.eval().requires_grad_(False)
@@ -140,31 +162,96 @@ def load_network(path, norm=None, size=None):
 def run_network(state, name):
     """The network of one of this project's checkpoints."""
     config, weights, K = state["config"], state["model"], len(state["class_names"])
+    check_tensors(weights, name)
     if "method" in config:
         kind, what = "student", f"{config['method']} {config['model']}"
-        net = build_student(config, K, distilled="dist_token" in weights)
+
+        def build():
+            return build_student(config, K, distilled="dist_token" in weights)
     else:
         kind, what = "teacher", f"teacher {config['arch']}, {config['loss']}"
-        net = build_teacher(config, K)
-    load_weights(net, weights, name)
-    return Network(net, kind, f"this project's {what}", config, state["class_names"],
-                   state.get("data", ""), white=state.get("white", 65535))
+
+        def build():
+            return build_teacher(config, K)
+    return Network(fitted(build, weights, name), kind, f"this project's {what}", config,
+                   state["class_names"], state.get("data", ""),
+                   white=state.get("white", 65535))
 
 
 def foreign_network(state, name):
     """The network of a file from elsewhere."""
     weights = bare_weights(state)
-    try:
-        network = recognise(weights)(weights, name)
-    except (KeyError, IndexError, TypeError, ValueError) as error:      # known keys, odd shapes
-        raise UserError(f"{name} holds no network that is known here "
-                        f"({type(error).__name__}: {error})") from None
-    names = state.get("class_names")
-    if isinstance(names, (list, tuple)) and all(isinstance(n, str) for n in names):
-        network.class_names = names
+    check_tensors(weights, name)
+    network = recognise(weights)(weights, name)
     if "tail_acc_avg" in state or "best_acc_avg" in state:              # DeiT-LT's own files
         network.numbering = "count"
     return network
+
+
+def fitted(build, weights, name):
+    """The network of build(), with these weights.
+
+    Shapes are compared first, on the meta device: what a damaged file says may need more memory
+    than there is.
+    """
+    with suppress(NotImplementedError), warnings.catch_warnings():  # RegNets compute with tensors
+        warnings.simplefilter("ignore")                             # that nothing is copied
+        with torch.device("meta"):
+            load_weights(build(), weights, name)
+    net = build()
+    load_weights(net, weights, name)
+    return net
+
+
+def weights_digest(net):
+    """16 hexadecimal digits that change with any weight."""
+    digest = hashlib.sha256()
+    for key, tensor in net.state_dict().items():
+        digest.update(key.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def unfinished(state, path):
+    """Where a run stands that is not finished, for people; empty for one that is."""
+    epoch, epochs = state.get("epoch"), state["config"].get("epochs")
+    if epoch is None or epochs is None:                                 # no training wrote this
+        return ""
+    if epoch < epochs:
+        damaged = ", its last.pt is damaged" if "fallback" in state else ""
+        return f"epoch {epoch} of {epochs}{damaged}"
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, "result.json")):
+        return "it has no result.json"
+    return ""
+
+
+def foreign_names(state, path, num_classes):
+    """Class names of a file from elsewhere, in it or in x.classes.txt beside it, or None.
+
+    UserError for names that are not those of num_classes classes.
+    """
+    names, beside = state.get("class_names"), os.path.splitext(path)[0] + ".classes.txt"
+    if not isinstance(names, (list, tuple)):        # another project's meaning of the word
+        names = None
+    where = f"class_names in {path}"
+    if os.path.isfile(beside):
+        listed = read_names(beside)
+        if names is not None and list(names) != listed:
+            raise UserError(f"{beside} differs from the class names in {path} itself: remove it, "
+                            "or correct it")
+        names, where = listed, beside
+    if names is not None and (not are_names(names) or len(names) != num_classes):
+        raise UserError(f"{where}: {num_classes} different names are needed, one for each output "
+                        "of the network, in their order")
+    return names
+
+
+def read_names(path):
+    """The lines of a text file, without empty ones."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return [line.strip() for line in file if line.strip()]
+    except (OSError, ValueError) as error:                              # ValueError: not UTF-8
+        raise UserError(f"{path} cannot be read as a text file of class names: {error}") from None
 
 
 def bare_weights(state):
@@ -188,8 +275,8 @@ def recognise(weights):
         return paco_network
     if "patch_embed.proj.weight" in weights:
         return vit_network
-    if "linear.weight" in weights and "layer3.4.conv1.weight" in weights:
-        return resnet32_network
+    if "linear.weight" in weights and "layer3.0.conv1.weight" in weights:
+        return cifar_resnet_network
     if "layer4.0.conv1.weight" in weights and has_cosine_fc(weights):
         return cosine_resnet50_network
     return torchvision_network
@@ -215,7 +302,7 @@ def paco_network(weights, name):
     return network
 
 
-def resnet32_network(weights, name):
+def cifar_resnet_network(weights, name):
     return published_resnet(weights, name, cosine="linear.bias" not in weights)
 
 
@@ -226,21 +313,28 @@ def cosine_resnet50_network(weights, name):
 
 
 def published_resnet(weights, name, cosine):
-    """ResNet-32 or ResNet-50 of the published repositories, with its data's pixel statistics."""
+    """ResNet-50, or CIFAR's ResNet-20 to -110, of the published repositories.
+
+    With the pixel statistics of its data.
+    """
     if "fc.weight" in weights:
-        arch, what, last = "resnet50", "ResNet-50", weights["fc.weight"]
+        arch, last = "resnet50", weights["fc.weight"]
     elif "linear.weight" in weights:
-        arch, what, last = "resnet32", "ResNet-32", weights["linear.weight"]
+        blocks = sum(k.startswith("layer1.") and k.endswith(".conv1.weight") for k in weights)
+        arch, last = f"resnet{6 * blocks + 2}", weights["linear.weight"]
+        if arch not in resnet.CIFAR_BLOCKS:
+            raise UserError(f"{name} is a CIFAR ResNet of {blocks} blocks a stage; known are "
+                            + ", ".join(resnet.CIFAR_BLOCKS))
     else:
         raise UserError(f"{name} has no classifier, fc.weight or linear.weight")
     K = last.shape[1] if cosine else last.shape[0]
-    if arch == "resnet32":
+    if arch != "resnet50":
         norm = "cifar"
     else:
         norm = "inat" if K == 8142 else "imagenet"
     mean, std = NORMALISATIONS[norm]
-    net = resnet.make(arch, K, cosine=cosine, mean=mean, std=std)
-    load_weights(net, weights, name)
+    net = fitted(lambda: resnet.make(arch, K, cosine=cosine, mean=mean, std=std), weights, name)
+    what = arch.replace("resnet", "ResNet-")
     return Network(net, "teacher", f"{what} with a cosine classifier" if cosine else what, {})
 
 
@@ -250,9 +344,11 @@ def vit_network(weights, name):
                for k, v in weights.items()}
     D, _, P, _ = weights["patch_embed.proj.weight"].shape
     K, hidden = len(weights["head.weight"]), len(weights["blocks.0.mlp.fc1.weight"])
-    depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+    depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
     distilled = "dist_token" in weights
     tokens, positions = 2 if distilled else 1, weights["pos_embed"].shape[1]
+    if depth > 200:
+        raise UserError(f"{name} is damaged: it has {depth} blocks")
     G = int(positions ** 0.5)           # G x G patches: a few tokens do not make it a larger square
     if positions == G * G:              # DeiT-III: only patches have a position
         zeros = weights["pos_embed"].new_zeros(1, tokens, D)
@@ -264,11 +360,10 @@ def vit_network(weights, name):
         raise UserError(f"{name}: a ViT {D} wide does not have heads of 64, and the file does not "
                         "say how many it has")
     H = 16 if D == 1280 else D // 64    # ViT-H has heads of 80
-    net = vit.VisionTransformer(
+    net = fitted(lambda: vit.VisionTransformer(
         img_size=G * P, patch_size=P, num_classes=K, embed_dim=D, depth=depth, num_heads=H,
         mlp_ratio=hidden / D, distilled=distilled,
-        layer_scale=1.0 if "blocks.0.gamma_1" in weights else None)
-    load_weights(net, weights, name)
+        layer_scale=1.0 if "blocks.0.gamma_1" in weights else None), weights, name)
     what = f"ViT {D} x {depth} x {H}, patch {P}"
     return Network(net, "student", f"distilled {what}" if distilled else what, {})
 
@@ -276,7 +371,7 @@ def vit_network(weights, name):
 def torchvision_network(weights, name):
     """The network of torchvision that loads these weights, found by its number of parameters."""
     from torchvision import models
-    known = ", ".join(list(weights)[:3]) or "no tensors"
+    known = one_line(", ".join(list(weights)[:3]) or "no tensors", 100)
     unknown = UserError(f"{name} holds no network that is known here ({known})")
     matrices = [k for k, v in weights.items() if v.ndim == 2 and k.endswith(".weight")]
     if not matrices:
@@ -305,7 +400,9 @@ def set_size(network, size, name):
     if network.kind == "student" or hasattr(getattr(net, "body", None), "image_size"):
         raise UserError(f"{name}: {network.what} takes images of {net.img_size} px only")
     try:
-        net(torch.zeros(1, 3, max(size, 0), max(size, 0)))
+        if not 0 < size <= LARGEST:
+            raise ValueError(f"from 1 to {LARGEST} px are possible")
+        net(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
         text = " ".join(str(error).split())[:90]
         raise UserError(f"{name}: {network.what} cannot take {size} px ({text})") from None
@@ -348,9 +445,9 @@ def load_teacher(path, data, rt, norm=None, size=None):
     """A teacher from a run folder or file, ready to label the data's classes: (network, text).
 
     On the device, in evaluation mode, without gradients, its outputs in the order of the data's
-    classes. Several files joined by commas are an Ensemble. norm, size: see load_network. Raises
-    UserError if a file is no teacher, knows other classes, or takes another image size than the
-    other files.
+    classes. Several files joined by commas are an Ensemble. network.origin: a dict about each file,
+    see `origin`. norm, size: see load_network. Raises UserError if a file is no teacher, knows
+    other classes, or takes another image size than the other files.
     """
     files = teacher_files(path)
     teachers = [load_network(file, norm, size) for file in files]
@@ -366,21 +463,61 @@ def load_teacher(path, data, rt, norm=None, size=None):
         net = Ensemble([teacher.net for teacher in teachers]).eval()
         kinds = dict.fromkeys(teacher.what for teacher in teachers)     # each once, in order
         text = f"the mean of {len(teachers)}, " + ", and ".join(kinds)
+    net.origin = [origin(*pair) for pair in zip(files, teachers)]
     return net.to(rt.device, memory_format=torch.channels_last), text
+
+
+def origin(file, network):
+    """What a run remembers of a network that it builds on, plain values."""
+    return {"file": file, "weights": network.weights, "data": network.data,
+            "unfinished": network.unfinished}
+
+
+def check_origin(what, known, data, rt):
+    """UserError if a network that a run is to build on (`known`: its origin) is not finished.
+
+    If it was trained on other images than this run's, that is said, in a line on stderr.
+    """
+    if known["unfinished"]:
+        raise UserError(f"{what} is not finished ({known['unfinished']}): finish it with --resume, "
+                        "or name another")
+    if known["data"] not in ("", data.fingerprint) and rt.main:
+        print(f"warning: {what} was trained on other images than these (another folder, imbalance "
+              "or holdout, or they have changed): the test images may have been its training "
+              "images", file=sys.stderr, flush=True)
+
+
+def start_from(net, path, data, rt):
+    """Give a student the weights of a finished run's, its patches' positions resized to its grid.
+
+    UserError if `path` is no finished student's run, of these classes, or does not fit.
+    """
+    what, start = f"--finetune {path}", load_network(path)
+    if start.kind != "student" or not start.config:
+        raise UserError(f"{what} is not a student's run: it is {start.what}")
+    if list(start.class_names) != list(data.class_names):
+        raise UserError(f"{what}: that run has other classes")
+    check_origin(what, origin(path, start), data, rt)
+    weights, grid = start.net.state_dict(), net.img_size // net.patch_size
+    try:
+        weights["pos_embed"] = vit.resize_pos_embed(weights["pos_embed"], net.num_tokens, grid)
+    except ValueError as error:
+        raise UserError(f"{what} does not fit: {error}") from None
+    load_weights(net, weights, what)
 
 
 def match_classes(network, data, what):
     """Put a Network's outputs into the order of data.class_names, and return it.
 
-    what: its name in messages. Raises UserError if the classes are not the same.
+    what: its name in messages. Raises UserError if the classes are not the same, or if it is not
+    known which output is which class.
     """
     names, known = list(data.class_names), network.class_names
     if network.num_classes != len(names):
         raise UserError(f"{what} knows {network.num_classes} classes, the data have {len(names)}")
     by_count = list(range(len(names)))
     if known is None:
-        if sorted(data.class_ids) != by_count:
-            raise UserError(f"the data's own class numbers are not 0 to {len(names) - 1}")
+        check_order_is_known(data, what)
         order = data.class_ids if network.numbering == "own" else by_count
     elif sorted(known) == sorted(names):
         order = [list(known).index(name) for name in names]
@@ -393,6 +530,25 @@ def match_classes(network, data, what):
             reorder_outputs(layer, torch.tensor(order))
     network.class_names = names
     return network
+
+
+def check_order_is_known(data, what):
+    """UserError if outputs without names may be in one order of the data's classes or another."""
+    numbers = range(data.num_classes)
+    own = sorted(numbers, key=lambda k: data.class_ids[k])              # as the data set has them
+    own = [data.class_names[k] for k in own]
+    differ = [k for k in numbers if own[k] != sorted(own)[k]]
+    if sorted(data.class_ids) != list(numbers):
+        reason = f"the data's own class numbers are not 0 to {data.num_classes - 1}"
+    elif data.name == "folder" and differ:
+        k = differ[0]
+        reason = (f"output {k} may be class {own[k]} or, as torchvision's ImageFolder sorts, class "
+                  f"{sorted(own)[k]}")
+    else:
+        return
+    raise UserError(f"{what} has no class names, and {reason}: put their names beside it, one a "
+                    "line in the order of its outputs (x.pth: in x.classes.txt), or save "
+                    "{'state_dict': ..., 'class_names': [...]}")
 
 
 def last_layers(network):

@@ -29,6 +29,7 @@ from engine import runtime
 from engine.checkpoints import (load_checkpoint, load_weights, null_for_nan, read_json,
                                 save_checkpoint, save_json, write_atomically)
 from engine.evaluation import COLUMNS, group_by_count, table
+from engine.networks import check_origin
 from engine.runtime import UserError, all_max, all_sum, barrier, exit_together, gather
 from engine.settings import NOT_RESUMED, flag
 
@@ -54,6 +55,7 @@ class Run:
         else:
             self.every_steps = int(args.save_every)
         self.resumed, self.fallback, self.forced = None, False, []
+        self.teachers = []
         self.start_epoch, self.start_step = 0, 0
         self.check_writable()
         if not (os.path.exists(self.checkpoint) or os.path.exists(self.previous)):
@@ -100,12 +102,16 @@ class Run:
         if not names:
             return
         changes = ", ".join(f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in names)
+        self.force(args, changes)
+        self.start_step = 0             # the steps of a half-done epoch may be others now
+
+    def force(self, args, changes):
+        """UserError for changed settings, or, with --force, a line about them."""
         if not args.force:
             raise UserError(f"{self.folder} was begun with other settings: {changes}; repeat them, "
                             "start another run, or go on all the same with --force")
         self.forced = [*self.forced, f"after epoch {self.start_epoch}: {changes}"]
         self.rt.print(f"--force: going on {self.forced[-1]}")
-        self.start_step = 0             # the steps of a half-done epoch may be others now
 
     @property
     def finished(self):
@@ -121,6 +127,23 @@ class Run:
             raise UserError(f"{self.folder} was trained on other images than these, or on other "
                             "levels of them: --overwrite trains it again, --out names another "
                             "folder")
+
+    def check_teacher(self, args, teacher, data):
+        """Remember which networks the teacher is: their files, hashes of weights, and data.
+
+        UserError if one is not finished, or if the run that is resumed has learned from others;
+        with --force the latter is printed.
+        """
+        for known in teacher.origin:
+            check_origin(f"the teacher {known['file']}", known, data, self.rt)
+        self.teachers = teacher.origin
+        old = (self.resumed or {}).get("teachers", self.hashes())       # none in older runs
+        if old != self.hashes():
+            self.force(args, f"the teacher's weights {old} -> {self.hashes()}")
+
+    def hashes(self):
+        """Of the teachers' weights, for the checkpoint: a text, which is compared as it is."""
+        return ",".join(known["weights"] for known in self.teachers)
 
     def print_if_finished(self, epochs, title):
         """True, after printing its table, if nothing is left to resume."""
@@ -179,7 +202,7 @@ class Run:
         save_json(os.path.join(self.folder, "config.json"), self.config() | {
             "classes": self.data.class_names, "counts": self.data.counts,
             "groups": self.data.groups, "versions": versions, "hardware": self.rt.hardware(),
-            "amp_dtype": str(self.rt.amp), "forced": self.forced})
+            "amp_dtype": str(self.rt.amp), "teachers": self.teachers, "forced": self.forced})
         lines = []
         if self.resumed and os.path.exists(self.log_path):
             with open(self.log_path) as file:
@@ -309,7 +332,8 @@ class Run:
                      seconds=time.monotonic() - self.started)
         about = dict(config=self.config(), data=self.data.fingerprint, counts=self.data.counts,
                      class_names=self.data.class_names, groups=self.data.groups,
-                     white=self.data.white, world=self.rt.world, forced=self.forced)
+                     white=self.data.white, world=self.rt.world, teachers=self.hashes(),
+                     forced=self.forced)
 
         def write():
             with suppress(FileNotFoundError):   # of a shorter run, which --force has extended
@@ -329,6 +353,8 @@ class Run:
                       "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
                       "command": command_line(self.rt), "hardware": self.rt.hardware(),
                       "seconds": seconds, "date": time.strftime("%Y-%m-%d")}
+            if self.teachers:
+                result["teachers"] = self.teachers
             if self.forced:
                 result["forced"] = self.forced
             result |= more

@@ -189,7 +189,7 @@ def test_the_cosine_of_cls_and_dist():
 def test_a_teacher_is_described_by_what_it_says_of_training_images():
     """Accuracy of the clean images under the strong ones' name; entropy in other units."""
     data = small_data(counts=(8, 4, 2, 2))
-    teacher = Teacher(torch.tensor([[math.log(3), 0, -math.inf, -math.inf]]), 32)
+    teacher = Teacher(torch.tensor([[math.log(3), 0, -200, -200]]), 32)
     found = evaluation.teacher_on_training_images(teacher, data, CPU)
     assert {kind: len(c) for kind, (c, _) in found.items()} == dict(clean=16, strong=16, mixed=16)
     summary = evaluation.teacher_summary(teacher, data, CPU)

@@ -69,7 +69,7 @@ def test_a_run_that_has_no_step_left(kind, where, shared_run, tmp_path, monkeypa
 
 class OneClass(torch.nn.Module):
     """A teacher that gives every image the label 7."""
-    img_size = 16
+    img_size, origin = 16, []
 
     def forward(self, x):
         return torch.eye(10)[torch.full((len(x),), 7)] * 20
