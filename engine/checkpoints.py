@@ -113,49 +113,32 @@ def nan_for_null(read):
 LARGEST_JSON = 2 ** 28          # bytes; a log of 1,400 epochs has half a million
 
 
-def is_text(value):
-    return isinstance(value, str)
-
-
-def is_number(value):
-    return isinstance(value, (int, float))
-
-
-def is_count(value):
-    return isinstance(value, int) and value >= 0
-
-
-def is_accuracies(value):
-    """In percent, of a head: {"overall": 50.0, ..., and maybe "per_class": [...]}."""
-    if not isinstance(value, dict) or not is_number(value.get("overall")):
-        return False
-    return all(is_number(each) or is_list_of_numbers(each) for each in value.values())
-
-
-def is_list_of_numbers(value):
-    return isinstance(value, list) and all(map(is_number, value))
-
-
-def is_measured(value):
-    """What an epoch's line may hold: a number, null, or a head's accuracies."""
-    return value is None or is_number(value) or is_accuracies(value)
-
-
-def lists_of(is_right):
-    """Is a value a list of such things, or a dict of such lists?"""
-    def check(value):
-        lists = value.values() if isinstance(value, dict) else [value]
-        return all(isinstance(each, list) and all(map(is_right, each)) for each in lists)
-    return check
-
-
-KINDS = {       # a file -> what those of its fields are that this project reads again
-    "config.json": {is_text: "dataset", is_count: "epochs seed",
-                    lists_of(is_count): "counts groups", lists_of(is_text): "classes"},
-    "result.json": {is_text: "dataset recipe method model command hardware date",
-                    is_count: "epochs seed", is_number: "imb seconds",
-                    is_accuracies: "cls dist avg ema", lists_of(is_number): "per_class"},
+# What the fields of these files are that this project reads again: an example of each, in a tuple
+# several. The values of an example's dict or list are alike.
+EXAMPLES = {
+    "config.json": {"dataset": "", "epochs": 0, "seed": 0, "counts": [0], "classes": [""],
+                    "groups": {"": [0]}, "versions": {"": ""}},
+    "result.json": {"dataset": "", "recipe": "", "method": "", "model": "", "command": "",
+                    "hardware": "", "date": "", "teacher": ("", None), "epochs": 0, "seed": 0,
+                    "imb": 0.0, "seconds": 0.0, "cls": {"": 0.0}, "dist": {"": 0.0},
+                    "avg": {"": 0.0}, "ema": {"": 0.0}, "per_class": {"": [0.0]},
+                    "training_images": {"": {"": 0.0}}},
 }
+MEASURED = 0.0, None, {"": (0.0, [0.0])}        # of an epoch: a number, or a head's accuracies
+
+
+def is_like(value, example):
+    """Is a value of the same kind as the example, down to its numbers and texts?"""
+    if isinstance(example, tuple):
+        return any(is_like(value, each) for each in example)
+    if isinstance(example, dict):
+        inner, = example.values()
+        return isinstance(value, dict) and all(is_like(each, inner) for each in value.values())
+    if isinstance(example, list):
+        return isinstance(value, list) and all(is_like(each, example[0]) for each in value)
+    if isinstance(example, float):
+        return isinstance(value, (int, float))
+    return isinstance(value, type(example))
 
 
 class Fields(dict):
@@ -175,11 +158,10 @@ def read_json(folder, name):
     data = parse(read_bytes(path), path)
     if data is None:
         raise UserError(f"{path} is damaged: it holds no JSON object; put back a copy of it")
-    for is_right, names in KINDS[name].items():
-        for key in names.split():
-            if key in data and not is_right(data[key]):
-                raise UserError(f"{path} is damaged: its {key!r} cannot be {data[key]!r:.50}; put "
-                                "back a copy of it")
+    for key, example in EXAMPLES[name].items():
+        if key in data and not is_like(data[key], example):
+            raise UserError(f"{path} is damaged: its {key!r} cannot be {data[key]!r:.50}; put back "
+                            "a copy of it")
     return data
 
 
@@ -208,8 +190,7 @@ def read_log_lines(path):
     records = [parse(line, path) for line in read_bytes(path).split(b"\n")]
     if records[-1:] == [None]:
         records.pop()
-    return [record if record and all(map(is_measured, record.values())) else None
-            for record in records]
+    return [record if record and is_like(record, {"": MEASURED}) else None for record in records]
 
 
 def read_bytes(path):

@@ -16,6 +16,7 @@ settings                    that the command (or --finetune) changed and that ha
 import argparse
 import csv
 import io
+import math
 import os
 import shlex
 import statistics
@@ -80,7 +81,11 @@ def row_of(folder):
     if "amp_dtype" in config:
         dtype = str(config["amp_dtype"]).removeprefix("torch.")
         row["amp_dtype"] = "float32" if dtype == "None" else dtype
-    return {name: None if value != value else value for name, value in row.items()}     # NaN: empty
+    return {name: value for name, value in row.items() if not is_nan(value)}
+
+
+def is_nan(value):
+    return isinstance(value, float) and math.isnan(value)
 
 
 def main(argv=None):
