@@ -185,11 +185,10 @@ def read_log(folder):
 
 def read_log_lines(path):
     """The lines of a log.jsonl, a dict for each, None for one that is no epoch's."""
-    if not os.path.exists(path):
+    text = read_bytes(path) if os.path.exists(path) else b""
+    if not text:
         return []
-    records = [parse(line, path) for line in read_bytes(path).split(b"\n")]
-    if records[-1:] == [None]:
-        records.pop()
+    records = [parse(line, path) for line in text.removesuffix(b"\n").split(b"\n")]
     return [record if record and is_like(record, {"": MEASURED}) else None for record in records]
 
 
