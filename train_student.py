@@ -361,14 +361,14 @@ def new_network(args, data, rt, resumed=False):
     return net
 
 
-def run_student(args, rt, prepare=None, **replacements):
+def run_student(args, rt, prepare=None, wait=False, **replacements):
     """One run: its teacher first if it is missing, the student, its result and its picture.
 
-    prepare(net): changes the network before it is trained. replacements: see `train`.
+    prepare(net): changes the network before it is trained. wait, replacements: see Run, `train`.
     """
     teacher_flags = resolve(args, rt)
-    run = Run(args.out, args, rt)
-    if run.print_if_finished(args.epochs, args.method):
+    run = Run(args.out, args, rt, SETTINGS, wait)
+    if run.print_if_finished(args.epochs, args.method, draw_summary):
         return
     if args.resume and not run.resumed:
         rt.print(f"There is nothing to resume in {args.out}: beginning")
@@ -400,8 +400,8 @@ def draw_summary(folder):
     try:
         import analyze
         print(f"Picture: {analyze.summary(folder)}")
-    except Exception as error:
-        print(f"No picture ({error}); python analyze.py summary {folder} draws it")
+    except (Exception, SystemExit) as error:
+        print(f"No picture ({runtime.one_line(error)}): python analyze.py summary {folder}")
 
 
 def main():

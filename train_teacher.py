@@ -323,9 +323,12 @@ def new_network(args, data, rt):
     return net.to(rt.device, memory_format=torch.channels_last)
 
 
-def run_teacher(args, rt):
-    """One run: train the teacher of these (resolved) settings, or go on with it; its result."""
-    run = Run(args.out, args, rt)
+def run_teacher(args, rt, wait=False):
+    """One run: train the teacher of these (resolved) settings, or go on with it; its result.
+
+    wait: for another process that trains it.
+    """
+    run = Run(args.out, args, rt, SETTINGS, wait)
     data = load_data(args, rt)
     run.check_data(data)
     if run.print_if_finished(args.epochs, "teacher"):
@@ -351,7 +354,7 @@ def teacher_folder(flags, rt, train=True):
     args = parse([*flags, "--resume"])
     resolve(args, rt)
     if train:
-        run_teacher(args, rt)
+        run_teacher(args, rt, wait=True)
     return args.out
 
 

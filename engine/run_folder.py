@@ -4,12 +4,14 @@ r"""A run's folder: what is written there, and how a run continues after whateve
     log.jsonl     one JSON object per epoch
     last.pt       all that is needed to resume, or to use the network; previous.pt is the one before
     result.json   the final accuracies, and what they were measured on
+    lock          while the run is being trained: by which process, see engine/lock.py
 
 `last.pt` is written by the clock (--save-every), at the end, and when a signal asks the run to
 stop. It says how many steps of its epoch are done. Everything random in a step follows from (seed,
 epoch, step, rank), so on a CPU a resumed run ends bit for bit where the uninterrupted one ends; on
 a GPU, whose kernels add in any order, it is the same only statistically.
 """
+import glob
 import json
 import math
 import os
@@ -27,25 +29,41 @@ from tqdm import tqdm
 
 from engine import runtime
 from engine.checkpoints import (load_checkpoint, load_weights, null_for_nan, read_json,
-                                save_checkpoint, save_json, write_atomically)
+                                read_log_lines, remove_temporaries, save_checkpoint, save_json,
+                                write_atomically)
 from engine.evaluation import COLUMNS, group_by_count, table
+from engine.lock import Lock, held
 from engine.networks import check_origin
 from engine.runtime import UserError, all_max, all_sum, barrier, exit_together, gather
-from engine.settings import NOT_RESUMED, flag
+from engine.settings import NOT_RESUMED, defaults, flag
 
 FORMAT = 2      # of a run folder's settings; runs without one were made before their names changed
 TIMED = (3, 13)     # the steps between which the time left is estimated
+RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
+# What config.json says besides the settings.
+ABOUT = ("classes", "counts", "groups", "versions", "hardware", "amp_dtype", "teachers", "forced",
+         "fingerprint")
+# All files that this project writes into a run's folder: what --overwrite removes.
+FIGURES = ("attention", "distance", "rank", "augment", "entropy", "sharpness", "diversity",
+           "imbalance", "curves")
+OWN_FILES = ("result.json", "last.pt", "previous.pt", "log.jsonl", "config.json", "summary.png",
+             "per_class.csv", "confusion.png", "heads.csv", "report.html", "model.pt2",
+             "model.onnx", "events.out.tfevents.*",
+             *(f"{figure}.{ending}" for figure in FIGURES for ending in ("png", "csv", "json")))
 
 
 class Run:
     """One run's folder, of which only the main process writes.
 
-    Refuses to overwrite another run, and to resume one with other settings. A training script calls
-    `start`, then `begin_epoch`, `remaining_steps`, `after_step` and `after_epoch` in its loop, then
-    `finish`.
+    It is this run's own from here to `finish`. Refuses to overwrite another run, to train where
+    another process trains, and to resume with other settings. A training script calls `start`, then
+    `begin_epoch`, `remaining_steps`, `after_step` and `after_epoch` in its loop, then `finish`.
+
+    table: of Settings. wait: for another process that trains there, as several students may need
+    the same teacher.
     """
 
-    def __init__(self, folder, args, rt):
+    def __init__(self, folder, args, rt, table=(), wait=False):
         self.folder, self.rt, self.log_path = folder, rt, os.path.join(folder, "log.jsonl")
         self.checkpoint = os.path.join(folder, "last.pt")
         self.previous = os.path.join(folder, "previous.pt")
@@ -54,18 +72,92 @@ class Run:
             self.every_seconds = 60 * float(args.save_every[:-1])
         else:
             self.every_steps = int(args.save_every)
-        self.resumed, self.fallback, self.forced = None, False, []
+        self.resumed, self.fallback, self.forced, self.log = None, False, [], []
         self.teachers = []
         self.start_epoch, self.start_step = 0, 0
-        self.check_writable()
-        if not (os.path.exists(self.checkpoint) or os.path.exists(self.previous)):
+        self.defaults = defaults(table)
+        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0   # by torchrun
+        self.resume = args.resume or self.restarted         # its command is that of the start
+        self.overwrite = args.overwrite and not self.restarted
+        runtime.trains = True
+        self.lock, self.over = None, False
+        self.own(args, wait)
+        if self.over or self.overwrite:
             return
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0        # by torchrun
-        if args.resume or restarted:
+        if os.path.exists(self.checkpoint) or os.path.exists(self.previous):
+            if not self.resume:
+                raise UserError(f"{folder} already holds a run: --resume continues it, --overwrite "
+                                "starts it again, --out names another folder")
             self.read_state(args)
-        elif not args.overwrite:
-            raise UserError(f"{folder} already holds a run: --resume continues it, --overwrite "
-                            "starts it again, --out names another folder")
+        elif self.finished:
+            raise UserError(f"{folder} holds another run's result, and no checkpoint to go on "
+                            "from: --overwrite starts it again, --out names another folder")
+
+    # ---- Whose folder it is ----------------------------------------------------------------------
+
+    def own(self, args, wait):
+        """Lock the folder until `finish`, unless its run is over. The main process finds out.
+
+        UserError if another process trains there, or, with `wait`, this process's own student.
+        """
+        patience = RESTART if self.restarted else 0
+        if wait:
+            patience = math.inf
+        began, waiting = time.monotonic(), False
+
+        def attempt():
+            nonlocal waiting
+            self.over = self.is_over(args)
+            if self.over:
+                return
+            self.check_writable()
+            mine = held.get(os.path.realpath(self.folder))      # of an earlier Run
+            if mine and wait:
+                raise UserError(f"student and teacher cannot share the folder {self.folder}: "
+                                "--out names another")
+            lock = mine or Lock(self.folder)
+            if mine or lock.take():
+                self.lock = lock
+                runtime.at_end.append(lock.release)
+                return
+            if time.monotonic() - began >= patience:
+                raise UserError(f"{self.folder} is being trained by {lock.holder()}; wait for it, "
+                                "or --out names another folder")
+            if not waiting:
+                self.rt.print(f"Waiting for {self.folder}, which is being trained by "
+                              f"{lock.holder()}")
+            waiting = True
+
+        while True:
+            self.write(attempt)
+            over, locked, stop = all_max([int(self.over), int(self.lock is not None),
+                                          runtime.stop_signal], self.rt)
+            self.over = bool(over)
+            if over or locked:
+                return
+            if stop:
+                sys.exit(128 + stop)
+            time.sleep(0.5)
+
+    def is_over(self, args):
+        """Is the run finished, with these settings, so that nothing is left to train?
+
+        Reads result.json and config.json only: the checkpoints may be gone, the folder another's.
+        UserError to resume one with other settings.
+        """
+        if not self.finished or self.overwrite:
+            return False
+        if read_json(self.folder, "result.json")["epochs"] < args.epochs:
+            return False
+        config = read_json(self.folder, "config.json")
+        if config.get("format") != FORMAT:                  # older settings are not compared
+            return True
+        changes = self.changes(config, args, (*NOT_RESUMED, *ABOUT, "amp", "processes"))
+        if changes and not self.resume:
+            return False
+        if changes:
+            self.force(args, changes)
+        return True
 
     def check_writable(self):
         """UserError now, rather than after hours of a teacher's training."""
@@ -83,27 +175,32 @@ class Run:
         self.fallback = state.pop("fallback", False)    # last.pt is damaged, previous.pt was taken
         self.start_epoch, self.start_step = state["epoch"], state.get("step", 0)    # done already
         self.forced = state.get("forced", [])
-        over = self.finished and self.start_epoch >= args.epochs
-        if state["config"].get("format") == FORMAT:
-            self.check_settings(args, (*NOT_RESUMED, "amp", "processes") if over else NOT_RESUMED)
-        elif not over:
+        if state["config"].get("format") != FORMAT:
             raise UserError(f"{self.folder} was begun by an older version of this project: it can "
                             "be evaluated, not resumed; --overwrite starts it again")
+        old = state["config"] | {"processes": state.get("world", self.rt.world)}
+        changes = self.changes(old, args, NOT_RESUMED)
+        if changes:
+            self.force(args, changes)
+            self.start_step = 0         # the steps of a half-done epoch may be others now
+        self.read_past_log(args)
 
-    def check_settings(self, args, free):
-        """UserError for other settings than the run began with; with --force they are printed.
+    def changes(self, old, args, free):
+        """"--lr 0.1 -> 0.05, ...": settings other than the run began with, but for those in `free`.
 
-        free: names of those that may differ.
+        A setting that the run did not know yet counts as changed unless it is off, or has its
+        table's value: what runs did before there was a choice.
         """
-        old = self.resumed["config"] | {"processes": self.resumed.get("world", self.rt.world)}
         new = vars(args) | {"processes": self.rt.world, "format": FORMAT}
-        old, new = ({k: v for k, v in c.items() if k not in free} for c in (old, new))
-        names = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-        if not names:
-            return
-        changes = ", ".join(f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in names)
-        self.force(args, changes)
-        self.start_step = 0             # the steps of a half-done epoch may be others now
+        names = []
+        for name in sorted((old.keys() | new.keys()) - set(free)):
+            if name in old:
+                same = old[name] == new.get(name)
+            else:
+                same = new[name] in (None, False, self.defaults.get(name))
+            if not same:
+                names.append(name)
+        return ", ".join(f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in names)
 
     def force(self, args, changes):
         """UserError for changed settings, or, with --force, a line about them."""
@@ -113,20 +210,36 @@ class Run:
         self.forced = [*self.forced, f"after epoch {self.start_epoch}: {changes}"]
         self.rt.print(f"--force: going on {self.forced[-1]}")
 
+    def read_past_log(self, args):
+        """Keep the log's lines of the epochs that the checkpoint has, and check that all are there.
+
+        Later ones are of epochs that are trained again; damaged lines are named and left out.
+        """
+        lines = read_log_lines(self.log_path)
+        damaged = [str(i) for i, line in enumerate(lines, 1) if not is_epoch(line)]
+        if damaged:
+            self.rt.print(f"{self.log_path} is damaged; left out: line {', '.join(damaged[:9])}")
+        self.log = [line for line in lines if is_epoch(line) and line["epoch"] < self.start_epoch]
+        complete = [line["epoch"] for line in self.log] == list(range(self.start_epoch))
+        if not complete and not self.forced:    # a run that was forced once may lack some
+            if not args.force:
+                raise UserError(f"{self.log_path} does not have a line for each of the "
+                                f"{self.start_epoch} epochs that the checkpoint has: put back a "
+                                "copy of it, or --resume --force goes on with the lines it has")
+            self.forced = [f"after epoch {self.start_epoch}: the log lacks epochs"]
+
     @property
     def finished(self):
         """Has the run in this folder written its result?"""
         return os.path.exists(os.path.join(self.folder, "result.json"))
 
     def check_data(self, data):
-        """UserError if the run that is resumed was trained on other images, or other levels."""
-        if not self.resumed:
-            return
-        before = self.resumed.get("data", data.fingerprint), self.resumed.get("white", 65535)
-        if before != (data.fingerprint, data.white):
-            raise UserError(f"{self.folder} was trained on other images than these, or on other "
-                            "levels of them: --overwrite trains it again, --out names another "
-                            "folder")
+        """UserError if the run that is resumed, or over, was trained on other images."""
+        def check():
+            if self.fingerprint() not in (None, data.fingerprint):
+                raise UserError(f"{self.folder} was trained on other images than these: "
+                                "--overwrite trains it again, --out names another folder")
+        self.write(check)
 
     def check_teacher(self, args, teacher, data):
         """Remember which networks the teacher is: their files, hashes of weights, and data.
@@ -145,15 +258,31 @@ class Run:
         """Of the teachers' weights, for the checkpoint: a text, which is compared as it is."""
         return ",".join(known["weights"] for known in self.teachers)
 
-    def print_if_finished(self, epochs, title):
-        """True, after printing its table, if nothing is left to resume."""
-        if not (self.finished and self.resumed and self.start_epoch >= epochs):
+    def fingerprint(self):
+        """Of the images that the run in this folder was trained on; None if that is not known."""
+        if self.over:
+            config = read_json(self.folder, "config.json")
+            if "fingerprint" in config or not os.path.exists(self.checkpoint):
+                return config.get("fingerprint")
+            return load_checkpoint(self.folder).get("data")         # a run from before it was there
+        return self.resumed and self.resumed.get("data")
+
+    def print_if_finished(self, epochs, title, draw=None):
+        """True, after printing its table, if nothing is left to train.
+
+        draw(folder): draws the run's picture, if that is missing and can be drawn.
+        """
+        if not self.over:
             return False
         result = read_json(self.folder, "result.json")
         rows = {name: r for name, r in result.items()
                 if isinstance(r, dict) and set(COLUMNS) <= r.keys()}
         self.rt.print(f"{self.folder} is finished ({epochs} epochs); its result:\n"
                       + table(rows, title))
+        picture = os.path.join(self.folder, "summary.png")
+        if (draw and self.rt.main and os.path.exists(self.checkpoint)
+                and not os.path.exists(picture)):
+            draw(self.folder)
         return True
 
     # ---- Before the loop -------------------------------------------------------------------------
@@ -173,6 +302,7 @@ class Run:
         if self.resumed:
             for name, part in parts.items():
                 restore(part, self.resumed.get(name), self.checkpoint)
+            parts["scaler"].begin_counting()        # its next bad steps are after the checkpoint
             self.half_epoch = self.resumed["sums"], self.resumed["seconds"]
         self.resumed = None                                     # lets its memory go
         done = self.start_epoch * images + self.start_step * batch
@@ -181,9 +311,9 @@ class Run:
         self.images, self.timer, self.timed = images, None, 0
 
     def watch_signals(self):
-        """SIGTERM and SIGINT stop the run after a step from now on; so does an earlier one."""
-        self.saved_at = time.monotonic()
-        for number in runtime.STOP_SIGNALS:
+        """STOP_SIGNALS stop the run after a step from now on; so does an earlier one."""
+        self.saved_at, self.due = time.monotonic(), False
+        for number in runtime.watched_signals():
             signal.signal(number, runtime.request_stop)
         stop, = all_max([runtime.stop_signal], self.rt)
         if stop:
@@ -193,21 +323,22 @@ class Run:
     def write_beginning(self):
         """config.json, and the log cut back to the epochs that the checkpoint has."""
         os.makedirs(self.folder, exist_ok=True)
-        if not self.resumed:
-            for old in ("last.pt", "previous.pt", "result.json"):
-                with suppress(FileNotFoundError):
-                    os.remove(os.path.join(self.folder, old))
+        for name in ("last.pt", "log.jsonl", "config.json", "result.json"):
+            remove_temporaries(os.path.join(self.folder, name))
+        if self.overwrite:
+            for pattern in OWN_FILES:
+                for path in glob.glob(os.path.join(glob.escape(self.folder), pattern)):
+                    os.remove(path)
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "numpy": np.__version__}
         save_json(os.path.join(self.folder, "config.json"), self.config() | {
             "classes": self.data.class_names, "counts": self.data.counts,
             "groups": self.data.groups, "versions": versions, "hardware": self.rt.hardware(),
-            "amp_dtype": str(self.rt.amp), "teachers": self.teachers, "forced": self.forced})
-        lines = []
-        if self.resumed and os.path.exists(self.log_path):
-            with open(self.log_path) as file:
-                lines = file.readlines()[:self.start_epoch]     # one line per epoch
-        write_atomically(self.log_path, lambda file: file.write("".join(lines).encode()))
+            "amp_dtype": str(self.rt.amp), "teachers": self.teachers, "forced": self.forced,
+            "fingerprint": self.data.fingerprint})
+        self.seconds = sum(record["seconds"] for record in self.log)
+        text = "".join(map(as_line, self.log))
+        write_atomically(self.log_path, lambda file: file.write(text.encode()))
 
     def config(self):
         return vars(self.args) | {"format": FORMAT}
@@ -244,10 +375,9 @@ class Run:
             self.parts["scaler"].stop_if_lost(epoch, step, self.args.lr)
             self.bar.set_postfix_str(f"epoch {epoch + 1}/{self.args.epochs}, "
                                      f"loss {values[0].item():.3f}", refresh=False)
-        due = (step + 1) % self.every_steps == 0 or self.clock_is_due()
-        stop, due = all_max([runtime.stop_signal, int(due)], self.rt)
-        if due or stop:
-            self.save(epoch, step + 1)
+        if (step + 1) % self.every_steps == 0:
+            self.due = True
+        stop = self.save_if_due(epoch, step + 1)
         if stop:
             self.stop(stop, f"in epoch {epoch + 1} after step {step + 1}")
 
@@ -266,9 +396,7 @@ class Run:
                                      "seconds": round(seconds, 2)}
         self.write(lambda: self.append_to_log(record))
         last = epoch + 1 == self.args.epochs
-        stop, due = all_max([runtime.stop_signal, int(self.clock_is_due())], self.rt)
-        if last or stop or due:
-            self.save(epoch + 1, 0)
+        stop = self.save_if_due(epoch + 1, 0, last)
         if self.rt.main:
             line = f"epoch {epoch + 1:4d}  loss {means[0]:.3f}  {speed:5.0f} images/s"
             for head, r in (results or {}).items():
@@ -294,10 +422,23 @@ class Run:
             steps += self.steps * sum(self.passes[epoch + 1:])
             self.rt.print(f"about {duration(steps * per_step)} to go on {self.rt.hardware()}")
 
-    def clock_is_due(self):
-        return time.monotonic() - self.saved_at > self.every_seconds
+    def save_if_due(self, epoch, step, last=False):
+        """Save if it is time, or the end, or to stop. Returns the signal that asks for it, or 0.
+
+        While steps are not finite a save that is due waits for a finite one, so that the last
+        checkpoint is from before them.
+        """
+        if time.monotonic() - self.saved_at > self.every_seconds:
+            self.due = True
+        stop, due = all_max([runtime.stop_signal, int(self.due)], self.rt)
+        if stop or last or (due and not self.parts["scaler"].in_a_row):
+            self.save(epoch, step)
+        return stop
 
     def stop(self, number, where):
+        bad = self.parts["scaler"].in_a_row
+        if bad:
+            where += f" (the last {bad} steps were not finite and are undone)"
         self.rt.print(f"Stopped {where}; --resume goes on from there")
         barrier(self.rt)                    # torchrun ends all as soon as one has ended
         sys.exit(128 + number)
@@ -309,6 +450,9 @@ class Run:
         error = None
         if self.rt.main:
             try:
+                if self.lock and self.lock.file is not None and not self.lock.in_place():
+                    raise UserError(f"cannot write in {self.folder}: it was removed, or is "
+                                    "another run's now")
                 action()
             except UserError as caught:
                 error = caught
@@ -320,8 +464,9 @@ class Run:
             exit_together(error, self.rt)
 
     def append_to_log(self, record):
+        self.seconds += record["seconds"]
         with open(self.log_path, "a") as file:
-            file.write(json.dumps(null_for_nan(record)) + "\n")
+            file.write(as_line(record))
             file.flush()
             os.fsync(file.fileno())         # a checkpoint counts on the lines of its epochs
 
@@ -341,18 +486,19 @@ class Run:
             previous = None if self.fallback else self.previous     # keep the good one
             save_checkpoint(self.checkpoint, previous, **state, **place, **about)
         self.write(write)
-        self.saved_at, self.fallback = time.monotonic(), False
+        self.saved_at, self.due, self.fallback = time.monotonic(), False, False
 
     def finish(self, results, **more):
-        """Write result.json: what was run, on what, and each head's accuracies in percent."""
+        """Write result.json: what was run, on what, and each head's accuracies in percent.
+
+        The folder is given back.
+        """
         def write():
-            with open(self.log_path) as file:
-                seconds = round(sum(json.loads(line)["seconds"] for line in file), 1)
             args, data = self.args, self.data
             result = {"dataset": data.label, "imb": round(data.imb, 1),
                       "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
                       "command": command_line(self.rt), "hardware": self.rt.hardware(),
-                      "seconds": seconds, "date": time.strftime("%Y-%m-%d")}
+                      "seconds": round(self.seconds, 1), "date": time.strftime("%Y-%m-%d")}
             if self.teachers:
                 result["teachers"] = self.teachers
             if self.forced:
@@ -366,18 +512,37 @@ class Run:
             result["per_class"] = {name: r["per_class"] for name, r in results.items()}
             save_json(os.path.join(self.folder, "result.json"), result)
         self.write(write)
+        if self.lock:
+            self.lock.release()
+
+
+def is_epoch(line):
+    """Is a line of the log, a dict or None, what after_epoch has written?"""
+    return line is not None and all(isinstance(line.get(name), (int, float))
+                                    for name in ("epoch", "seconds"))
+
+
+def as_line(record):
+    """An epoch's record as a line of log.jsonl."""
+    return json.dumps(null_for_nan(record)) + "\n"
 
 
 def restore(part, state, path):
-    """Load a checkpoint's state into a network, an optimizer and the like, or a tensor."""
-    if part is None or state is None:
+    """Load a checkpoint's state into a network, an optimizer and the like, or a tensor.
+
+    UserError if it does not fit.
+    """
+    if part is None:
         return
-    if isinstance(part, torch.Tensor):
-        part.copy_(state)
-    elif isinstance(part, torch.nn.Module):
-        load_weights(part, state, path)
-    else:
-        part.load_state_dict(state)
+    try:
+        if isinstance(part, torch.Tensor):
+            part.copy_(state)
+        elif isinstance(part, torch.nn.Module):
+            load_weights(part, state, path)
+        else:
+            part.load_state_dict(state)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not fit this run: {runtime.one_line(error)[:200]}") from None
 
 
 def part_state(part):

@@ -20,6 +20,11 @@ import torch.distributed as dist
 
 from images.files import DataError
 
+try:
+    LIBC = ctypes.CDLL("libc.so.6")         # Linux
+except OSError:
+    LIBC = None
+
 
 class UserError(Exception):
     """A mistake that a person can put right; the message is one line that says how."""
@@ -27,9 +32,19 @@ class UserError(Exception):
 
 # ---- How a script ends ---------------------------------------------------------------------------
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP: the terminal, or the connection to it, is gone. Windows has none.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))
 stop_signal = 0           # the signal that has asked this process to stop; 0: none
 stop_requested_at = 0.0   # seconds, time.monotonic()
+at_end = []               # functions that run_main calls at its end, the last one first
+trains = False            # does this script train? Then what it prints is in its files too
+
+
+def watched_signals():
+    """STOP_SIGNALS, but SIGHUP only where nohup has not told this process to ignore it."""
+    return [number for number in STOP_SIGNALS
+            if number in (signal.SIGTERM, signal.SIGINT)
+            or signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def request_stop(number, _):
@@ -43,21 +58,22 @@ def request_stop(number, _):
         os._exit(128 + number)
     if not stop_signal:
         stop_signal, stop_requested_at = number, time.monotonic()
-        print(f"{signal.Signals(number).name}: saving after this step (or evaluation); once more "
-              "stops at once", file=sys.stderr, flush=True)
+        with suppress(RuntimeError):        # it came while this process was printing
+            print(f"{signal.Signals(number).name}: saving after this step (or evaluation); once "
+                  "more stops at once", file=sys.stderr, flush=True)
 
 
 def run_main(main):
     """Run a script's main(); UserError, DataError and file errors end it with one line, code 2.
 
-    Any other exception is a bug and keeps its traceback. Signal handlers are put back at the end.
+    Any other exception is a bug and keeps its traceback. Output that cannot be written ends no
+    script (see Output); one that only prints then has exit code 2, unless its reader, say `head`,
+    has had enough. Signal handlers are put back at the end.
     """
-    global stop_signal
+    global stop_signal, trains
     handlers, stop_signal = {number: signal.getsignal(number) for number in STOP_SIGNALS}, 0
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):      # characters that the terminal lacks are escaped
-            stream.reconfigure(errors="backslashreplace")
-    code = 0
+    trains, code, streams = False, 0, (sys.stdout, sys.stderr)
+    sys.stdout, sys.stderr = map(Output, streams)
     try:
         main()
     except (UserError, DataError) as error:
@@ -76,6 +92,13 @@ def run_main(main):
     except SystemExit as error:
         code = error.code
     finally:
+        while at_end:
+            at_end.pop()()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        if sys.stdout.error and not trains:
+            code = code or 2
+        sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
         for number, handler in handlers.items():
             signal.signal(number, handler)
     grouped = dist.is_available() and dist.is_initialized()
@@ -85,6 +108,62 @@ def run_main(main):
         hard_exit(code or 0)
     if code:
         sys.exit(code)
+
+
+class Output:
+    """A standard stream that never fails: what can no longer be written is dropped.
+
+    Its reader may have ended (`| head`), its disk be full, its terminal be gone. `error`: why, but
+    for a reader that has ended; this is said on stderr.
+    """
+
+    def __init__(self, stream):
+        if stream is None:                          # closed by the shell, `>&-`
+            stream = open(os.devnull, "w")
+        with suppress(AttributeError):              # characters that it lacks are escaped
+            stream.reconfigure(errors="backslashreplace")
+        self.stream, self.error = stream, None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.drop(error)
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.drop(error)
+
+    def drop(self, error):
+        """Lead the stream, and what Python still holds of it, into nothing."""
+        with suppress(OSError):                     # one without a file, in a test or a notebook
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self.stream.fileno())
+            os.close(nothing)
+        if not isinstance(error, BrokenPipeError) and not self.error:
+            self.error = error
+            print(f"output can no longer be written ({error}); it is dropped from here on",
+                  file=sys.stderr)
+
+
+def end_with_parent():
+    """Under Linux: when the process that started this one ends, this one is asked to stop.
+
+    Otherwise a kill -9 of torchrun, or of a table of runs, would leave its runs behind.
+    """
+    if LIBC is not None:
+        LIBC.prctl(1, signal.SIGTERM)               # PR_SET_PDEATHSIG
+
+
+def one_line(error):
+    """An exception's text on one line, or its kind if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def hard_exit(code=0):
@@ -154,14 +233,15 @@ def has_bf16(device):
 
 def keep_freed_memory():
     """Let glibc keep freed memory for the next tensor instead of returning it to the system."""
-    with suppress(OSError, AttributeError):         # other systems have other allocators
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)                         # M_MMAP_MAX: no allocation is mapped separately
-        libc.mallopt(-1, 2 ** 31 - 1)               # M_TRIM_THRESHOLD: nothing is returned
+    if LIBC is not None:                            # other systems have other allocators
+        LIBC.mallopt(-4, 0)                         # M_MMAP_MAX: no allocation is mapped separately
+        LIBC.mallopt(-1, 2 ** 31 - 1)               # M_TRIM_THRESHOLD: nothing is returned
 
 
 def setup(device="auto", amp="auto"):
     """Runtime of this process; joins torchrun's process group. UserError for a missing device."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:         # torchrun's child
+        end_with_parent()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":

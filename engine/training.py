@@ -155,7 +155,7 @@ class FiniteScaler:
 
     def stop_if_lost(self, epoch, step, lr):
         """UserError after LIMIT steps in a row that were not finite. Waits for the device."""
-        n = int(self.counts["in_a_row"])
+        n = self.in_a_row
         if n >= self.LIMIT:
             now = self.optimizer.param_groups[0]["lr"]
             exit_together(UserError(
@@ -163,6 +163,15 @@ class FiniteScaler:
                 f"steps in a row, at learning rate {now:.3g}; the last checkpoint is from before "
                 f"them. Try a lower --lr than {lr:g}, more --warmup-epochs or --amp none, from the "
                 "start or with --resume --force"), self.rt)
+
+    @property
+    def in_a_row(self):
+        """How many of the latest steps were not finite. Waits for the device."""
+        return int(self.counts["in_a_row"])
+
+    def begin_counting(self):
+        """Count steps that are not finite from 0 again: those before are in the checkpoint."""
+        self.counts["in_a_row"].zero_()
 
     @property
     def skipped(self):

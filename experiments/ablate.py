@@ -22,7 +22,7 @@ modes    DeiT's modes of distillation on balanced images, beside a course report
 search   the cpu recipe, its neighbours and the way to ours, on held-out images; 20 epochs
 """
 import argparse
-import json
+import math
 import os
 import shlex
 import signal
@@ -34,8 +34,9 @@ from dataclasses import dataclass
 import train_student
 import train_teacher
 from engine import runtime
+from engine.checkpoints import read_json, read_log
 from engine.evaluation import COLUMNS
-from engine.runtime import STOP_SIGNALS, UserError
+from engine.runtime import UserError, end_with_parent, watched_signals
 from engine.settings import CARRIED, as_flags, flag, resolve_data
 import experiments.deit3  # noqa: F401: its method, deit-iii
 from experiments import crt
@@ -228,23 +229,26 @@ def run(command):
 
     Exits as the child does, if it fails; and after a signal, once the child has saved and ended.
     """
-    child, received = None, []
+    child, early, handed_on = None, [], []          # early: while there was no child yet
 
     def hand_on(number, _):
-        received.append(number)
         if child:
+            handed_on.append(number)
             child.send_signal(number)
+        else:
+            early.append(number)
 
-    handlers = {number: signal.signal(number, hand_on) for number in STOP_SIGNALS}
+    handlers = {number: signal.signal(number, hand_on) for number in watched_signals()}
     print(f"python {command}", flush=True)
-    child = subprocess.Popen([sys.executable, *shlex.split(command), "--resume"])
-    for number in received:                                 # while there was no child yet
+    child = subprocess.Popen([sys.executable, *shlex.split(command), "--resume"],
+                             preexec_fn=end_with_parent)
+    for number in early:
         child.send_signal(number)
     status = child.wait()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if received:
-        sys.exit(128 + received[0])
+    if early or handed_on:
+        sys.exit(128 + (early + handed_on)[0])
     if status < 0:                                          # ended by this signal
         sys.exit(128 - status)
     if status:
@@ -255,18 +259,15 @@ def run(command):
 
 def read(folder, head):
     """Accuracies of a head in a finished run, and "teacher": how often it was right, or None."""
-    with open(os.path.join(folder, "result.json")) as file:
-        accuracies = json.load(file)[head]
-    with open(os.path.join(folder, "log.jsonl")) as file:
-        epochs = [json.loads(line) for line in file]
-    right = [epoch["teacher_accuracy"] for epoch in epochs
-             if "teacher_accuracy" in epoch and not epoch["drw"]]
+    accuracies, log = read_json(folder, "result.json")[head], read_log(folder)
+    right = [epoch["teacher_accuracy"] for epoch in log
+             if epoch.get("teacher_accuracy") is not None and not epoch["drw"]]
     return accuracies | {"teacher": statistics.mean(right) if right else None}
 
 
 def spread(values):
-    """"71.2 ± 0.4" of some numbers, "71.2" of one, "-" of none; None is left out."""
-    values = [value for value in values if value is not None]
+    """"71.2 ± 0.4" of some numbers, "71.2" of one, "-" of none; None and NaN are left out."""
+    values = [value for value in values if value is not None and not math.isnan(value)]
     if not values:
         return "-"
     if len(values) == 1:

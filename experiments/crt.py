@@ -50,7 +50,7 @@ def main():
     args = train_student.parse()
     rt = runtime.setup(args.device, args.amp)
     first = argparse.Namespace(**vars(args) | dict(method="vit", out=None, resume=True))
-    train_student.run_student(first, rt)
+    train_student.run_student(first, rt, wait=True)
     second = second_run(first)
     second.resume, second.overwrite, second.out = args.resume, args.overwrite, args.out
     train_student.run_student(second, rt, prepare=freeze_all_but_classifier(second),

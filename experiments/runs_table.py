@@ -15,11 +15,15 @@ settings                    that the command (or --finetune) changed and that ha
 """
 import argparse
 import csv
-import json
+import io
+import math
 import os
 import shlex
 import statistics
 import sys
+
+from engine.checkpoints import read_json, read_log, write_atomically
+from engine.runtime import UserError, run_main
 
 HEADS, GROUPS = ("cls", "dist", "ema"), ("overall", "head", "mid", "tail")
 COLUMNS = ["name", "kind", "data", "dataset", "imb", "recipe", "method", "model", "teacher",
@@ -50,19 +54,10 @@ def settings(config, command, kind):
             if name in names - NOT_LISTED and value is not None}
 
 
-def read_run(folder):
-    """(config, result, log): two dicts and a list of one dict per epoch."""
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        config = json.load(file)
-    with open(os.path.join(folder, "result.json"), encoding="utf-8") as file:
-        result = json.load(file)
-    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
-        return config, result, [json.loads(line) for line in file]
-
-
 def row_of(folder):
-    """{column: value} of a run. OSError, ValueError or LookupError if a file is not as expected."""
-    config, result, log = read_run(folder)
+    """{column: value} of a run. UserError if it is not finished, or a file is damaged."""
+    config, result = read_json(folder, "config.json"), read_json(folder, "result.json")
+    log = read_log(folder)
     kind = "teacher" if "arch" in config else "student"
     teachers = [os.path.basename(path) for path in (result["teacher"] or "").split(",")]
     row = {name: result.get(name) for name in AS_IN_RESULT} | result["avg"]
@@ -86,7 +81,11 @@ def row_of(folder):
     if "amp_dtype" in config:
         dtype = str(config["amp_dtype"]).removeprefix("torch.")
         row["amp_dtype"] = "float32" if dtype == "None" else dtype
-    return row
+    return {name: value for name, value in row.items() if not is_nan(value)}
+
+
+def is_nan(value):
+    return isinstance(value, float) and math.isnan(value)
 
 
 def main(argv=None):
@@ -103,18 +102,18 @@ def main(argv=None):
     for folder in options.runs:
         try:
             row = row_of(folder)
-        except (OSError, ValueError, LookupError) as error:
-            print(f"{folder} is left out, no finished run: {error!r}", file=sys.stderr)
+        except UserError as error:
+            print(f"{folder} is left out, no finished run: {error}", file=sys.stderr)
             continue
         row["note"] = options.note or rows.get(row["name"], {}).get("note")
         rows[row["name"]] = row
-    with open(options.table + ".tmp", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows[name] for name in sorted(rows))
-    os.replace(options.table + ".tmp", options.table)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows[name] for name in sorted(rows))
+    write_atomically(options.table, lambda file: file.write(text.getvalue().encode()))
     print(f"{options.table}: {len(rows)} runs")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -10,7 +10,7 @@ import torch
 
 import train_teacher
 from conftest import ROOT, script
-from engine.runtime import Runtime
+from engine.runtime import STOP_SIGNALS, Runtime
 from experiments import ablate
 from experiments.ablate import Row
 
@@ -164,11 +164,11 @@ time.sleep(60)
 def test_a_run_that_fails_ends_the_table_as_it_does(end, status, tmp_path, monkeypatch):
     (tmp_path / "child.py").write_text(f"import os, sys\n{end}\n")
     monkeypatch.chdir(tmp_path)
-    handlers = [signal.getsignal(number) for number in ablate.STOP_SIGNALS]
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     try:
         ablate.run("child.py")
         code = 0
     except SystemExit as stop:
         code = stop.code
     assert code == status
-    assert [signal.getsignal(number) for number in ablate.STOP_SIGNALS] == handlers
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers

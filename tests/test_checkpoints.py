@@ -1,5 +1,6 @@
 """engine/checkpoints.py: files that are damaged, half written or foreign; older settings."""
 import io
+import json
 import math
 import os
 import random
@@ -71,6 +72,66 @@ for limit in (1_000, 100_000, 1_000_000):           # bytes of a file at which t
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
 
 
+def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path):
+    """One name for all: half of one file and half of the other, or a rename of what is gone."""
+    path = tmp_path / "last.pt"
+
+    def write(file):
+        write_atomically(path, lambda inner: inner.write(b"second"))
+        file.write(b"first")
+    write_atomically(path, write)
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_files_are_not_written_through_links(tmp_path):
+    """A file elsewhere that is emptied: that a temporary name, or the file's own, leads to."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text("text")
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "last.pt"
+    for link in (path, tmp_path / "run" / "last.pt.tmp"):
+        link.symlink_to(elsewhere)
+    write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and not path.is_symlink()
+    assert elsewhere.read_text() == "text"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_file_is_not_replaced_by_one(kind, tmp_path):
+    """--csv /dev/null would turn it into a file for all programs of the machine."""
+    path = tmp_path / "x"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/null")
+    with pytest.raises(UserError, match="not a regular file") as error:
+        write_atomically(path, lambda file: file.write(b"new"))
+    one_line(error)
+    assert not path.is_file() and os.listdir(tmp_path) == ["x"]
+
+
+def test_a_files_rights_follow_the_umask(tmp_path):
+    """A result that only its owner can read, as of tempfile.mkstemp."""
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "x", lambda file: file.write(b""))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+def test_what_killed_writers_have_left_is_removed(tmp_path):
+    """Gigabytes after every kill in the middle of a checkpoint; or files that are not theirs."""
+    ours = ["last[1].pt.0a1b2c3d.tmp", "last[1].pt.tmp"]
+    others = ["last[1].pt", "last1.pt.tmp", "last[1].pt.txt", "result.json.0a1b2c3d.tmp"]
+    for name in ours + others:
+        (tmp_path / name).write_text("")
+    checkpoints.remove_temporaries(tmp_path / "last[1].pt")
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
 # ---- JSON ----
 
 def test_accuracies_that_nothing_was_measured_for_are_null_in_files(tmp_path):
@@ -101,6 +162,94 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, folder):
         with pytest.raises(UserError) as error:
             read(tmp_path / folder)
         assert str(tmp_path / folder) in one_line(error)
+
+
+RESULT = {"dataset": "CIFAR-10-LT", "epochs": 3, "imb": 100.0, "seconds": 9.5, "teacher": None,
+          "avg": {"overall": 50.0, "tail": 10.0}, "per_class": {"avg": [50.0, 10.0]}}
+CONFIG = {"dataset": "cifar10", "epochs": 3, "counts": [50, 5], "classes": ["a", "b"],
+          "groups": {"head": [0], "tail": [1]}, "versions": {"torch": "2.6"}, "lr": 0.1}
+
+
+@pytest.mark.parametrize("name, content", [
+    ("result.json", b""), ("result.json", b'{"epochs": 3'), ("result.json", b"[1, 2]"),
+    ("result.json", b"null"), ("result.json", bytes(range(256))), ("result.json", b"[" * 10 ** 5),
+    ("result.json", b'{"epochs": 1' + b"0" * 10 ** 4 + b"}"),
+    ("result.json", {"epochs": "3"}), ("result.json", {"epochs": None}),
+    ("result.json", {"epochs": math.nan}), ("result.json", {"seconds": "x"}),
+    ("result.json", {"imb": None}), ("result.json", {"dataset": 3}), ("result.json", {"avg": 50.0}),
+    ("result.json", {"avg": {"overall": "x"}}), ("result.json", {"avg": [50.0]}),
+    ("result.json", {"per_class": [1.0]}), ("result.json", {"per_class": {"avg": ["x"]}}),
+    ("result.json", {"teacher": {}}), ("result.json", {"training_images": {"clean": 1.0}}),
+    ("config.json", b"{]"), ("config.json", {"dataset": None}), ("config.json", {"counts": 55}),
+    ("config.json", {"counts": [None, 5]}), ("config.json", {"classes": [1, 2]}),
+    ("config.json", {"classes": "ab"}), ("config.json", {"groups": [0, 1]}),
+    ("config.json", {"groups": {"head": 0}}), ("config.json", {"versions": "2.6"}),
+    ("config.json", {"epochs": 1.5})])
+def test_damaged_json_is_refused_in_one_line(name, content, tmp_path):
+    """A traceback in every figure, a hang, or a number that somebody believes."""
+    if isinstance(content, dict):
+        good = RESULT if name == "result.json" else CONFIG
+        content = json.dumps(good | content).encode()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        checkpoints.read_json(tmp_path, name)
+    assert f"{tmp_path / name} is damaged" in one_line(error) and len(str(error.value)) < 400
+
+
+def test_good_json_is_read_as_it_is(tmp_path):
+    """A check that refuses what older or later versions write."""
+    more = {"forced": ["x"], "date": "2026-01-01", "new": [{"a": None}], "imb": 1, "seed": 0}
+    for name, good in (("result.json", RESULT | more), ("config.json", CONFIG | more)):
+        (tmp_path / name).write_text(json.dumps(good))
+        assert checkpoints.read_json(tmp_path, name) == good
+
+
+def test_what_a_damaged_file_lacks_is_named_in_one_line(tmp_path):
+    """KeyError: 'avg', from somewhere in a figure."""
+    (tmp_path / "result.json").write_text('{"epochs": 3, "cls": {"overall": 1.0}}')
+    result = checkpoints.read_json(tmp_path, "result.json")
+    for read in (lambda: result["avg"], lambda: result["cls"]["tail"]):
+        with pytest.raises(UserError, match="result.json has no '(avg|tail)'") as error:
+            read()
+        one_line(error)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "huge"])
+def test_what_is_no_file_is_not_read(kind, tmp_path):
+    """A FIFO that is waited for for ever; gigabytes of zeros in memory."""
+    for name in ("result.json", "log.jsonl"):
+        if kind == "pipe":
+            os.mkfifo(tmp_path / name)
+        elif kind == "folder":
+            (tmp_path / name).mkdir()
+        else:
+            with open(tmp_path / name, "wb") as file:
+                file.truncate(10 ** 12)
+    for read in (lambda: checkpoints.read_json(tmp_path, "result.json"),
+                 lambda: checkpoints.read_log(tmp_path)):
+        with pytest.raises(UserError, match="no file of a run") as error:
+            read()
+        one_line(error)
+
+
+@pytest.mark.parametrize("end", [b'{"epoch": 1, "lo', b"\x00\x00\x00", b'{"epoch": 1}x', b"5\n",
+                                 b"\n", b'{"epoch": "1"}\n'])
+def test_a_torn_last_line_of_a_log_is_left_out_and_said(end, tmp_path, capsys):
+    """A traceback in every figure of a run that was killed while it wrote, or is just writing."""
+    (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 0, "drw": false, "cosine": null}\n' + end)
+    assert checkpoints.read_log(tmp_path) == [{"epoch": 0, "drw": False, "cosine": None}]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "last line" in error
+
+
+@pytest.mark.parametrize("line", ["", "garbage", "[]", '{"loss": "x"}', '{"avg": {"overall": "x"}}',
+                                  '{"avg": [1]}', '{"epoch": 1', "\0"])
+def test_a_damaged_line_within_a_log_is_refused_with_its_number(line, tmp_path):
+    """An epoch that is missing in a curve without a word."""
+    (tmp_path / "log.jsonl").write_text(f'{{"epoch": 0}}\n{line}\n{{"epoch": 2}}\n')
+    with pytest.raises(UserError, match="log.jsonl is damaged in line 2") as error:
+        checkpoints.read_log(tmp_path)
+    one_line(error)
 
 
 # ---- reading ----

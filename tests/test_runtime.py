@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import data_lt
 from engine import runtime
@@ -148,6 +149,111 @@ def test_a_hard_exit_loses_neither_output_nor_code():
     with os.fdopen(read) as output:
         assert output.read().split() == ["first", "last"]
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+# ---- Output that cannot be written ---------------------------------------------------------------
+
+def lost(how):
+    """A stream that can no longer be written."""
+    if how == "full disk":
+        return open("/dev/full", "w")
+    if how == "terminal":
+        master, slave = os.openpty()
+        stream = os.fdopen(slave, "w", buffering=1)
+        os.close(master)
+        return stream
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+def talk():
+    """Print more than a buffer holds, with progress as in a training."""
+    bar = tqdm(total=5, mininterval=0, miniters=1)
+    for _ in range(5):
+        bar.update(1)
+        bar.write("x" * 5000)
+        print("y" * 5000, flush=True)
+        print("z" * 5000, file=sys.stderr)
+    bar.close()
+
+
+@pytest.mark.parametrize("how", ["reader", "full disk", "terminal"])
+@pytest.mark.parametrize("name", ["stdout", "stderr", "both"])
+def test_output_that_is_lost_ends_no_training(name, how, monkeypatch, capsys):
+    """`| head`, `> /dev/full` or a closed terminal: a traceback, and hours of training gone."""
+    streams = ["stdout", "stderr"] if name == "both" else [name]
+    for each in streams:
+        monkeypatch.setattr(sys, each, lost(how))
+    ended = []
+
+    def main():
+        runtime.trains = True
+        talk()
+        ended.append(True)
+    runtime.run_main(main)                                  # no exit code
+    assert ended
+    for each in streams:
+        getattr(sys, each).close()                          # nothing is left that Python could lose
+    monkeypatch.undo()
+    if name == "stdout":
+        said = "output can no longer be written" in capsys.readouterr().err
+        assert said == (how != "reader")
+
+
+@pytest.mark.parametrize("how, code", [("reader", 0), ("full disk", 2)])
+def test_a_script_that_only_prints_has_failed_if_nobody_can_read_it(how, code, monkeypatch, capsys):
+    """`analyze.py runs ... > full/table.md && rm -r runs`; or a traceback after `| head`."""
+    stream = lost(how)
+    monkeypatch.setattr(sys, "stdout", stream)
+    try:
+        runtime.run_main(lambda: print("table"))            # into a buffer, until the end
+        ended = 0
+    except SystemExit as stop:
+        ended = stop.code
+    stream.close()
+    assert ended == code and "Traceback" not in capsys.readouterr().err
+
+
+def test_closed_streams(monkeypatch):
+    """`>&- 2>&-`: Python has None for them."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    runtime.run_main(talk)
+
+
+# ---- A terminal, or a parent, that goes away -----------------------------------------------------
+
+def test_a_lost_connection_asks_for_a_stop_unless_nohup_has_been_asked_for(monkeypatch):
+    """A run over ssh that ends without a save; one under nohup that stops at the logout."""
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in runtime.watched_signals()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        assert runtime.watched_signals() == [signal.SIGTERM, signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_a_child_is_asked_to_stop_when_its_parent_is_killed():
+    """Runs that go on after a kill -9 of torchrun, or of a table of runs."""
+    read, write = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, lambda *_: (os.write(write, b"asked"), os._exit(0)))
+            runtime.end_with_parent()
+            os.write(write, b"ready")
+        time.sleep(30)
+        os._exit(0)
+    os.close(write)
+    assert os.read(read, 5) == b"ready"
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert os.read(read, 5) == b"asked"
+    os.close(read)
 
 
 # ---- Several processes ---------------------------------------------------------------------------

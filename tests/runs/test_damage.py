@@ -56,6 +56,7 @@ def test_two_damaged_checkpoints_are_refused(saved_twice, tmp_path, refused):
     """A run that begins anew over them."""
     flags, undisturbed = saved_twice
     shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
     for name in ("last.pt", "previous.pt"):
         (tmp_path / "run" / name).write_bytes(b"no checkpoint")
     error = refused(train_teacher, *flags, "--out", tmp_path / "run", "--resume")

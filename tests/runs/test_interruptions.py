@@ -275,9 +275,11 @@ def test_a_finished_run_prints_its_result_and_is_left_alone(kind, shared_run, ca
 def test_another_run_in_the_folder_is_not_overwritten(shared_run, refused, tmp_path):
     """A command that is given twice, and its first result gone."""
     module, flags, finished = shared_run("teacher")
-    error = refused(module, *flags, "--out", finished)
-    assert "already holds a run" in error and "--overwrite" in error
     shutil.copytree(finished, tmp_path / "run")
+    error = refused(module, *flags, "--out", tmp_path / "run", "--lr", "0.05")
+    assert "already holds a run" in error and "--overwrite" in error
+    (tmp_path / "run" / "result.json").unlink()
+    assert "already holds a run" in refused(module, *flags, "--out", tmp_path / "run")
     with killed_at(0, 0):
         train(module, *flags, "--out", tmp_path / "run", "--overwrite")
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"config.json", "log.jsonl"}
