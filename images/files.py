@@ -4,13 +4,14 @@ r"""Which image files there are, and of which class: folders, and lists of files
 in two arrays, so that a million images need no million Python objects.
 
     links that lead in a circle                 followed once
-    names that are not UTF-8                    shown escaped
+    names that are not UTF-8, control codes     shown escaped, see `shown`
 
 images/decode.py reads them.
 """
 import hashlib
 import os
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -57,9 +58,44 @@ class Files:
         return np.bincount(self.labels, minlength=len(self.class_names))
 
 
-def shown(path):
-    """A path, bytes or text, as text for people: what is not UTF-8 is escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def shown(name):
+    r"""A path or a name, bytes or text, as one line of text for people.
+
+    Escaped are bytes that are not UTF-8, line breaks, blanks at the ends and what else `visible`
+    escapes: "\x1b[2J", "\x0a", "\u202e". What has been shown already stays as it is, so names of
+    classes are kept, compared and written like this.
+    """
+    return re.sub(r"\A\s+|\s+\Z|\n", lambda blank: "".join(map(escape, blank[0])),
+                  visible(os.fsdecode(name)))
+
+
+def shown_classes(names, where):
+    """The names of a data set's or a network's classes, shown. DataError if two become one."""
+    classes = [shown(name) for name in names]
+    for name, n in Counter(classes).items():
+        if n > 1:
+            raise DataError(f"{shown(where)} has {n} classes that are shown as {name}: rename all "
+                            "but one")
+    return classes
+
+
+def visible(text):
+    """Text with all characters escaped that a terminal would obey, or that nobody sees.
+
+    Control and format characters, line separators, surrogates; line breaks are kept.
+    """
+    hidden = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+    return text.translate({ord(c): escape(c) for c in hidden - {"\n"}})
+
+
+def escape(character):
+    r"""A character as Python writes it in a string: \x1b, \u202e."""
+    code = ord(character)
+    if 0xdc80 <= code <= 0xdcff:        # os.fsdecode's surrogate for a byte that is not UTF-8
+        code -= 0xdc00
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def natural(name):
@@ -116,7 +152,7 @@ def list_folder(root):
         images.sort(key=natural)
         paths += [os.fsencode(path) for path in images]
         labels += [k] * len(images)
-    names = [shown(name) for name in classes]
+    names = shown_classes(classes, root)
     return Files(np.array(paths, dtype=np.bytes_), np.array(labels, dtype=np.int64), names,
                  problems, ignored)
 
