@@ -35,13 +35,13 @@ import data_lt
 from analysis import accuracy, loading, tables, tensorboard
 from analysis.loading import DATA_FLAGS
 from analysis.predict import export, predict, prediction_text
-from engine.checkpoints import read_json, read_log
 from engine.datasets import describe
 from engine.evaluation import (predicted, table, tables as result_tables, teacher_summary,
                                teacher_summary_text)
 from engine.networks import NORMALISATIONS, load_network, short_name, teacher_files
 from engine.runtime import Runtime, UserError, run_main, setup
 from engine.settings import Parser, check_ranges
+from images.files import shown
 
 
 # ---- Commands that print or write numbers --------------------------------------------------------
@@ -50,24 +50,24 @@ def command_eval(options, rt):
     path, = options.runs
     out = output_path(options, "per_class.csv")
     network, args, data = loading.load(path, rt, **load_flags(options))
-    print(f"{path}: {network.what}; on {describe(data, args)}")
+    rt.print(f"{path}: {network.what}; on {describe(data, args)}")
     results = accuracy.accuracies(network, args, data, rt)
-    print(result_tables(results, network.kind, data))
+    rt.print(result_tables(results, network.kind, data))
     logits, labels = accuracy.test_logits(network, args, data, rt), data.test_labels.cpu()
     binary = network.config.get("method") == "deit-iii"
-    print(accuracy.uncertainty_text(logits, labels, data.groups, binary))
+    rt.print(accuracy.uncertainty_text(logits, labels, data.groups, binary))
     if network.kind == "teacher":
-        print(teacher_summary_text(teacher_summary(network.net, data, rt)))
-    print(tables.write(out, tables.as_csv(accuracy.class_rows(results, data))))
+        rt.print(teacher_summary_text(teacher_summary(network.net, data, rt)))
+    rt.print(tables.write(out, tables.as_csv(accuracy.class_rows(results, data))))
+    confusion = accuracy.confusion(predicted(logits), labels, data.num_classes)
     try:
         from analysis import drawing, run_figures
-    except UserError as error:
-        print(f"no confusion matrix: {error}")
+        title = f"{short_name(path)} on {data.label}"
+        picture = drawing.as_png(run_figures.confusion_matrix(confusion, data, title))
+    except Exception as error:                  # without the package, or whatever it is
+        rt.print(f"no confusion matrix: {' '.join(str(error).split())}")
         return
-    confusion = accuracy.confusion(predicted(logits), labels, data.num_classes)
-    title = f"{short_name(path)} on {data.label}"
-    picture = drawing.as_png(run_figures.confusion_matrix(confusion, data, title))
-    print(tables.write(confusion_path(out), picture))
+    rt.print(tables.write(confusion_path(out), picture))
 
 
 def confusion_path(out):
@@ -80,13 +80,13 @@ def confusion_path(out):
 
 def command_heads(options, rt):
     path, = options.runs
+    out = output_path(options, "heads.csv")
     net, args, data = loading.load_student(path, rt, **load_flags(options))
     if not net.distilled:
         raise UserError(f"{path} has no DIST token")
     results = accuracy.head_combinations(net, args, data, rt)
-    print(table(results, describe(data, args).partition(",")[0] + ")"))
-    out = output_path(options, "heads.csv")
-    print(tables.write(out, tables.as_csv(accuracy.class_rows(results, data))))
+    rt.print(table(results, describe(data, args).partition(",")[0] + ")"))
+    rt.print(tables.write(out, tables.as_csv(accuracy.class_rows(results, data))))
 
 
 def command_predict(options, rt):
@@ -96,26 +96,30 @@ def command_predict(options, rt):
     network.net.to(rt.device)
     rows = predict(network, options.runs, rt, options.topk)
     for row in rows:
-        print(prediction_text(row))
+        rt.print(prediction_text(row))
     if options.csv:
-        print(tables.write(options.csv, tables.as_csv(rows)))
+        rt.print(tables.write(options.csv, tables.as_csv(rows)))
 
 
 def command_export(options, rt):
     path, = options.runs
     stem = output_path(options, "model").removesuffix(".pt2")
-    print("\n".join(export(network_alone(path, options), stem)))
+    rt.print("\n".join(export(network_alone(path, options), stem)))
 
 
 def command_runs(options, rt):
-    tables.print_runs(options.runs)
+    tables.print_runs(options.runs, rt)
 
 
 def command_tensorboard(options, rt):
-    for path in options.runs:
-        folder = os.path.join(options.out, short_name(path)) if options.out else path
+    names = [short_name(path) for path in options.runs]
+    twice = [name for name in names if names.count(name) > 1]
+    if options.out and twice:
+        raise UserError(f"two of the runs are called {twice[0]}, and would be one in {options.out}")
+    for path, name in zip(options.runs, names):
+        folder = os.path.join(options.out, name) if options.out else path
         tensorboard.write_events(path, folder)
-        print(f"tensorboard --logdir {folder}")
+        rt.print(f"tensorboard --logdir {folder}")
 
 
 # ---- Commands that draw: they import matplotlib --------------------------------------------------
@@ -125,9 +129,9 @@ def command_figure(options, rt):
     out = output_path(options, f"{options.command}.png")
     figure = figures.draw(options.command, options.runs, rt, options.labels, vars(options),
                           load_flags(options))
-    print(tables.as_text(figure.table))
+    rt.print(tables.as_text(figure.table))
     for path in figure.save(out):
-        print(path)
+        rt.print(path)
 
 
 def command_report(options, rt):
@@ -136,18 +140,20 @@ def command_report(options, rt):
     out, flags = output_path(options, "report.html"), load_flags(options)
     network, args, data = loading.load(path, rt, **flags)
     page = report.build(path, network, args, data, rt, options.labels, vars(options), flags)
-    print(tables.write(out, page))
+    rt.print(tables.write(out, page))
 
 
 def command_summary(options, rt):
     path, = options.runs
-    print(summary(path, options.out))
+    rt.print(summary(path, output_path(options, "summary.png")))
 
 
 def summary(folder, out=None):
     """One picture of a student's finished run; returns its path."""
     from analysis import drawing, run_figures
-    result, log = read_json(folder, "result.json"), read_log(folder)
+    result = loading.run_result(folder, "method", "model", "dataset", "imb", "epochs", "avg",
+                                "per_class")
+    log = loading.run_log(folder)
     rt = Runtime(torch.device("cpu"))       # alone, also when one of several processes calls it
     subject = loading.Subject("", folder, *loading.load_student(folder, rt))
     figure = run_figures.summary(subject, result, log)
@@ -215,6 +221,8 @@ def parse():
                      else "name one run folder or checkpoint file, or more")
     if options.mirror and options.command not in MIRRORED:
         parser.error(f"--mirror is for {', '.join(MIRRORED)}, not for {options.command}")
+    for name in ("labels", "classes"):
+        setattr(options, name, [shown(text) for text in getattr(options, name) or []] or None)
     if options.labels and len(options.labels) != len(options.runs):
         parser.error(f"--labels needs one name for each of the {len(options.runs)} runs")
     check_ranges(options, columns=(1, 100), topk=(1, inf), seed=(0, 10 ** 9))
@@ -239,10 +247,14 @@ def network_alone(path, options):
 
 
 def output_path(options, name):
-    """--out, else `name` in the first run's folder, or beside a file: x.pth -> x_name."""
+    """--out, or `name` in it if it is a folder; else `name` in the first run's folder, or beside a
+    file: x.pth -> x_name.
+    """
+    path = options.runs[0]
+    if options.out and os.path.isdir(options.out):
+        return os.path.join(options.out, name)
     if options.out:
         return options.out
-    path = options.runs[0]
     if len(teacher_files(path)) > 1:
         raise UserError(f"{path}: of several, say where the output goes by --out")
     if os.path.isdir(path):
@@ -250,8 +262,26 @@ def output_path(options, name):
     return f"{os.path.splitext(path)[0]}_{name}"
 
 
+def check_outputs(options):
+    """UserError if the output cannot be written: now, rather than after minutes of work."""
+    paths = [options.csv] if options.csv else []
+    if options.command not in ("predict", "runs", "tensorboard"):
+        if options.out or os.path.exists(options.runs[0]):
+            paths.append(output_path(options, options.command))
+    for path in paths:
+        folder = os.path.dirname(path) or "."
+        if not os.path.isdir(folder):
+            raise UserError(f"cannot write {path}: there is no folder {folder}")
+        if os.path.isdir(path):
+            raise UserError(f"cannot write {path}: it is a folder")
+        if not os.path.exists(path) and not os.access(folder, os.W_OK):
+            raise UserError(f"cannot write in {folder}: it is read-only, or not yours; name "
+                            "another place by --out")
+
+
 def main():
     options = parse()
+    check_outputs(options)
     COMMANDS[options.command](options, setup(options.device))
 
 

@@ -1,5 +1,6 @@
 """What all figures share: colours, axes, the text around a figure, choosing images, PNG files."""
 import textwrap
+import warnings
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -17,6 +18,9 @@ try:
     import matplotlib.pyplot as plt
 except ImportError:
     raise UserError("pictures need a package: pip install matplotlib") from None
+# Names are drawn as they are: a "$" in one begins no formula, which might not be a valid one.
+matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})
+warnings.filterwarnings("ignore", "Glyph .* missing from")      # drawn as a box
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = {"cls": "#0072B2", "dist": "#D55E00", "avg": "#000000",
@@ -58,7 +62,7 @@ def finish(figure, title, logs, note):
     data = "; ".join(dict.fromkeys(log.data_text for log in logs))          # each once
     width = int(17 * figure.get_size_inches()[0])                   # characters in a line of 8 pt
     lines = [line for text in (note, runs, data) for line in textwrap.wrap(text, width)]
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(textwrap.fill(title, int(11 * figure.get_size_inches()[0])), fontsize=12)
     bottom = -0.01
     for legend in figure.legends:                                   # shared_legend's, below
         figure.draw_without_rendering()
@@ -109,9 +113,25 @@ def whole_numbers(axis):
     axis.set_major_locator(matplotlib.ticker.MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
-def join_label(label, text):
+def log_scale(axis):
+    """Make a y axis logarithmic, with plain numbers: matplotlib's own are formulas."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+
+
+def short(name, length=24):
+    """A name with at most `length` characters, of its beginning and its end."""
+    if len(name) <= length:
+        return name
+    end = length // 3
+    return f"{name[:length - end - 1]}…{name[-end:]}"
+
+
+def join_label(label, text=""):
     """A legend entry: the run's label, unless it is empty, and what the line shows."""
-    return f"{label}, {text}" if label else text
+    entry = ", ".join(part for part in (short(label, 60), text) if part)
+    return f" {entry}" if entry.startswith("_") else entry      # matplotlib hides those with a "_"
 
 
 def run_color(i):
@@ -121,9 +141,9 @@ def run_color(i):
 # ---- Images --------------------------------------------------------------------------------------
 
 def show_image(axis, image, title=""):
-    """An image (3,S,S) in [0,1]."""
+    """An image (3,S,S) in [0,1] under its title, of which each line is kept short."""
     axis.imshow(image.permute(1, 2, 0).float().cpu().numpy(), interpolation="nearest")
-    axis.set_title(title, fontsize=8)
+    axis.set_title("\n".join(map(short, title.split("\n"))), fontsize=8)
     axis.set_xticks([])
     axis.set_yticks([])
 
@@ -141,8 +161,8 @@ def show_map(axis, image, heat):
 
 def row_label(axis, text):
     """Name a row of images, on the left of its first one."""
-    axis.set_ylabel(textwrap.fill(text, 13, break_long_words=False), fontsize=8, rotation=0,
-                    ha="right", va="center")
+    axis.set_ylabel(textwrap.fill(short(text, 40), 13, break_long_words=False), fontsize=8,
+                    rotation=0, ha="right", va="center")
 
 
 # ---- Choosing images -----------------------------------------------------------------------------

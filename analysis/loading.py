@@ -3,8 +3,10 @@ r"""What an analysis looks at: networks with their settings and data, and the lo
     load(path, rt, ...)        Network, settings, data     of a run folder, a file, several teachers
     load_networks(paths, ...)  Subjects                    the same under their names in a picture
     load_logs(paths, ...)      Logs                        reads only the text files of run folders
+    run_result, run_log        what a run says of itself   checked, so that figures need not
 """
 import argparse
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -12,14 +14,109 @@ from dataclasses import dataclass
 from torch import nn
 
 import data_lt
-from engine.checkpoints import read_json
+from engine.checkpoints import read_json, read_log
 from engine.datasets import describe, load_data
+from engine.evaluation import COLUMNS
 from engine.networks import (Mirrored, load_network, load_teacher, match_classes, short_name,
                              teacher_files)
 from engine.runtime import UserError
+from images.files import shown
 
 # Settings that say which data to use; the command line's replace those of a run.
 DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir", "holdout", "train_list", "test_list")
+
+
+# ---- What a run says of itself -------------------------------------------------------------------
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_number(value, low=-1e300, high=1e300):
+    """A finite number in this range?"""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_nan(value):
+    return isinstance(value, float) and math.isnan(value)
+
+
+def is_count(value):
+    return isinstance(value, int) and is_number(value, 0, 1e15)
+
+
+def is_percent(value):
+    """0 to 100, or NaN: not measured?"""
+    return is_number(value, 0, 100) or is_nan(value)
+
+
+def are_accuracies(value):
+    """Accuracies of a head in percent, overall at least?"""
+    if not isinstance(value, dict) or "overall" not in value:
+        return False
+    return all(is_percent(value[column]) for column in COLUMNS if column in value)
+
+
+def are_class_accuracies(value):
+    """{head: accuracies of the classes in percent}, of the prediction at least?"""
+    if not isinstance(value, dict) or "avg" not in value:
+        return False
+    return all(isinstance(v, list) and all(map(is_percent, v)) for v in value.values())
+
+
+RESULT = {
+    "dataset": is_text, "method": is_text, "model": is_text, "hardware": is_text,
+    "command": is_text, "imb": lambda value: is_number(value, 1), "epochs": is_count,
+    "seed": is_count, "seconds": lambda value: is_number(value, 0), "avg": are_accuracies,
+    "per_class": are_class_accuracies,
+}
+RECORD = {
+    "epoch": is_count, "drw": lambda value: isinstance(value, bool),
+    "loss": lambda value: is_number(value) or is_nan(value), "lr": is_number,
+    "cosine": lambda value: value is None or is_number(value, -1.01, 1.01),
+}
+UNMEASURED = dict.fromkeys(COLUMNS, math.nan)
+HEADS = {"cls": are_accuracies, "dist": are_accuracies, "avg": are_accuracies}
+CONFIG = {"dataset": is_text, "counts": lambda value: bool(value) and all(map(is_count, value))}
+
+
+def check(record, tests, where):
+    """UserError, about the file `where`, for the first value of a record that fails its test."""
+    for name, is_right in tests.items():
+        if not is_right(record.get(name)):
+            what = f"says {str(record[name])[:40]}" if name in record else "is missing"
+            raise UserError(f"{shown(where)} is damaged, or no run's: its {name} {what}")
+
+
+def run_result(path, *names):
+    """The result.json of a finished run, a dict that has these names at least.
+
+    Groups that are missing in "avg" are NaN. UserError if the file is missing or damaged.
+    """
+    result = read_json(path, "result.json")
+    check(result, {name: RESULT[name] for name in names}, os.path.join(path, "result.json"))
+    if "avg" in names:
+        result["avg"] = UNMEASURED | result["avg"]
+    return {name: shown(value) if is_text(value) else value for name, value in result.items()}
+
+
+def run_log(path):
+    """The epochs of a run's log.jsonl, a list of dicts. UserError if it is missing or damaged.
+
+    Groups that are missing in a head's accuracies are NaN, and so is the loss of an epoch without a
+    finite step.
+    """
+    log, where, last = read_log(path), os.path.join(path, "log.jsonl"), -1
+    for record in log:
+        if record.get("loss", 0) is None:
+            record["loss"] = math.nan
+        heads = {head: test for head, test in HEADS.items() if head in record}
+        check(record, RECORD | heads, where)
+        record |= {head: UNMEASURED | record[head] for head in heads}
+        if record["epoch"] <= last:
+            raise UserError(f"{shown(where)} is damaged: epoch {record['epoch']} follows on {last}")
+        last = record["epoch"]
+    return log
 
 
 # ---- Runs and networks in a picture --------------------------------------------------------------
@@ -48,9 +145,10 @@ class Log:
     def data_text(self):
         """The data of the run, for the lines below a picture."""
         config = read_json(self.path, "config.json")
-        dataset, counts = config["dataset"], config["counts"]
+        check(config, CONFIG, os.path.join(self.path, "config.json"))
+        dataset, counts = shown(config["dataset"]), config["counts"]
         if os.path.exists(os.path.join(self.path, "result.json")):
-            dataset = read_json(self.path, "result.json")["dataset"]        # "CIFAR-10-LT"
+            dataset = run_result(self.path, "dataset")["dataset"]           # "CIFAR-10-LT"
         return f"{dataset} (imb {max(counts) / min(counts):.4g}, {sum(counts):,} images)"
 
 
@@ -67,10 +165,15 @@ class Subject(Log):
 
 
 def legend_labels(paths):
-    """What distinguishes the names of runs, for a legend; an empty label if there is only one."""
+    """What distinguishes the names of runs, for a legend; an empty label if there is only one.
+
+    Whole paths where two runs have the same name.
+    """
     names = [short_name(path) for path in paths]
     if len(names) == 1:
         return [""]
+    if len(set(names)) < len(names):
+        return [shown(path) for path in paths]
     common = set.intersection(*(set(name.split("_")) for name in names))
     labels = ["_".join(part for part in name.split("_") if part not in common) for name in names]
     return labels if all(labels) and len(set(labels)) == len(labels) else names
@@ -122,8 +225,8 @@ def load(path, rt, data_flags=None, norm=None, size=None, mirror=False):
     if mirror:
         add_mirror(network)
     if network.data and network.data != data.fingerprint and not data_flags:
-        print(f"{path}: its images have changed since it was trained; some of the test images may "
-              "have been training images", file=sys.stderr)
+        print(f"{shown(path)}: its images have changed since it was trained; some of the test "
+              "images may have been training images", file=sys.stderr)
     network.net.to(rt.device)
     return network, args, data
 

@@ -47,22 +47,26 @@ class Predictor(nn.Module):
 def find_images(names):
     """Files, folders (searched through) and patterns like 'photos/*.jpg' -> paths in natural order.
 
-    Raises UserError for a name that matches nothing.
+    Each once. Folders that cannot be read are named on stderr. Raises UserError for a name that
+    matches nothing.
     """
-    paths = []
+    paths, problems = [], []
     for name in names:
-        if os.path.isdir(name):
-            paths += sorted(files.walk(name, [], Counter()), key=files.natural)
-        elif os.path.exists(name):
-            paths.append(name)
-        else:
+        matches = [name]
+        if not os.path.exists(name):
             matches = sorted(glob.glob(name, recursive=True), key=files.natural)
             if not matches:
                 raise UserError(f"there is no file, folder or match for {name}")
-            paths += matches
+        for match in matches:
+            if os.path.isdir(match):
+                paths += sorted(files.walk(match, problems, Counter()), key=files.natural)
+            else:
+                paths.append(match)
+    for problem in problems:
+        print(problem, file=sys.stderr)
     if not paths:
         raise UserError(f"there are no images in {', '.join(names)}")
-    return paths
+    return list(dict.fromkeys(paths))
 
 
 @torch.no_grad()

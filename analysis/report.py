@@ -9,6 +9,7 @@ reader's light or dark setting; pictures keep their white ground.
 import base64
 import re
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 
 from analysis import accuracy, drawing, figures, run_figures
@@ -16,6 +17,7 @@ from engine.datasets import describe
 from engine.evaluation import COLUMNS
 from engine.networks import short_name
 from engine.runtime import UserError
+from images.files import DataError, visible
 
 
 # ---- What the page of a network holds ------------------------------------------------------------
@@ -36,27 +38,42 @@ def build(path, network, args, data, rt, labels, flags, load_flags):
     """
     results = accuracy.accuracies(network, args, data, rt)
     means = "Accuracy on the test set; head, mid and tail are means over the classes of a group."
-    class_picture = drawing.as_png(run_figures.class_accuracy(results, data))
-    sections = [Section("Result", means, result_rows(results)),
-                Section("Accuracy per class", "", accuracy.class_rows(results, data), class_picture,
-                        folded=True)]
-    left_out = []
-    for name, heading in HEADINGS[network.kind].items():
-        rt.print(f"{name} ...")
-        try:
-            figure = figures.draw(name, [path], rt, labels, flags, load_flags)
-        except UserError as error:
-            left_out.append({"figure": name, "why": str(error)})
-            continue
+    per_class = Section("Accuracy per class", "", accuracy.class_rows(results, data), folded=True)
+    sections, left_out = [Section("Result", means, result_rows(results)), per_class], []
+
+    def draw_classes():
+        per_class.picture = drawing.as_png(run_figures.class_accuracy(results, data))
+
+    def draw(name, heading):
+        figure = figures.draw(name, [path], rt, labels, flags, load_flags)
         picture = drawing.as_png(drawing.without_text(figure.figure))
         sections.append(Section(heading, figure.note, figure.table, picture, folded=True))
+    drawings = {"accuracy per class": draw_classes}
+    for name, heading in HEADINGS[network.kind].items():
+        drawings[name] = partial(draw, name, heading)
+    for name, draw_section in drawings.items():
+        rt.print(f"{name} ...")
+        try:
+            draw_section()
+        except Exception as error:              # whatever it is, the other sections are right
+            left_out.append({"figure": name, "why": why(error)})
+            drawing.plt.close("all")
     if network.config:
         settings = [{"setting": name, "value": str(value)}
                     for name, value in sorted(network.config.items())]
         sections.append(Section("Settings", "", settings))
     if left_out:
-        sections.append(Section("Left out", "What does not apply to this network.", left_out))
+        text = "What does not apply to this network, or could not be drawn."
+        sections.append(Section("Left out", text, left_out))
     return page(short_name(path), f"{network.what}; on {describe(data, args)}.", sections)
+
+
+def why(error):
+    """Why there is no figure, one line: what a person can put right, or which exception it was."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (UserError, DataError)):
+        return text
+    return f"drawing it failed with {type(error).__name__}: {text}"
 
 
 def result_rows(results):
@@ -132,24 +149,29 @@ class Section:
     folded: bool = False        # show the table only when the reader opens it
 
 
+def html(text):
+    """Text as HTML: markup and what is not seen is escaped."""
+    return escape(visible(text))
+
+
 def page(title, lead, sections):
     """The whole page, a str. All text is taken as text, not as HTML."""
     links, body = "", ""
     for section in sections:
         anchor = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-")
-        links += f'<a href="#{anchor}">{escape(section.title)}</a>'
+        links += f'<a href="#{anchor}">{html(section.title)}</a>'
         body += f'<section id="{anchor}">{section_html(section)}</section>\n'
-    return PAGE.format(title=escape(title), lead=escape(lead), links=links, body=body, style=STYLE)
+    return PAGE.format(title=html(title), lead=html(lead), links=links, body=body, style=STYLE)
 
 
 def section_html(section):
-    parts = [f"<h2>{escape(section.title)}</h2>"]
+    parts = [f"<h2>{html(section.title)}</h2>"]
     if section.picture:
         data = base64.b64encode(section.picture).decode()
-        parts.append(f'<figure><img alt="{escape(section.title)}" '
+        parts.append(f'<figure><img alt="{html(section.title)}" '
                      f'src="data:image/png;base64,{data}"></figure>')
     if section.text:
-        parts.append(f'<p class="soft">{escape(section.text)}</p>')
+        parts.append(f'<p class="soft">{html(section.text)}</p>')
     if section.table:
         table = f'<div class="wide">{table_html(section.table)}</div>'
         if section.folded:
@@ -160,11 +182,11 @@ def section_html(section):
 
 def table_html(rows):
     """Rows as a table; numbers are right-aligned."""
-    head = "".join(f'<th class="{cell_class(value)}">{escape(key)}</th>'
+    head = "".join(f'<th class="{cell_class(value)}">{html(key)}</th>'
                    for key, value in rows[0].items())
     body = ""
     for row in rows:
-        cells = [f'<td class="{cell_class(value)}">{escape(str(value))}</td>'
+        cells = [f'<td class="{cell_class(value)}">{html(str(value))}</td>'
                  for value in row.values()]
         body += f"<tr>{''.join(cells)}</tr>\n"
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>\n</table>"

@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis import drawing, student_figures
 from analysis.drawing import COLORS, NAMES, TOKENS, Figure, plt
-from engine.checkpoints import read_json, read_log
+from analysis.loading import run_log, run_result
 from engine.evaluation import COLUMNS
 from engine.networks import short_name
 from engine.runtime import UserError
@@ -20,7 +20,7 @@ from engine.runtime import UserError
 def mark_drw(axis, log, color="#888888", text=False):
     """A vertical line at --drw-epoch, where the last stage of the training began.
 
-    Whether the method re-weights classes from then on or not. log: the epochs of read_log.
+    Whether the method re-weights classes from then on or not. log: the epochs of run_log.
     """
     switch = next((record["epoch"] for record in log if record["drw"]), 0)
     if switch == 0:
@@ -43,7 +43,7 @@ def diversity(logs, rt):
     figure, axes = plt.subplots(2, len(logs), figsize=(max(6.5, 4.2 * len(logs)), 6), squeeze=False,
                                 sharey="row", sharex="col", layout="constrained")
     for (top, bottom), run in zip(axes.T, logs):
-        log = read_log(run.path)
+        log = run_log(run.path)
         run_rows = diversity_rows(run, log)
         if not run_rows:
             raise UserError(f"{run.path} has no distances of CLS and DIST in its log: name runs "
@@ -77,7 +77,7 @@ def diversity_rows(run, log):
     """A row for each evaluated epoch of a student with both tokens."""
     rows = []
     for record in log:
-        if record.get("cosine") is None:
+        if record.get("cosine") is None or not TOKENS.keys() <= record.keys():
             continue
         row = {"run": run.name, "epoch": record["epoch"] + 1, "drw": record["drw"],
                "cosine distance": round(1 - record["cosine"], 4)}
@@ -107,17 +107,18 @@ def curves(logs, rt):
     panels |= {column: f"test accuracy, {column}, %" for column in COLUMNS}
     figure, axes = plt.subplots(2, 3, figsize=(11.5, 6.4), layout="constrained")
     for i, run in enumerate(logs):
-        log, color = read_log(run.path), drawing.run_color(i)
+        log, color = run_log(run.path), drawing.run_color(i)
         run_rows = curve_rows(run, log)
         for axis, column in zip(axes.flat, panels):
             shown = [row for row in run_rows if column in row]
             axis.plot([row["epoch"] for row in shown], [row[column] for row in shown], color=color,
-                      label=run.label, marker="." if column in COLUMNS else None)
+                      marker="." if column in COLUMNS else None,
+                      label=drawing.join_label(run.label))
             mark_drw(axis, log, color)
         rows += run_rows
         evaluated = [row for row in run_rows if "overall" in row]
-        for row in evaluated[-1:]:
-            table.append(row | {"loss": round(row["loss"], 4), "lr": f"{row['lr']:.1e}"})
+        row = (evaluated or run_rows)[-1]
+        table.append(row | {"loss": round(row["loss"], 4), "lr": f"{row['lr']:.1e}"})
     for axis, (column, name) in zip(axes.flat, panels.items()):
         drawing.label_axes(axis, "epoch", name)
         drawing.whole_numbers(axis.xaxis)
@@ -153,7 +154,7 @@ def imbalance(logs, rt, labels=None):
     From each run's result.json: the prediction's tail accuracy at the last epoch. Without `labels`,
     runs are labelled by method and model. Runs of one label and one imbalance are repetitions.
     """
-    results = [read_json(run.path, "result.json") for run in logs]
+    results = [run_result(run.path, "method", "model", "imb", "seed", "avg") for run in logs]
     names = labels or [f"{result['method']} {result['model']}" for result in results]
     rows = [{"series": name, "run": short_name(run.path), "imbalance": result["imb"],
              "seed": result["seed"], "overall %": result["avg"]["overall"],
@@ -168,7 +169,7 @@ def imbalance(logs, rt, labels=None):
                 points.setdefault(row["imbalance"], []).append(row["tail %"])
         color = drawing.run_color(i)
         axis.plot(list(points), [np.mean(tail) for tail in points.values()], color=color,
-                  marker="os^Dv"[i % 5], label=name)
+                  marker="os^Dv"[i % 5], label=drawing.join_label(name))
         for imb, tail in points.items():
             axis.plot([imb] * len(tail), tail, ".", color=color, markersize=4, alpha=0.6)
             table.append({"series": name, "imbalance": imb, "runs": len(tail),
@@ -202,7 +203,7 @@ def draw_classes(axis, per_class, data):
     axis.set_ylim(0, 100)
     axis.set_ylabel("test accuracy, %")
     if len(x) <= 20:
-        ticks = [f"{name}\n{n}" for name, n in zip(data.class_names, counts)]
+        ticks = [f"{drawing.short(name)}\n{n}" for name, n in zip(data.class_names, counts)]
         axis.set_xticks(x, ticks, fontsize=8)
         axis.set_xlabel("class, and its training images")
     else:
@@ -242,8 +243,9 @@ def confusion_matrix(confusion, data, title):
     picture = axis.imshow(percent.numpy(), cmap="viridis", vmin=0, vmax=100)
     figure.colorbar(picture, ax=axis, label="% of the test images of a class")
     if K <= 30:
-        axis.set_xticks(range(K), data.class_names, rotation=90)
-        axis.set_yticks(range(K), data.class_names)
+        names = [drawing.short(name) for name in data.class_names]
+        axis.set_xticks(range(K), names, rotation=90)
+        axis.set_yticks(range(K), names)
     if K <= 12:
         for label, predicted in (percent > 0.5).nonzero().tolist():
             value = float(percent[label, predicted])
@@ -261,6 +263,10 @@ def summary(subject, result, log):
     subject: a loading.Subject. result: its result.json. log: the epochs of its log.jsonl.
     """
     data, columns = subject.data, 10
+    for head, accuracies in result["per_class"].items():
+        if len(accuracies) != data.num_classes:
+            raise UserError(f"{subject.path}: result.json is of another run: it has {head} on "
+                            f"{len(accuracies)} classes, the run has {data.num_classes}")
     figure = plt.figure(figsize=(13, 8.2))
     grid = figure.add_gridspec(2, 1, height_ratios=[1.25, 1], hspace=0.32)
     top = grid[0].subgridspec(1, 2, width_ratios=[1.6, 1], wspace=0.16)

@@ -79,7 +79,7 @@ def draw_maps(rows, subject, index):
         for axis, image, heat, predicted, label in zip(row, images, maps, predictions, labels):
             drawing.show_map(axis, image, heat)
             right = predicted == label
-            axis.set_title(data.class_names[predicted], fontsize=8,
+            axis.set_title(drawing.short(data.class_names[predicted]), fontsize=8,
                            fontweight="bold" if right else "normal",
                            color="black" if right else "#777777")
         drawing.row_label(row[0], f"{subject.label} {NAMES[token]}".strip())
@@ -153,7 +153,8 @@ def distance(subjects, rt, classes=None, images=None):
         x = 1 + np.arange(len(pixels)) + offset
         axis.plot(x[:, None].repeat(pixels.shape[1], 1), pixels, "o", color=drawing.run_color(i),
                   markersize=4.5, alpha=0.65)
-        axis.plot(x, pixels.mean(axis=1), color=drawing.run_color(i), linewidth=1.6, label=s.label)
+        axis.plot(x, pixels.mean(axis=1), color=drawing.run_color(i), linewidth=1.6,
+                  label=drawing.join_label(s.label))
         axis.axhline(even, color="#888888", linestyle=":", linewidth=1)
         for block, heads in enumerate(pixels, 1):
             for head, px in enumerate(heads, 1):
@@ -236,7 +237,7 @@ def finish_rank(axes, tail):
         drawing.whole_numbers(axis.yaxis)
         axis.set_ylim(0, 1.08 * highest)
     axes[2].axhline(1, color="#888888", linestyle=":", linewidth=1)
-    axes[2].set_yscale("log")
+    drawing.log_scale(axes[2])
     axes[2].set_ylim(0.1, 100)
     axes[2].set_xlim(0, 1.6 * highest)
     drawing.label_axes(axes[2], "directions kept", "lost of the squared length, %",
@@ -326,8 +327,8 @@ def draw_training_image(axis, image, target, label, data):
     if label is not None:
         agrees = label == classes[0]
         row |= {"teacher": data.class_names[label], "agrees": agrees}
-        axis.text(0.5, 1.02, data.class_names[label], transform=axis.transAxes, ha="center",
-                  va="bottom", fontsize=8, fontweight="bold" if agrees else "normal",
+        axis.text(0.5, 1.02, drawing.short(data.class_names[label]), transform=axis.transAxes,
+                  ha="center", va="bottom", fontsize=8, fontweight="bold" if agrees else "normal",
                   color=drawing.COLORS["cls" if agrees else "dist"])
         parts.append("")                                            # a line for the teacher's
     drawing.show_image(axis, image, "\n".join(parts))

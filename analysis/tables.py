@@ -3,20 +3,24 @@ import csv
 import json
 import math
 import os
+import re
 import sys
 from io import StringIO
 
-from engine.checkpoints import read_json, write_atomically
+from analysis.loading import run_result
+from engine.checkpoints import write_atomically
 from engine.evaluation import COLUMNS
 from engine.networks import short_name
+from engine.runtime import UserError
+from images.files import shown, visible
 
 
 def as_text(rows):
     """Rows as an aligned text table; a column of text is left-aligned, of numbers right-aligned."""
-    lines = [list(rows[0])]
-    lines += [[str(value) for value in row.values()] for row in rows]
+    columns = columns_of(rows)
+    lines = [columns] + [[str(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*lines)]
-    is_text = [isinstance(value, str) for value in rows[0].values()]
+    is_text = [isinstance(rows[0].get(column), str) for column in columns]
     text = []
     for line in lines:
         cells = [cell.ljust(width) if left else cell.rjust(width)
@@ -25,15 +29,29 @@ def as_text(rows):
     return "\n".join(text)
 
 
+def columns_of(rows):
+    """The names of all columns, in the order in which they come first."""
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
 def as_csv(rows):
     """Rows as CSV text; a row may lack some of the columns."""
-    text, columns = StringIO(), {}
-    for row in rows:
-        columns |= row                                              # a dict keeps the order
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    text = StringIO()
+    writer = csv.DictWriter(text, columns_of(rows), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({column: csv_cell(value) for column, value in row.items()})
     return text.getvalue()
+
+
+def csv_cell(value):
+    """The value, or its text with a "'" before all that a spreadsheet would take for a formula.
+
+    Where the comma is the decimal sign, spreadsheets begin a cell after each ";" too.
+    """
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"(^|;)(?=\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])", r"\1'", value)
 
 
 def as_json(numbers):
@@ -41,31 +59,61 @@ def as_json(numbers):
 
 
 def write(path, content):
-    """Write bytes or text; returns the path."""
+    """Write bytes or text; returns the path. UserError if it cannot be written."""
     if isinstance(content, str):
-        content = content.encode()
-    write_atomically(path, lambda file: file.write(content))
+        content = content.encode("utf-8", "backslashreplace")       # paths that are not UTF-8
+    if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
+        write_through(path, content)
+    else:
+        write_atomically(path, lambda file: file.write(content))
     return path
 
 
-def print_runs(folders):
+def write_through(path, content):
+    """Write into a link's file, a pipe or a device, none of which may be replaced by a file."""
+    try:
+        with open(path, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def print_runs(folders, rt):
     """A markdown table with a line for each finished run; the others are named on stderr."""
     columns = ["run", "data", *COLUMNS, "epochs", "seed", "minutes", "hardware", "date", "command"]
-    print(markdown(columns))
-    print(markdown(["---"] * len(columns)))
+    rt.print(markdown(columns))
+    rt.print(markdown(["---"] * len(columns)))
     for folder in folders:
         if not os.path.exists(os.path.join(folder, "result.json")):
-            print(f"{folder}: no finished run", file=sys.stderr)
+            print(f"{shown(folder)}: no finished run", file=sys.stderr)
             continue
-        result = read_json(folder, "result.json")
+        try:
+            result = run_result(folder, "dataset", "imb", "avg", "epochs", "seed", "seconds",
+                                "hardware", "command")
+        except UserError as error:
+            print(visible(str(error)), file=sys.stderr)
+            continue
         accuracies = [result["avg"][column] for column in COLUMNS]
-        print(markdown([
-            f"`{short_name(folder)}`",
-            f"{result['dataset']}, imb {result['imb']:g}",
+        rt.print(markdown([
+            code(short_name(folder)),
+            plain(f"{result['dataset']}, imb {result['imb']:g}"),
             *("-" if math.isnan(a) else f"{a:.1f}" for a in accuracies),
-            result["epochs"], result["seed"], f"{result['seconds'] / 60:.0f}", result["hardware"],
-            result.get("date", ""), f"`{result['command']}`"]))
+            result["epochs"], result["seed"], f"{result['seconds'] / 60:.0f}",
+            plain(result["hardware"]), plain(str(result.get("date", ""))),
+            code(result["command"])]))
 
 
 def markdown(cells):
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def plain(text):
+    """Text as a cell of a markdown table, in which it begins no markup and no other cell."""
+    return re.sub(r"([\\`*<\[|])", r"\\\1", text)
+
+
+def code(text):
+    """Text as code in a cell of a markdown table."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, blank = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{blank}{text}{blank}{fence}".replace("|", r"\|")

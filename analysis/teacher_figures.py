@@ -44,7 +44,7 @@ def entropy(subjects, rt, images=None):
             for low, high, value in zip(edges, edges[1:], share):
                 rows.append(entry | {"from nats": round(low, 4), "to nats": round(high, 4),
                                      "share %": round(value, 3)})
-        axis.set_yscale("log")
+        drawing.log_scale(axis)
         axis.set_ylim(0.1, 150)
         axis.set_xlim(0, edges[-1])
         drawing.label_axes(axis, f"entropy, nats (at most ln {K} = {edges[-1]:.2f})", "", s.label)

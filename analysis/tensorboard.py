@@ -1,7 +1,5 @@
 """A run's log as TensorBoard event files: python analyze.py tensorboard RUN ..."""
-import math
-
-from engine.checkpoints import read_log
+from analysis.loading import is_number, run_log
 from engine.runtime import UserError
 
 
@@ -14,7 +12,7 @@ def scalars(record):
         else:
             numbers[name] = value
     return {name: float(value) for name, value in numbers.items()
-            if isinstance(value, (int, float)) and not math.isnan(value)}
+            if isinstance(value, bool) or is_number(value)}
 
 
 def write_events(run, folder):
@@ -23,7 +21,7 @@ def write_events(run, folder):
     What this folder's older event files say of the run is hidden, so it may be repeated as a run
     goes on. Raises UserError without the package tensorboard.
     """
-    log = read_log(run)
+    log = run_log(run)
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from engine.runtime import UserError
+from images.files import shown_classes
 
 
 # ---- Writing -------------------------------------------------------------------------------------
@@ -249,6 +250,9 @@ def load_checkpoint(path, keys=("model", "config")):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     if any(key not in state for key in keys):
         raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(keys)}")
+    names = state.get("class_names")
+    if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+        state["class_names"] = shown_classes(names, path)
     if is_run(state):
         try:
             check_run(state)

@@ -40,6 +40,7 @@ import vit
 from engine.checkpoints import (are_names, check_tensors, is_run, load_checkpoint, load_weights,
                                 one_line)
 from engine.runtime import UserError
+from images.files import shown
 
 NORMALISATIONS = {  # mean and standard deviation of the pixels that a network was trained on
     "cifar": (resnet.CIFAR_MEAN, resnet.CIFAR_STD),
@@ -438,7 +439,7 @@ def teacher_files(path):
 
 def short_name(path):
     """The name of a run or teacher in other runs' names and in pictures."""
-    return "+".join(os.path.basename(os.path.normpath(file)) for file in teacher_files(path))
+    return "+".join(shown(os.path.basename(os.path.abspath(file))) for file in teacher_files(path))
 
 
 def load_teacher(path, data, rt, norm=None, size=None):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from images.files import DataError
+from images.files import DataError, visible
 
 try:
     LIBC = ctypes.CDLL("libc.so.6")         # Linux
@@ -79,7 +79,7 @@ def run_main(main):
     except (UserError, DataError) as error:
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(5)       # all ranks have the same error: let rank 0 print it, then torchrun
-        print(f"error: {error}", file=sys.stderr)                   # ends the others
+        print(f"error: {visible(str(error))}", file=sys.stderr)     # ends the others
         code = 2
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
@@ -87,7 +87,7 @@ def run_main(main):
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(visible(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
         code = 2
     except SystemExit as error:
         code = error.code
@@ -198,7 +198,7 @@ class Runtime:
 
     def print(self, *args):
         if self.main:
-            print(*args, flush=True)
+            print(*(visible(str(arg)) for arg in args), flush=True)
 
     def hardware(self):
         """For people: the GPU's name, or the CPU's with the threads in use."""
@@ -295,7 +295,7 @@ def exit_together(error, rt):
     if rt.world == 1:
         raise error
     if rt.main:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {visible(str(error))}", file=sys.stderr, flush=True)
     dist.barrier()
     sys.exit(2)
 

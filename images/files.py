@@ -4,7 +4,7 @@ r"""Which image files there are, and of which class: folders, and lists of files
 in two arrays, so that a million images need no million Python objects.
 
     links that lead in a circle                 followed once
-    names that are not UTF-8                    shown escaped
+    names that are not UTF-8, control codes     shown escaped, see `shown`
     names in two Unicode forms                  one class (NFC)
     a run's folder among the images             passed over
 
@@ -73,9 +73,44 @@ class Files:
         return np.bincount(self.labels, minlength=len(self.class_names))
 
 
-def shown(path):
-    """A path, bytes or text, as text for people: what is not UTF-8 is escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+def shown(name):
+    r"""A path or a name, bytes or text, as one line of text for people.
+
+    Escaped are bytes that are not UTF-8, line breaks, blanks at the ends and what else `visible`
+    escapes: "\x1b[2J", "\x0a", "\u202e". What has been shown already stays as it is, so names of
+    classes are kept, compared and written like this.
+    """
+    return re.sub(r"\A\s+|\s+\Z|\n", lambda blank: "".join(map(escape, blank[0])),
+                  visible(os.fsdecode(name)))
+
+
+def shown_classes(names, where):
+    """The names of a data set's or a network's classes, shown. DataError if two become one."""
+    classes = [shown(name) for name in names]
+    for name, n in Counter(classes).items():
+        if n > 1:
+            raise DataError(f"{shown(where)} has {n} classes that are shown as {name}, perhaps in "
+                            "two Unicode forms: make them one, or rename all but one")
+    return classes
+
+
+def visible(text):
+    """Text with all characters escaped that a terminal would obey, or that nobody sees.
+
+    Control and format characters, line separators, surrogates; line breaks are kept.
+    """
+    hidden = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+    return text.translate({ord(c): escape(c) for c in hidden - {"\n"}})
+
+
+def escape(character):
+    r"""A character as Python writes it in a string: \x1b, \u202e."""
+    code = ord(character)
+    if 0xdc80 <= code <= 0xdcff:        # os.fsdecode's surrogate for a byte that is not UTF-8
+        code -= 0xdc00
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def natural(name):
@@ -163,16 +198,13 @@ def list_folder(root):
     if not classes:
         raise DataError(f"{shown(root)} has no class folders: images are expected as "
                         f"{shown(os.path.join(root, '<class>', '*.jpg'))}")
-    names = [shown(unicodedata.normalize("NFC", name)) for name in classes]
+    names = shown_classes([unicodedata.normalize("NFC", name) for name in classes], root)
     folders = [os.path.join(root, name) for name in classes]
     identities = [identity(folder) for folder in (root, *folders)]
     paths, labels, problems = [], [], []
     if beside:
         problems.append(f"images in {shown(root)} itself, in no class folder: {some(beside)}")
     for k, folder in enumerate(folders):
-        if names[k] in names[:k]:
-            raise DataError(f"{shown(root)} has two folders called {names[k]}, in two Unicode "
-                            "forms; make them one folder")
         if identities[1 + k] in identities[:1 + k]:
             other = (root, *folders)[identities.index(identities[1 + k])]
             problems.append(f"class folder {shown(folder)} is a link to {shown(other)}")
