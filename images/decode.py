@@ -231,7 +231,9 @@ def require_file(path):
 def opened(path):
     """A file as a PIL image that is not decoded yet. OSError if it is none of FORMATS."""
     require_file(path)
-    return Image.open(path, formats=FORMATS)
+    image = Image.open(path, formats=FORMATS)
+    image.filename = ""     # else PIL maps it into memory, where uncompressed TIFF files that lie on
+    return image            # their side are read wrongly, and one that is cut ends the process
 
 
 def turn(image):

@@ -1,5 +1,6 @@
 """Folders of pictures such as people have, whole and damaged, for several test files."""
 import os
+import struct
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,28 @@ def picture(w=40, h=30, seed=0):
 def close(image, other, by=3):
     """Do two pictures differ by less than `by` of 255 on average?"""
     return np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int)).mean() < by
+
+
+def write_tiff(path, levels, photometric=1, orientation=1):
+    """A TIFF file of any integers (H,W), in their own byte order, signed or not, uncompressed."""
+    order = ">" if levels.dtype.byteorder == ">" else "<"
+    h, w = levels.shape
+    content = levels.tobytes()
+    tags = {256: w, 257: h, 258: 8 * levels.itemsize, 259: 1, 262: photometric, 273: 8,
+            274: orientation, 277: 1, 278: h, 279: len(content),
+            339: 2 if levels.dtype.kind == "i" else 1}
+    directory = struct.pack(order + "H", len(tags))
+    for tag, value in tags.items():
+        directory += struct.pack(order + "HHII", tag, 4, 1, value)
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    path.write_bytes(magic + struct.pack(order + "I", 8 + len(content)) + content + directory
+                     + bytes(4))
+
+
+def write_pgm(path, levels, white):
+    """A PGM file of levels (H,W) from 0 to white, which it states."""
+    h, w = levels.shape
+    path.write_bytes(b"P5 %d %d %d\n" % (w, h, white) + levels.astype(">u2").tobytes())
 
 
 def make_folder(root, n=6, size=(36, 40), classes=("apple pie", "Bär", "c,3")):
