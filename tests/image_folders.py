@@ -51,6 +51,20 @@ def make_folder(root, n=6, size=(36, 40), classes=("apple pie", "Bär", "c,3")):
     return root
 
 
+def deepen(folder, step=16):
+    """Make all pictures below a folder gray, as PNG files of 8 bits beside ones of 16 bits with
+    `step` times the level. Returns ([paths of 8 bits], [paths of 16 bits])."""
+    eight, deep = [], []
+    for path in sorted(folder.rglob("*.*")):
+        levels = np.asarray(Image.open(path).convert("L")).astype(np.uint16)
+        path.unlink()
+        for paths, ending, image in ((eight, ".8.png", levels.astype(np.uint8)),
+                                     (deep, ".16.png", levels * step)):
+            paths.append(path.with_suffix(ending))
+            Image.fromarray(image).save(paths[-1])
+    return eight, deep
+
+
 def damage(root):
     """Damage a folder in every way. Returns {file name: words that its line must have}."""
     folder = root / "train" / "apple pie"
