@@ -112,6 +112,14 @@ def is_image(name):
     return name.lower().endswith(IMAGE_FILES)
 
 
+def is_folder(entry):
+    """Is an os.DirEntry a folder, or a link to one? No file is asked for that; False for errors."""
+    try:
+        return entry.is_dir()
+    except OSError:                                     # a link to itself
+        return False
+
+
 def are_of_a_run(names):
     """Are these the names of the files in a run's folder?"""
     names = set(names)
@@ -130,7 +138,7 @@ def is_run(folder):
 
 
 def subfolders(root, ignored=None):
-    """(names of the folders in root, names of the images in it), both in natural order.
+    """(names of the folders in root, in natural order, names of the images in it).
 
     Runs are left out, see also left_out. DataError if there is no such folder.
     """
@@ -140,7 +148,7 @@ def subfolders(root, ignored=None):
         for entry in os.scandir(root):
             if left_out(entry, ignored):
                 continue
-            if os.path.isdir(entry.path):                       # False for a link to itself
+            if is_folder(entry):
                 if not is_run(entry.path):
                     folders.append(entry.name)
             elif is_image(entry.name):
@@ -149,7 +157,7 @@ def subfolders(root, ignored=None):
         raise DataError(f"there is no folder {shown(root)}") from None
     except OSError as error:
         raise DataError(f"cannot read {shown(error.filename)}: {error.strerror}") from None
-    return sorted(folders, key=natural), sorted(images, key=natural)
+    return sorted(folders, key=natural), sorted(images)
 
 
 def list_folder(root):
@@ -165,7 +173,9 @@ def list_folder(root):
                         f"{shown(os.path.join(root, '<class>', '*.jpg'))}")
     names = [shown(unicodedata.normalize("NFC", name)) for name in classes]
     folders = [os.path.join(root, name) for name in classes]
-    identities = [identity(folder) for folder in (root, *folders)]
+    places = {}                                     # {identity: the folder, rather than a link}
+    for folder in sorted((root, *folders), key=os.path.islink):
+        places.setdefault(identity(folder), folder)
     paths, labels, problems = [], [], []
     if beside:
         problems.append(f"images in {shown(root)} itself, in no class folder: {some(beside)}")
@@ -173,12 +183,11 @@ def list_folder(root):
         if names[k] in names[:k]:
             raise DataError(f"{shown(root)} has two folders called {names[k]}, in two Unicode "
                             "forms; make them one folder")
-        if identities[1 + k] in identities[:1 + k]:
-            other = (root, *folders)[identities.index(identities[1 + k])]
-            problems.append(f"class folder {shown(folder)} is a link to {shown(other)}")
+        here = identity(folder)
+        if places[here] != folder:
+            problems.append(f"class folder {shown(folder)} is the same as {shown(places[here])}")
             continue
-        elsewhere = set(identities) - {identities[1 + k]}
-        images = sorted(walk(folder, problems, ignored, elsewhere), key=natural)
+        images = sorted(walk(folder, problems, ignored, set(places) - {here}), key=natural)
         if not images:
             problems.append(f"class folder {shown(folder)} has no images")
         paths += [os.fsencode(path) for path in images]
@@ -203,7 +212,7 @@ def identity(folder):
 def left_out(entry, ignored):
     """Is an os.DirEntry hidden, or a folder of SYSTEM_FOLDERS? Folders and images are counted."""
     hidden = entry.name.startswith(".")
-    if os.path.isdir(entry.path):
+    if is_folder(entry):
         hidden = hidden or entry.name.lower() in SYSTEM_FOLDERS
         if hidden:
             ignored[f"folder {shown(entry.name)}"] += 1
@@ -238,7 +247,7 @@ def walk(folder, problems, ignored, elsewhere=frozenset()):
         for entry in entries:
             if left_out(entry, ignored):
                 continue
-            if os.path.isdir(entry.path):               # False for a link to itself
+            if is_folder(entry):
                 waiting.append(entry.path)
             elif is_image(entry.name):
                 yield entry.path
@@ -271,7 +280,7 @@ def list_file(path, root, num_classes):
         if not is_label or int(label) >= num_classes:
             problems.append(f"{shown(path)}, line {number}: {shown(line[:80])!r} is not a path and "
                             f"a class from 0 to {num_classes - 1}")
-        elif name.startswith((b"/", b"../")):
+        elif os.path.isabs(name) or name.split(b"/")[0] == b"..":
             problems.append(f"{shown(path)}, line {number}: {shown(image)} is not a path below "
                             f"{shown(root)}")
         elif name in first_line:

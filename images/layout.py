@@ -1,8 +1,8 @@
 r"""Which folder of a data set is to train on, which to test on, and which folders are classes.
 
     root/<class>/**                     one folder of classes
-    root/train/<class>/**               also training; trainset, train_images, ...; in any case
-    root/test/<class>/** or root/val    also testing; valid, validation
+    root/train/<class>/**               also training, trainset, train_images, train2017, ...
+    root/test/<class>/** or root/val    also testing, validation, valid, eval, ...; in any case
 
 What may mean something else is refused: the message draws what was found and says what to do.
 Hidden folders and runs are passed over.
@@ -14,8 +14,9 @@ from collections import Counter
 
 from images.files import DataError, shown, some, subfolders, walk
 
-SPLIT = re.compile(r"(?:(?P<train>train|training)|(?P<val>val|valid|validation)|"
-                   r"(?P<test>test|testing))(?:[ _-]*(?:set|data|images))?", re.IGNORECASE)
+SPLIT = re.compile(r"(?:(?P<train>train|training|trn)|(?P<val>val|valid|validation|dev)|"
+                   r"(?P<test>test|testing|tst|eval|evaluation))"
+                   r"(?:[ _-]*(?:set|split|data|images))?(?:[ _-]*\d+)?", re.IGNORECASE)
 
 
 def split_of(name):
@@ -127,18 +128,22 @@ def has_images(folder):
 
 
 def refuse_layout(root, reason, advice):
-    """Raise DataError with a drawing of the folder."""
-    raise DataError("\n".join([f"{reason}:", *tree(root), advice]))
+    """Raise DataError with a drawing of the folder, fifteen lines at most."""
+    lines = tree(root, shown(root))
+    if len(lines) > 15:
+        lines[14:] = ["      ..."]
+    raise DataError("\n".join([f"{reason}:", *lines, advice]))
 
 
-def tree(folder, depth=2, indent=2):
+def tree(folder, name, depth=4):
     """A folder as it was found, lines of text: its folders and how many images lie in each."""
     folders, images = subfolders(folder)
-    name = shown(folder) if indent == 2 else shown(os.path.basename(folder))
-    lines = [" " * indent + f"{name}/" + (f"  {len(images)} images" if images else "")]
-    if depth > 0:
-        for name in folders[:5]:
-            lines += tree(os.path.join(folder, name), depth - 1, indent + 4)
-        if len(folders) > 5:
-            lines.append(" " * (indent + 4) + f"and {len(folders) - 5} more folders")
+    lines = [f"  {name}/" + (f"  {len(images)} images" if images else "")]
+    if depth == 1:
+        return lines
+    for inner in folders[:5]:
+        below = tree(os.path.join(folder, inner), shown(inner), depth - 1)
+        lines += ["    " + line for line in below]
+    if len(folders) > 5:
+        lines.append(f"      and {len(folders) - 5} more folders")
     return lines
