@@ -128,8 +128,10 @@ def are_of_a_run(names):
 
 def is_run(folder):
     """Is this a run's folder, or one that holds nothing but runs?"""
-    with os.scandir(folder) as entries:
-        entries = list(entries)
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:                                     # walk makes a problem of it
+        return False
     if are_of_a_run(entry.name for entry in entries):
         return True
     inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]

@@ -16,6 +16,15 @@ def close(image, other, by=3):
     return np.abs(np.asarray(image, dtype=int) - np.asarray(other, dtype=int)).mean() < by
 
 
+def write_files(root, counts):
+    """Write n files of different content, named as images, for each {folder: n}. Returns root."""
+    for folder, n in counts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            (root / folder / f"{i}.jpg").write_text(f"{folder} {i}")
+    return root
+
+
 def make_folder(root, n=6, size=(36, 40), classes=("apple pie", "Bär", "c,3")):
     """root/train and root/test with n - k and 2 pictures of class k. Returns root.
 
