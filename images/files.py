@@ -174,6 +174,10 @@ def list_folder(root):
         raise DataError(f"{shown(root)} has no class folders: images are expected as "
                         f"{shown(os.path.join(root, '<class>', '*.jpg'))}")
     names = [shown(unicodedata.normalize("NFC", name)) for name in classes]
+    for name, n in Counter(names).items():
+        if n > 1:
+            raise DataError(f"{shown(root)} has {n} folders called {name}, in different Unicode "
+                            "forms; make them one folder")
     folders = [os.path.join(root, name) for name in classes]
     places = {}                                     # {identity: the folder, rather than a link}
     for folder in sorted((root, *folders), key=os.path.islink):
@@ -182,9 +186,6 @@ def list_folder(root):
     if beside:
         problems.append(f"images in {shown(root)} itself, in no class folder: {some(beside)}")
     for k, folder in enumerate(folders):
-        if names[k] in names[:k]:
-            raise DataError(f"{shown(root)} has two folders called {names[k]}, in two Unicode "
-                            "forms; make them one folder")
         here = identity(folder)
         if places[here] != folder:
             problems.append(f"class folder {shown(folder)} is the same as {shown(places[here])}")

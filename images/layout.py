@@ -47,20 +47,23 @@ def find_splits(root):
         refuse_layout(root, f"{place} has {name}/ but no train/",
                       f"Put images to train on into {place}/train/<class>; or, if {name} is a "
                       f"class, rename it, for example to class_{name}.")
-    train = shown(found["train"][0])
-    if others:
+    train_root, test_root, remarks = os.path.join(root, found["train"][0]), None, []
+    for purpose in ("val", "test"):                     # test, if there are both
+        if purpose in found:
+            test_root = os.path.join(root, found[purpose][0])
+    if others and test_root and set(subfolders(train_root)[0]) & set(subfolders(test_root)[0]):
+        remarks.append(f"Images in {some(others)} of {place} are not used.")
+    elif others:
+        train = shown(found["train"][0])
         refuse_layout(root, f"{place} has {train}/ and beside it images in {some(others)}",
                       f"If {train} is a class, rename it, for example to class_{train}; if it "
                       f"holds the images to train on, move the others into it or out of {place}.")
-    remarks = []
     if "val" in found and "test" in found:
         remarks.append(f"{place} has {shown(found['val'][0])}/ and {shown(found['test'][0])}/: the "
                        "first is not used.")
     if beside:
         remarks.append(f"Images in {place} itself are not used: {some(beside)}.")
-    test = found.get("test") or found.get("val")
-    return (os.path.join(root, found["train"][0]), os.path.join(root, test[0]) if test else None,
-            remarks)
+    return train_root, test_root, remarks
 
 
 def check_classes(root, train_root):
