@@ -47,7 +47,7 @@ def long_tailed_counts(n_max, num_classes, imb=100, kind="exp"):
     counts = [int(n_max * (1 / imb) ** exponent) for exponent in exponents]                 # (1)
     if min(counts) == 0:
         raise DataError(f"imbalance {imb:g} leaves class {counts.index(0)} without a training "
-                        "image; lower --imb")
+                        f"image; lower --imb below {n_max:g}")
     return counts
 
 

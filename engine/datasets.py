@@ -443,13 +443,22 @@ def listed_set(dataset, root, lists):
     if missing:
         train.problems.append(f"{shown(paths[0])} has no image of {len(missing)} classes: "
                               + some(map(str, missing)))
-    n, n_test = PUBLISHED_COUNTS[dataset]
-    published = len(train) == n and set(test.counts()) == {n_test}
-    if not published:
-        train.remarks.append(f"These are not the published lists of {label}, of {n:,} images to "
-                             f"train and {n_test} a class to test on.")
+    difference = lists_difference(dataset, len(train), test.counts())
+    if difference:
+        train.remarks.append(f"These are not the published lists of {label}: {difference}.")
         label = unpublished(label)
-    return *without_copies(train, test, keep=published), label
+    return *without_copies(train, test, keep=not difference), label
+
+
+def lists_difference(dataset, n, test_counts):
+    """What is not as in the published lists, a line of text, or None."""
+    published, per_class = PUBLISHED_COUNTS[dataset]
+    if n != published:
+        return f"{n:,} images to train on, not {published:,}"
+    for k, n in enumerate(test_counts):
+        if n != per_class:
+            return f"class {k} has {n} images to test on, not {per_class}"
+    return None
 
 
 # ---- For people ----------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def without_copies(train, test, keep=False):
                                "which is trained on")
     remarks = []
     if again:
-        remarks.append(f"{again:,} images are copies of another of their class; all are used.")
+        remarks.append(f"Images that are copies of another of their class, all used: {again:,}.")
     if keep and problems:
         tested = sum(i >= len(train) for i in problems)
         remarks.append(f"As published, {len(problems):,} images, {tested:,} of them to test on, "

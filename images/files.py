@@ -147,6 +147,14 @@ def is_image(name):
     return name.lower().endswith(IMAGE_FILES)
 
 
+def is_folder(entry):
+    """Is an os.DirEntry a folder, or a link to one? No file is asked for that; False for errors."""
+    try:
+        return entry.is_dir()
+    except OSError:                                     # a link to itself
+        return False
+
+
 def are_of_a_run(names):
     """Are these the names of the files in a run's folder?"""
     names = set(names)
@@ -155,8 +163,10 @@ def are_of_a_run(names):
 
 def is_run(folder):
     """Is this a run's folder, or one that holds nothing but runs?"""
-    with os.scandir(folder) as entries:
-        entries = list(entries)
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:                                     # walk makes a problem of it
+        return False
     if are_of_a_run(entry.name for entry in entries):
         return True
     inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
@@ -165,7 +175,7 @@ def is_run(folder):
 
 
 def subfolders(root, ignored=None):
-    """(names of the folders in root, names of the images in it), both in natural order.
+    """(names of the folders in root, in natural order, names of the images in it).
 
     Runs are left out, see also left_out. DataError if there is no such folder.
     """
@@ -175,7 +185,7 @@ def subfolders(root, ignored=None):
         for entry in os.scandir(root):
             if left_out(entry, ignored):
                 continue
-            if os.path.isdir(entry.path):                       # False for a link to itself
+            if is_folder(entry):
                 if not is_run(entry.path):
                     folders.append(entry.name)
             elif is_image(entry.name):
@@ -184,7 +194,7 @@ def subfolders(root, ignored=None):
         raise DataError(f"there is no folder {shown(root)}") from None
     except OSError as error:
         raise DataError(f"cannot read {shown(error.filename)}: {error.strerror}") from None
-    return sorted(folders, key=natural), sorted(images, key=natural)
+    return sorted(folders, key=natural), sorted(images)
 
 
 def list_folder(root):
@@ -200,17 +210,18 @@ def list_folder(root):
                         f"{shown(os.path.join(root, '<class>', '*.jpg'))}")
     names = shown_classes([unicodedata.normalize("NFC", name) for name in classes], root)
     folders = [os.path.join(root, name) for name in classes]
-    identities = [identity(folder) for folder in (root, *folders)]
+    places = {}                                     # {identity: the folder, rather than a link}
+    for folder in sorted((root, *folders), key=os.path.islink):
+        places.setdefault(identity(folder), folder)
     paths, labels, problems = [], [], []
     if beside:
         problems.append(f"images in {shown(root)} itself, in no class folder: {some(beside)}")
     for k, folder in enumerate(folders):
-        if identities[1 + k] in identities[:1 + k]:
-            other = (root, *folders)[identities.index(identities[1 + k])]
-            problems.append(f"class folder {shown(folder)} is a link to {shown(other)}")
+        here = identity(folder)
+        if places[here] != folder:
+            problems.append(f"class folder {shown(folder)} is the same as {shown(places[here])}")
             continue
-        elsewhere = set(identities) - {identities[1 + k]}
-        images = sorted(walk(folder, problems, ignored, elsewhere), key=natural)
+        images = sorted(walk(folder, problems, ignored, set(places) - {here}), key=natural)
         if not images:
             problems.append(f"class folder {shown(folder)} has no images")
         paths += [os.fsencode(path) for path in images]
@@ -235,7 +246,7 @@ def identity(folder):
 def left_out(entry, ignored):
     """Is an os.DirEntry hidden, or a folder of SYSTEM_FOLDERS? Folders and images are counted."""
     hidden = entry.name.startswith(".")
-    if os.path.isdir(entry.path):
+    if is_folder(entry):
         hidden = hidden or entry.name.lower() in SYSTEM_FOLDERS
         if hidden:
             ignored[f"folder {shown(entry.name)}"] += 1
@@ -270,7 +281,7 @@ def walk(folder, problems, ignored, elsewhere=frozenset()):
         for entry in entries:
             if left_out(entry, ignored):
                 continue
-            if os.path.isdir(entry.path):               # False for a link to itself
+            if is_folder(entry):
                 waiting.append(entry.path)
             elif is_image(entry.name):
                 yield entry.path
@@ -303,7 +314,7 @@ def list_file(path, root, num_classes):
         if not is_label or int(label) >= num_classes:
             problems.append(f"{shown(path)}, line {number}: {shown(line[:80])!r} is not a path and "
                             f"a class from 0 to {num_classes - 1}")
-        elif name.startswith((b"/", b"../")):
+        elif os.path.isabs(name) or name.split(b"/")[0] == b"..":
             problems.append(f"{shown(path)}, line {number}: {shown(image)} is not a path below "
                             f"{shown(root)}")
         elif name in first_line:

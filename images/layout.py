@@ -1,8 +1,8 @@
 r"""Which folder of a data set is to train on, which to test on, and which folders are classes.
 
     root/<class>/**                     one folder of classes
-    root/train/<class>/**               also training; trainset, train_images, ...; in any case
-    root/test/<class>/** or root/val    also testing; valid, validation
+    root/train/<class>/**               also training, trainset, train_images, train2017, ...
+    root/test/<class>/** or root/val    also testing, validation, valid, eval, ...; in any case
 
 What may mean something else is refused: the message draws what was found and says what to do.
 Hidden folders and runs are passed over.
@@ -14,8 +14,9 @@ from collections import Counter
 
 from images.files import DataError, shown, some, subfolders, walk
 
-SPLIT = re.compile(r"(?:(?P<train>train|training)|(?P<val>val|valid|validation)|"
-                   r"(?P<test>test|testing))(?:[ _-]*(?:set|data|images))?", re.IGNORECASE)
+SPLIT = re.compile(r"(?:(?P<train>train|training|trn)|(?P<val>val|valid|validation|dev)|"
+                   r"(?P<test>test|testing|tst|eval|evaluation))"
+                   r"(?:[ _-]*(?:set|split|data|images))?(?:[ _-]*\d+)?", re.IGNORECASE)
 
 
 def split_of(name):
@@ -46,20 +47,23 @@ def find_splits(root):
         refuse_layout(root, f"{place} has {name}/ but no train/",
                       f"Put images to train on into {place}/train/<class>; or, if {name} is a "
                       f"class, rename it, for example to class_{name}.")
-    train = shown(found["train"][0])
-    if others:
+    train_root, test_root, remarks = os.path.join(root, found["train"][0]), None, []
+    for purpose in ("val", "test"):                     # test, if there are both
+        if purpose in found:
+            test_root = os.path.join(root, found[purpose][0])
+    if others and test_root and set(subfolders(train_root)[0]) & set(subfolders(test_root)[0]):
+        remarks.append(f"Images in {some(others)} of {place} are not used.")
+    elif others:
+        train = shown(found["train"][0])
         refuse_layout(root, f"{place} has {train}/ and beside it images in {some(others)}",
                       f"If {train} is a class, rename it, for example to class_{train}; if it "
                       f"holds the images to train on, move the others into it or out of {place}.")
-    remarks = []
     if "val" in found and "test" in found:
         remarks.append(f"{place} has {shown(found['val'][0])}/ and {shown(found['test'][0])}/: the "
                        "first is not used.")
     if beside:
         remarks.append(f"Images in {place} itself are not used: {some(beside)}.")
-    test = found.get("test") or found.get("val")
-    return (os.path.join(root, found["train"][0]), os.path.join(root, test[0]) if test else None,
-            remarks)
+    return train_root, test_root, remarks
 
 
 def check_classes(root, train_root):
@@ -127,18 +131,22 @@ def has_images(folder):
 
 
 def refuse_layout(root, reason, advice):
-    """Raise DataError with a drawing of the folder."""
-    raise DataError("\n".join([f"{reason}:", *tree(root), advice]))
+    """Raise DataError with a drawing of the folder, fifteen lines at most."""
+    lines = tree(root, shown(root))
+    if len(lines) > 15:
+        lines[14:] = ["      ..."]
+    raise DataError("\n".join([f"{reason}:", *lines, advice]))
 
 
-def tree(folder, depth=2, indent=2):
+def tree(folder, name, depth=4):
     """A folder as it was found, lines of text: its folders and how many images lie in each."""
     folders, images = subfolders(folder)
-    name = shown(folder) if indent == 2 else shown(os.path.basename(folder))
-    lines = [" " * indent + f"{name}/" + (f"  {len(images)} images" if images else "")]
-    if depth > 0:
-        for name in folders[:5]:
-            lines += tree(os.path.join(folder, name), depth - 1, indent + 4)
-        if len(folders) > 5:
-            lines.append(" " * (indent + 4) + f"and {len(folders) - 5} more folders")
+    lines = [f"  {name}/" + (f"  {len(images)} images" if images else "")]
+    if depth == 1:
+        return lines
+    for inner in folders[:5]:
+        below = tree(os.path.join(folder, inner), shown(inner), depth - 1)
+        lines += ["    " + line for line in below]
+    if len(folders) > 5:
+        lines.append(f"      and {len(folders) - 5} more folders")
     return lines

@@ -39,6 +39,15 @@ def write_pgm(path, levels, white):
     path.write_bytes(b"P5 %d %d %d\n" % (w, h, white) + levels.astype(">u2").tobytes())
 
 
+def write_files(root, counts):
+    """Write n files of different content, named as images, for each {folder: n}. Returns root."""
+    for folder, n in counts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            (root / folder / f"{i}.jpg").write_text(f"{folder} {i}")
+    return root
+
+
 def make_folder(root, n=6, size=(36, 40), classes=("apple pie", "Bär", "c,3")):
     """root/train and root/test with n - k and 2 pictures of class k. Returns root.
 

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from PIL import Image
 import data_lt
 from engine import datasets
 from engine.runtime import Runtime
-from image_folders import close, damage, deepen, make_folder, picture
+from image_folders import close, damage, deepen, make_folder, picture, write_files
 from images.decode import Stream
 from images.files import DataError
 
@@ -177,6 +178,76 @@ def test_images_are_read_once_for_teacher_and_student_but_again_when_they_change
     assert len(load("cifar10", cifar, imb=2).test_labels) == 21
 
 
+# ---- Is it the published set? --------------------------------------------------------------------
+
+PUBLISHED_10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+                "truck")
+
+
+def changed(values, k, value):
+    return [*values[:k], value, *values[k + 1:]]
+
+
+@pytest.mark.parametrize("names, counts, test_counts, difference", [
+    (PUBLISHED_10, [5000] * 10, [1000] * 10, None),
+    ([name.title() for name in PUBLISHED_10], [5000] * 10, None, None),
+    (sorted(changed(PUBLISHED_10, 1, "car")), [5000] * 10, [1000] * 10,
+     "class 1 is bird, not automobile"),
+    (changed(PUBLISHED_10, 9, "lorry"), [5000] * 10, [1000] * 10, "class 9 is lorry, not truck"),
+    ([*map(str, range(10))], [5000] * 10, [1000] * 10, "class 0 is 0, not airplane"),
+    (PUBLISHED_10, changed([5000] * 10, 2, 5001), None,
+     "bird has 5001 images to train on, not 5000"),
+    (PUBLISHED_10, [5000] * 10, changed([1000] * 10, 3, 999),
+     "cat has 999 images to test on, not 1000")])
+def test_what_is_not_the_published_cifar_is_found(names, counts, test_counts, difference):
+    """Another selection, under the published name: a class called otherwise sorts elsewhere, and
+    its number decides how many images it keeps; an extra file moves the shuffle."""
+    assert datasets.cifar_difference(names, counts, test_counts) == difference
+
+
+def test_the_names_of_cifar_100_are_in_their_order():
+    names = datasets.CIFAR_NAMES[100].split()
+    assert len(names) == 100 and names == sorted(names)
+    assert (names[23], names[58], names[90]) == ("cloud", "pickup_truck", "train")
+    assert datasets.cifar_difference(names, [500] * 100, [100] * 100) is None
+    assert "not 500" in datasets.cifar_difference(names, [5000] * 100, [100] * 100)
+
+
+def test_a_folder_of_other_classes_is_not_called_cifar(cifar, monkeypatch):
+    """A result of other images in a table of published ones; images that are missing from it."""
+    rt = Recorder()
+    assert load("cifar10", cifar, rt, imb=4).label == "CIFAR-10 not as published"
+    assert rt.printed == ["This is not the published CIFAR-10: class 0 is kind1, not airplane."]
+    monkeypatch.setattr(datasets, "cifar_difference", lambda *_: None)
+    datasets.last_loaded.clear()
+    rt = Recorder()
+    assert load("cifar10", cifar, rt, imb=4).label == "CIFAR-10" and not rt.printed
+    (cifar / "train" / "kind1" / "5.png").write_text("no image")
+    assert load("cifar10", cifar, imb=1, skip_bad=True).label == "CIFAR-10 not as published"
+
+
+def test_copies_in_the_published_cifar_stay_and_are_said(cifar, monkeypatch):
+    """CIFAR-100 has eighteen pairs: without them it is another set. A user's own has problems."""
+    shutil.copy(cifar / "train" / "kind1" / "5.png", cifar / "test" / "kind3" / "1.png")
+    shutil.copy(cifar / "train" / "kind1" / "6.png", cifar / "train" / "kind2" / "1.png")
+    with pytest.raises(DataError, match="3 problems"):
+        load("cifar10", cifar, imb=1)
+    monkeypatch.setattr(datasets, "cifar_difference", lambda *_: None)
+    rt = Recorder()
+    assert len(load("cifar10", cifar, rt, imb=1).test_labels) == 20
+    assert rt.printed == ["As published, 3 images, 1 of them to test on, are also in another class "
+                          "or in training and test."]
+
+
+def test_lists_are_compared_with_the_published_ones():
+    difference = datasets.lists_difference
+    assert difference("imagenet_lt", 115_846, [50] * 1000) is None
+    assert difference("inat18", 437_513, [3] * 8142) is None
+    assert difference("inat18", 437_512, [3] * 8142) == "437,512 images to train on, not 437,513"
+    expected = "class 7 has 20 images to test on, not 50"
+    assert difference("imagenet_lt", 115_846, changed([50] * 1000, 7, 20)) == expected
+
+
 # ---- What people get wrong with CIFAR ------------------------------------------------------------
 
 def message(dataset, data_dir, **changes):
@@ -193,6 +264,33 @@ def test_a_missing_test_folder_is_named(cifar):
     assert f"{cifar} has train/ and beside it images in tests:" in message("cifar10", cifar)
     (cifar / "tests").rename(cifar / ".tests")
     assert message("cifar10", cifar) == f"there is no folder {cifar / 'test'}"
+
+
+def test_folders_of_cifar_have_names_in_any_case_and_training_alone_can_be_split(cifar):
+    """{Train,Test}: a download of the whole data set into a folder that has it."""
+    expected = load("cifar10", cifar, imb=3, holdout=0.25)
+    (cifar / "train").rename(cifar / "Training")
+    (cifar / "test").rename(cifar / "VAL")
+    assert load("cifar10", cifar, imb=4).counts[0] == 12
+    shutil.rmtree(cifar / "VAL")
+    alone = load("cifar10", cifar, imb=3, holdout=0.25)
+    assert torch.equal(alone.train_images, expected.train_images)
+    assert torch.equal(alone.test_images, expected.test_images)
+
+
+def test_classes_without_train_are_not_passed_over(cifar, monkeypatch):
+    """CIFAR downloaded into a folder of ten classes, which it is trained on instead; advice for the
+    folder above."""
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
+    assert message("cifar10", cifar / "train").startswith(
+        f"{cifar / 'train'} has 10 folders of images but no train/:")
+    (cifar / "in").mkdir()
+    for split in ("train", "test"):
+        (cifar / split).rename(cifar / "in" / split)
+    text = message("cifar10", cifar)
+    assert text.endswith(f"name its place with --data-dir {cifar / 'in'}")
 
 
 def test_a_folder_without_classes_is_named(tmp_path):
@@ -372,6 +470,82 @@ def test_names_that_are_not_utf_8(tmp_path):
         load("folder", tmp_path)
 
 
+def test_an_image_to_test_on_that_is_trained_on_ends_the_run_or_is_left_out(tmp_path):
+    """What is found, and said to nobody; a test image left out, and labels moved against images."""
+    make_folder(tmp_path)
+    shutil.copy(tmp_path / "train" / "c,3" / "0.png", tmp_path / "test" / "Bär" / "00.png")
+    with pytest.raises(DataError, match="00.png: the same image as .*0.png, which is trained on"):
+        load("folder", tmp_path)
+    rt = Recorder()
+    data = load("folder", tmp_path, rt, skip_bad=True)
+    assert data.counts == [6, 5, 4] and data.test_labels.tolist() == [1, 1, 0, 0, 2, 2]
+    assert "which is trained on" in rt.printed[0]
+    expected = picture(36, 40, seed=1100).resize((32, 32), Image.BICUBIC, (0, 2, 36, 38))
+    assert close(data.test_images[:1][0].permute(1, 2, 0), expected, by=5)
+
+
+def test_images_of_one_class_are_refused(tmp_path):
+    """A class of damaged images left out, and the other is always right."""
+    make_folder(tmp_path, classes=("cat", "dog"))
+    for file in (tmp_path / "train" / "cat").iterdir():
+        file.write_text(f"no image {file.name}")
+    with pytest.raises(DataError, match="images of only one class to train on: dog"):
+        load("folder", tmp_path, skip_bad=True)
+
+
+def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch):
+    """--data-dir=~/x, which the shell leaves as it is: a folder called ~."""
+    make_folder(tmp_path / "pictures")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = settings("folder", "~/pictures")
+    assert datasets.load_data(args, Recorder()).counts == [6, 5, 4]
+    assert datasets.survey(args).images == 15 and args.data_dir == "~/pictures"
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text("")
+    with pytest.raises(DataError, match=f"the list {tmp_path}/train.txt is empty"):
+        load("imagenet_lt", tmp_path, train_list="~/train.txt", test_list="~/test.txt")
+
+
+# ---- Imbalance -----------------------------------------------------------------------------------
+
+IMBALANCE_80 = {"train/a": 160, "train/b": 20, "train/c": 2, "test/a": 1, "test/b": 1, "test/c": 1}
+
+
+@pytest.mark.parametrize("kind", ["exp", "step"])
+@pytest.mark.parametrize("imb", [1, 10, 53])
+def test_an_imbalance_below_that_of_the_folder_is_refused(imb, kind, tmp_path):
+    """--imb 10 that changes nothing, and a name, a result and a figure that say 10."""
+    write_files(tmp_path, IMBALANCE_80)
+    with pytest.raises(DataError, match=f"--imb {imb} cannot be made .* imbalance is 80") as error:
+        datasets.own_folder(str(tmp_path), imb, kind, None)
+    possible = int(re.search(r"use --imb (\d+) or more", str(error.value))[1])
+    train, _ = datasets.own_folder(str(tmp_path), possible, kind, None)
+    assert train.counts().tolist() == [160, 17, 2] if kind == "exp" else [160, 2, 2]
+
+
+def test_advice_for_an_imbalance_that_is_too_large_works(tmp_path):
+    write_files(tmp_path, IMBALANCE_80)
+    with pytest.raises(DataError, match="lower --imb below 160"):
+        datasets.own_folder(str(tmp_path), 200, "exp", None)
+    assert datasets.own_folder(str(tmp_path), 159, "exp", None)[0].counts().min() == 1
+
+
+def test_an_empty_class_does_not_change_the_tail_of_the_others(tmp_path):
+    write_files(tmp_path, IMBALANCE_80 | {"train/0": 0})
+    train, _ = datasets.own_folder(str(tmp_path), 80, "exp", None)
+    assert train.counts().tolist() == [0, 160, 17, 2]
+
+
+@pytest.mark.parametrize("imb, words", [(100, "imb 100"), (99.5, "imb 100"), (None, "imb 100"),
+                                        (30, "imb 100 for --imb 30"), (60, "imb 100 for --imb 60")])
+def test_the_imbalance_that_is_told_is_the_actual_one(imb, words):
+    """100 images to 1 that are called 60."""
+    data = SimpleNamespace(label="mine", imb=100.0, train_labels=[0] * 101, num_classes=2,
+                           counts=[100, 1])
+    expected = f"mine ({words}, 101 images, 2 classes of 100 to 1)"
+    assert datasets.describe(data, settings("folder", "", imb=imb)) == expected
+
+
 def test_classes_come_in_order_of_count_ties_in_their_own(tmp_path):
     """An unstable sort; names that stay in the order of the folders."""
     for name, n in {"a": 2, "b": 5, "c": 2, "d": 5, "e": 9}.items():
@@ -491,7 +665,8 @@ def test_a_listed_set_keeps_the_map_of_its_classes(tmp_path, monkeypatch):
     rt = Recorder()
     data = load("imagenet_lt", tmp_path, rt, eval_crop=0.875, skip_bad=True)
     assert data.label == "ImageNet-LT not as published"
-    assert rt.printed[0].startswith("These are not the published lists of ImageNet-LT, of 115,846 ")
+    assert rt.printed[0] == ("These are not the published lists of ImageNet-LT: 23 images to train "
+                             "on, not 115,846.")
     assert data.class_ids == [1, 3, 0, 4] and data.class_names == ["1", "3", "0", "4"]
     assert data.counts == [9, 9, 4, 1]
     assert data.train_images.shape == (23, 3, 32, 32)

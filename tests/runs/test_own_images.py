@@ -24,18 +24,18 @@ def without_picture(monkeypatch):
 
 def test_training_on_a_folder_of_ones_own(tmp_path, monkeypatch, capsys):
     """From a folder to a result: the paragraph, the choice of sizes, class names in the
-    checkpoint."""
+    checkpoint; an imbalance in the result that the images do not have."""
     without_picture(monkeypatch)
     root, run = make_folder(tmp_path / "my pictures", n=12, size=(90, 70)), tmp_path / "run"
     script(train_student, monkeypatch, "--dataset", "folder", "--data-dir", root, "--method", "vit",
-           "--out", run, *SHORT)
+           "--out", run, "--imb", "5", *SHORT)
     out = capsys.readouterr().out
-    assert "my pictures (imb 1.2, 33 images, 3 classes of 12 to 10)" in out
+    assert "my pictures (imb 6 for --imb 5, 19 images, 3 classes of 12 to 2)" in out
     assert "64 px" in out and "'apple pie'" in out
     state = load_checkpoint(str(run))
     assert state["class_names"] == ["apple pie", "Bär", "c,3"]
     assert state["config"]["img_size"] == 64
-    assert json.loads((run / "result.json").read_text())["imb"] == 1.2
+    assert json.loads((run / "result.json").read_text())["imb"] == 6
 
 
 def test_from_a_folder_to_predictions_and_on(tmp_path, monkeypatch, capsys):
