@@ -34,6 +34,7 @@ from math import log
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import resnet
 import vit
@@ -173,7 +174,10 @@ def run_network(state, name):
         kind, what = "teacher", f"teacher {config['arch']}, {config['loss']}"
 
         def build():
-            return build_teacher(config, K)
+            try:
+                return build_teacher(config, K)
+            except UserError as error:
+                raise ValueError(error) from None       # the file's name is added to it
     return Network(fitted(build, weights, name), kind, f"this project's {what}", config,
                    state["class_names"], state.get("data", ""),
                    white=state.get("white", 65535))
@@ -197,11 +201,22 @@ def fitted(build, weights, name):
     """
     with suppress(NotImplementedError), warnings.catch_warnings():  # RegNets compute with tensors
         warnings.simplefilter("ignore")                             # that nothing is copied
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutChanges():
             load_weights(build(), weights, name)
     net = build()
     load_weights(net, weights, name)
     return net
+
+
+class WithoutChanges(TorchFunctionMode):
+    """Leaves out what would change tensors (normal_, copy_, ...), which on the meta device have no
+    numbers: some of these functions import PyTorch's compiler there, for two seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__.endswith("_") and not func.__name__.endswith("__"):
+            return args[0] if args else kwargs["tensor"]                # as nn.init calls it
+        return func(*args, **kwargs)
 
 
 def weights_digest(net):
@@ -221,7 +236,7 @@ def unfinished(state, path):
         damaged = ", its last.pt is damaged" if "fallback" in state else ""
         return f"epoch {epoch} of {epochs}{damaged}"
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "result.json")):
-        return "it has no result.json"
+        return "it has no result.json; its last.pt can be named instead"
     return ""
 
 

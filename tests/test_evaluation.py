@@ -144,6 +144,28 @@ def test_evaluation_equals_a_loop_over_images():
     assert result["mid"] == pytest.approx((recall[1] + recall[2]) / 2, abs=1e-3)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [[0], [3], [0, 1, 2, 3]])
+def test_what_is_not_finite_is_never_right(bad, where):
+    """NaN logits that count as class 0, or +inf as its own class: 50 % overall, 100 % on the head,
+    for a network that says nothing."""
+    logits = torch.tensor([[9.0, 0, 0, 0]]).index_fill(1, torch.tensor(where), bad)
+    assert evaluation.predicted(logits).tolist() == [-1]
+    data, finite = small_data(), torch.tensor([[9.0, 0, 0, 0]])
+    results = evaluation.evaluate_teacher(Teacher(logits, 32), data, CPU)
+    assert results["avg"]["overall"] == 0 and results["avg"]["per_class"] == [0] * 4
+    results = evaluation.evaluate_student(Student(finite, logits), data, 32, 1.0, CPU)
+    assert {head: r["overall"] for head, r in results.items()} == dict(cls=50, dist=0, avg=0)
+    summary = evaluation.teacher_summary(Teacher(logits, 32), data, CPU)
+    assert summary["clean"]["accuracy"] == summary["strong"]["accuracy"] == 0
+
+
+def test_one_answer_that_is_not_finite_spoils_no_other():
+    """A whole batch that counts as wrong because of one image."""
+    logits = torch.tensor([[1.0, 2], [math.nan, 5], [4, 3]])
+    assert evaluation.predicted(logits).tolist() == [1, -1, 0]
+
+
 def test_classes_without_test_images_are_left_out_of_their_group():
     """A recall of 0 / 0 that makes a group NaN, or counts as 0."""
     correct, total = torch.tensor([3.0, 1, 0, 0]), torch.tensor([4.0, 2, 0, 0])
@@ -196,6 +218,76 @@ def test_a_teacher_is_described_by_what_it_says_of_training_images():
     assert list(summary) == ["clean", "strong"]
     assert summary["clean"] == {"accuracy": 50.0, "entropy": 0.5623}
     assert "50.0 % right, entropy 0.56 nats" in evaluation.teacher_summary_text(summary)
+
+
+# ---- A teacher on clean training images ----------------------------------------------------------
+
+@pytest.mark.parametrize("counts, n, drawn", [
+    ([40, 20, 3, 1], 12, [4, 4, 3, 1]), ([9, 9], 4, [2, 2]), ([5, 1], 500, [5, 1]),
+    ([3] * 50, 10, None)])
+def test_a_sample_has_as_many_images_of_each_class(counts, n, drawn):
+    """A sample of the long tail, in which rare classes do not occur; an image twice; of more
+    classes than the sample has images, only the frequent ones."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    index = evaluation.balanced_sample(labels, n)
+    assert len(set(index.tolist())) == len(index)
+    found = torch.bincount(labels[index], minlength=len(counts))
+    if drawn:
+        assert sum(abs(a - b) for a, b in zip(found.tolist(), drawn)) <= 2
+        assert len(index) == min(n, sum(counts)) and found.min() > 0
+    else:
+        assert found.max() == 1 and labels[index].max() > 10
+    assert torch.equal(index, evaluation.balanced_sample(labels, n))
+
+
+class ByPixel(nn.Module):
+    """The class that an image's first pixel is, or another one, is sure to be predicted."""
+    img_size = 1
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = torch.as_tensor(answers)
+
+    def forward(self, x):
+        pixels = (x[:, :2, 0, 0] * 255).round().long()
+        logits = torch.zeros(len(x), len(self.answers))
+        return logits.scatter_(1, self.answers[256 * pixels[:, 0] + pixels[:, 1]][:, None], 9.0)
+
+
+def labelled_data(counts):
+    """Images of one pixel, which says their class."""
+    K = len(counts)
+    labels = torch.arange(K).repeat_interleave(torch.tensor(counts))
+    images = torch.stack([labels // 256, labels % 256, 0 * labels], dim=1).to(torch.uint8)
+    images = images[:, :, None, None]
+    groups = {"head": list(range(K)), "mid": [], "tail": []}
+    return data_lt.LongTailData("x", "x", images, labels, images, labels,
+                                [str(k) for k in range(K)], counts, groups)
+
+
+@pytest.mark.parametrize("answers, mean, warned", [
+    ([0, 1], 100, False), ([1, 0], 0, True), ([0, 0], 50, True),
+    (list(range(12)), 100, False), ([0, 9, 10, 11, *range(1, 9)], 8.3, True), ([0] * 12, 8.3, True),
+    (list(range(8142)), 100, False), ([*range(1, 8142), 0], 0, True), ([7] * 8142, None, True),
+    ([*range(4071), *range(1, 4072)], None, False)],
+    ids=["two", "two swapped", "two, one answer", "12", "12 sorted as text", "12, one answer",
+         "8142", "8142 shifted", "8142, one answer", "8142, half of them shifted"])
+def test_a_teacher_near_chance_is_warned_of(answers, mean, warned):
+    """Classes in another order, and no word before the student has learned from them; a good
+    teacher of thousands of classes warned of because it has but a few images of them."""
+    K = len(answers)
+    data = labelled_data([max(1, 40 // (1 + k)) for k in range(K)])
+    text = evaluation.accuracy_on_clean(ByPixel(answers), data, CPU)
+    assert ("warning" in text) == warned and "\n" not in text, text
+    assert mean is None or f"right, {mean:.1f} % in the mean over classes" in text
+    assert f"chance: {100 / min(K, 500):.1f} %" in text
+
+
+def test_a_teacher_of_no_numbers_is_near_chance():
+    """NaN for class 0, which is half of a sample of two classes."""
+    teacher = Teacher(torch.tensor([[math.nan, 0]]), 1)
+    text = evaluation.accuracy_on_clean(teacher, labelled_data([9, 9]), CPU)
+    assert text.startswith("0.0 % of 18") and "warning" in text
 
 
 def test_several_processes_count_each_image_once(monkeypatch):

@@ -4,6 +4,7 @@ file's own, with random weights and BatchNorm statistics."""
 import argparse
 import os
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ import torchvision
 from torch import nn
 
 import data_lt
+import resnet
 from engine import networks
 from engine.checkpoints import save_checkpoint, upgrade_config
 from engine.runtime import Runtime, UserError
+from images.files import natural
 
 CONSTANTS = {
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -42,13 +45,13 @@ class Block(nn.Module):
 
 
 class Plain32(nn.Module):
-    """CIFAR ResNet-32 up to its pooled features (B,64)."""
+    """CIFAR ResNet-32, or of another depth, up to its pooled features (B,64)."""
 
-    def __init__(self):
+    def __init__(self, depth=32):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         for i, (c_in, c) in enumerate([(16, 16), (16, 32), (32, 64)], 1):
-            blocks = [Block(c_in, c), *(Block(c, c) for _ in range(4))]
+            blocks = [Block(c_in, c), *(Block(c, c) for _ in range((depth - 2) // 6 - 1))]
             self.add_module(f"layer{i}", nn.Sequential(*blocks))
 
     def forward(self, x):
@@ -81,8 +84,8 @@ def randomise(net):
     return net.eval()
 
 
-def resnet32_state(K, cosine=False):
-    state = dict(randomise(Plain32()).state_dict())
+def resnet32_state(K, cosine=False, depth=32):
+    state = dict(randomise(Plain32(depth)).state_dict())
     if cosine:
         return state | {"linear.weight": torch.randn(64, K)}
     return state | {"linear.weight": torch.randn(K, 64), "linear.bias": torch.randn(K)}
@@ -162,8 +165,8 @@ def features(plain, x, norm):
     return plain.double()(normalise(x, norm))
 
 
-def resnet32_by_hand(state, x, norm="cifar"):
-    plain = Plain32().eval()
+def resnet32_by_hand(state, x, norm="cifar", depth=32):
+    plain = Plain32(depth).eval()
     plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("linear")})
     f, weight = features(plain, x, norm), state["linear.weight"].double()
     if "linear.bias" not in state:
@@ -240,6 +243,20 @@ def test_ldam_and_cross_entropy_teachers_for_cifar(tmp_path, cosine, prefix, nam
     found = networks.load_network(path)
     check(found, x, [resnet32_by_hand(state, x)], "ResNet-32", "cifar norm", names=names)
     assert ("cosine" in found.what) == cosine
+
+
+@pytest.mark.parametrize("depth, cosine", [(20, False), (44, True), (56, False), (110, False)])
+def test_cifar_resnets_of_other_depths(tmp_path, depth, cosine):
+    """Refused for lack of the fifth block of a stage, or taken for ResNet-32 with too many."""
+    state, x = resnet32_state(4, cosine, depth), images(32)
+    found = networks.load_network(save(tmp_path, {"state_dict": in_module(state)}))
+    check(found, x, [resnet32_by_hand(state, x, depth=depth)], f"ResNet-{depth}", "cifar norm")
+
+
+@pytest.mark.parametrize("depth", [26, 50])
+def test_cifar_resnets_that_nobody_published_are_refused(tmp_path, depth):
+    """CIFAR's 50 layers taken for ImageNet's ResNet-50."""
+    refused(save(tmp_path, resnet32_state(4, depth=depth)), "blocks a stage")
 
 
 def test_paco_teacher_for_cifar(tmp_path):
@@ -491,6 +508,75 @@ def test_other_classes_are_refused(tmp_path, theirs, ours, word):
         networks.match_classes(found, long_tail(ours), "the teacher X")
 
 
+def own_folder(names):
+    """A user's own data, classes by descending count: the reverse of the folders' order."""
+    data = long_tail(names[::-1], class_ids=list(range(len(names)))[::-1])
+    data.name = "folder"
+    return data
+
+
+NUMBERED = [str(k) for k in range(1, 13)]
+ORDERS = {                                  # class folders in natural order
+    "1 to 12": NUMBERED, "suffix": ["class 9", "class 10"], "date": ["2-b", "10-a", "x"]}
+
+
+@pytest.mark.parametrize("names", ORDERS.values(), ids=ORDERS)
+def test_a_foreign_teacher_whose_order_is_not_known_is_refused(tmp_path, names):
+    """ImageFolder's 1, 10, 2 taken for 1, 2, 10: eleven of twelve classes permuted in silence."""
+    found = networks.load_network(save(tmp_path, resnet32_state(len(names))))
+    with pytest.raises(UserError, match=r"(?s)^the teacher X(?!.*\n).*x\.classes\.txt"):
+        networks.match_classes(found, own_folder(sorted(names, key=natural)), "the teacher X")
+
+
+@pytest.mark.parametrize("names", ["abc", ["01", "02", "10"], ["1", "2", "3"]])
+def test_a_foreign_teacher_of_one_possible_order_is_taken(tmp_path, names):
+    """A needless refusal; or descending count for the order of the folders."""
+    path = save(tmp_path, resnet32_state(3))
+    before, x = outputs(networks.load_network(path), images(32)), images(32)
+    before, found = outputs(networks.load_network(path), x), networks.load_network(path)
+    networks.match_classes(found, own_folder(list(names)), "it")
+    torch.testing.assert_close(outputs(found, x)[0], before[0].flip(1), rtol=0, atol=1e-9)
+
+
+def test_published_numbers_stay_what_they_are(tmp_path):
+    """ImageNet-LT's class 10 between 1 and 2, because text is sorted like that."""
+    found, data = networks.load_network(save(tmp_path, resnet32_state(12))), own_folder(NUMBERED)
+    for data.name in ("cifar10", "imagenet_lt", "inat18", "shapes"):
+        networks.match_classes(found, data, "it")
+
+
+def test_a_list_of_names_beside_a_file_orders_its_outputs(tmp_path):
+    """Names in the file's order read as the data's; the last line lost; a mark of Windows in the
+    first name."""
+    path, x = save(tmp_path, resnet32_state(12), "x.pth"), images(32)
+    before, listed = outputs(networks.load_network(path), x)[0], sorted(NUMBERED)
+    (tmp_path / "x.classes.txt").write_bytes("\r\n".join(listed).encode("utf-8-sig"))
+    found, data = networks.load_network(path), own_folder(NUMBERED)
+    assert found.class_names == listed
+    networks.match_classes(found, data, "it")
+    expected = before[:, [listed.index(name) for name in data.class_names]]
+    torch.testing.assert_close(outputs(found, x)[0], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("text", [b"a\nb\n", b"a\nb\nb\n", b"", b"\xff\xfe", b"a\nb\nc\nd"])
+def test_a_list_of_other_names_is_refused(tmp_path, text):
+    """An IndexError in predict for too few; a class that can never be predicted for one twice."""
+    path = save(tmp_path, resnet32_state(3), "x.pth")
+    (tmp_path / "x.classes.txt").write_bytes(text)
+    with pytest.raises(UserError, match="x.classes.txt"):
+        networks.load_network(path)
+
+
+def test_names_in_a_file_and_beside_it_must_agree(tmp_path):
+    """One of the two ignored, and nobody knows which."""
+    path = save(tmp_path, {"state_dict": resnet32_state(3), "class_names": list("abc")}, "x.pth")
+    (tmp_path / "x.classes.txt").write_text("a\nb\nc\n")
+    assert networks.load_network(path).class_names == list("abc")
+    (tmp_path / "x.classes.txt").write_text("b\na\nc\n")
+    with pytest.raises(UserError, match="differs"):
+        networks.load_network(path)
+
+
 # ---- teachers of a student ----
 
 def teacher_run(folder, seed, data, **settings):
@@ -545,6 +631,61 @@ def test_a_student_or_other_classes_are_no_teacher(tmp_path):
     other = save(tmp_path, {"model": resnet32_state(4)}, "other.pth")
     with pytest.raises(UserError, match="other.pth knows 4 classes, the data have 3"):
         networks.load_teacher(other, data, rt)
+
+
+def test_what_a_run_remembers_of_its_teachers(tmp_path):
+    """A hash of the file, which a copy of the same weights in another one does not have, or of the
+    weights once they are in the data's order; one weight that does not count."""
+    data, rt, hashes = long_tail("abc"), Runtime(torch.device("cpu")), []
+    teacher_run(tmp_path / "a", 0, data)
+    state = torch.load(tmp_path / "a" / "last.pt")
+    copies = {"b": state | {"data": "x"}, "c": state | {"class_names": list("bca")}}
+    for name, copy in copies.items():
+        save_checkpoint(tmp_path / f"{name}.pt", **copy)
+    state["model"]["linear.bias"][2] += 1e-6
+    save_checkpoint(tmp_path / "d.pt", **state)
+    for file in ("a", "b.pt", "c.pt", "d.pt"):
+        net, _ = networks.load_teacher(str(tmp_path / file), data, rt)
+        known, = net.origin
+        assert known["file"] == str(tmp_path / file)
+        hashes.append(known["weights"])
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3] and len(hashes[0]) == 16
+    both, _ = networks.load_teacher(f"{tmp_path}/b.pt,{tmp_path}/d.pt", data, rt)
+    assert [known["weights"] for known in both.origin] == [hashes[0], hashes[3]]
+    assert [known["data"] for known in both.origin] == ["x", ""]
+
+
+@pytest.mark.parametrize("epoch, epochs, result, words", [
+    (3, 5, True, "epoch 3 of 5"), (5, 5, False, "result.json"), (0, 1, False, "epoch 0 of 1"),
+    (5, 5, True, ""), (6, 5, True, ""), (None, 5, False, None), (5, None, False, None)])
+def test_whether_a_run_is_finished(tmp_path, epoch, epochs, result, words):
+    """A teacher in the middle of its training; the checkpoint alone, whose folder says nothing."""
+    data = long_tail("abc")
+    teacher_run(tmp_path / "run", 0, data, **{} if epochs is None else {"epochs": epochs})
+    state = torch.load(tmp_path / "run" / "last.pt")
+    if epoch is not None:
+        save_checkpoint(tmp_path / "run" / "last.pt", **state, epoch=epoch)
+    if result:
+        (tmp_path / "run" / "result.json").write_text("{}")
+    found = networks.load_network(str(tmp_path / "run")).unfinished
+    assert not found if not words else words in found
+    alone = networks.load_network(str(tmp_path / "run" / "last.pt")).unfinished
+    assert bool(alone) == (epoch is not None and epochs is not None and epoch < epochs)
+
+
+def test_what_a_run_builds_on_is_finished_and_of_the_same_images(tmp_path, capsys):
+    """A student of a teacher that has seen its test images, and no word of it."""
+    data, rt = long_tail("abc"), Runtime(torch.device("cpu"))
+    data.fingerprint = "one"
+    known = {"file": "x", "weights": "", "data": "other", "unfinished": ""}
+    networks.check_origin("the teacher x", known, data, rt)
+    line, = capsys.readouterr().err.splitlines()
+    assert "the teacher x" in line and "test images" in line
+    for same in ("one", ""):
+        networks.check_origin("the teacher x", known | {"data": same, "unfinished": None}, data, rt)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="the teacher x is not finished .epoch 3 of 5"):
+        networks.check_origin("the teacher x", known | {"unfinished": "epoch 3 of 5"}, data, rt)
 
 
 def test_names_of_teachers(tmp_path):
@@ -713,3 +854,163 @@ def test_a_size_that_the_network_cannot_take_is_refused(tmp_path, arch, size):
     path = save(tmp_path, torchvision_state(arch))
     with pytest.raises(UserError, match=f"cannot take {size} px"):
         networks.load_network(path, size=size)
+
+
+# ---- damaged and hostile files ----
+
+STUDENT = {"method": "deit-lt", "model": "micro", "img_size": 16, "patch_size": 8,
+           "drop_path": 0.1}
+TEACHER = {"arch": "resnet32", "loss": "ce", "img_size": 32}
+
+
+def own_run(settings, **changes):
+    """The checkpoint of a run of this project, with three classes, and changes to it."""
+    if "method" in settings:
+        net = networks.build_student(settings, 3, distilled=True)
+    else:
+        net = networks.build_teacher(settings, 3)
+    state = dict(model=net.state_dict(), config=settings, class_names=list("abc"), epoch=1)
+    return state | changes
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e300])
+@pytest.mark.parametrize("kind", ["student", "teacher", "vit", "shufflenet"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, kind, bad):
+    """A network that calls every image class 0, the most frequent one, and scores with it."""
+    if kind in ("student", "teacher"):
+        state = own_run(STUDENT if kind == "student" else TEACHER)["model"]
+    else:
+        state = dict(vit_state() if kind == "vit" else torchvision_state("shufflenet_v2_x0_5"))
+    key = [k for k, v in state.items() if v.is_floating_point()][-1]
+    state = state | {key: state[key].double().index_fill(0, torch.tensor(0), bad)}
+    whole = {"model": state}
+    if kind in ("student", "teacher"):
+        whole = own_run(STUDENT if kind == "student" else TEACHER, model=state)
+    refused(save(tmp_path, whole), key.split(".")[-1], "not finite")
+
+
+ENDLESS = torch.ones(1).expand(2 ** 40)                     # a terabyte in four bytes
+TENSORS = {
+    "complex": lambda t: t.to(torch.complex64), "whole numbers": lambda t: t.long(),
+    "true or false": lambda t: t > 0, "sparse": lambda t: t.to_sparse(),
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "without numbers": lambda t: t.to("meta"), "empty": lambda t: t[:0],
+    "endless": lambda t: ENDLESS, "endless, two dimensions": lambda t: ENDLESS.view(2 ** 20, -1),
+    "endless, as many": lambda t: ENDLESS[:1, None, None, None].expand(10 ** 5, 3, 700, 700),
+    "text": lambda t: "text", "none": lambda t: None, "nested": lambda t: {"weight": t}}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_weights_that_are_no_plain_numbers_are_refused(tmp_path, kind):
+    """A traceback, weights cut to whole numbers, an imaginary part lost, or a terabyte asked for."""
+    change = TENSORS[kind]
+    own, vit, cnn = own_run(STUDENT), vit_state(), torchvision_state("shufflenet_v2_x0_5")
+    for key in ("pos_embed", "patch_embed.proj.weight", "head.weight"):
+        changed = own["model"] | {key: change(own["model"][key])}
+        refused(save(tmp_path, own | {"model": changed}))
+        refused(save(tmp_path, vit | {key: change(vit[key])}))
+    refused(save(tmp_path, cnn | {"fc.weight": change(cnn["fc.weight"])}))
+
+
+SETTINGS = [dict(img_size="16"), dict(img_size=10 ** 9), dict(img_size=0), dict(img_size=-16),
+            dict(img_size=16.0), dict(img_size=None), dict(img_size=[16]), dict(img_size=True),
+            dict(patch_size=0), dict(patch_size=7), dict(patch_size=10 ** 12), dict(model="huge"),
+            dict(model=None), dict(model=["micro"]), dict(model="base"), dict(drop_path="x"),
+            dict(drop_path=float("nan")), dict(drop_path=-1), dict(stem="none"), dict(stem=3),
+            dict(layer_scale="x"), dict(layer_scale=1e-4), dict(method={}), dict(eval_crop=1e-9),
+            dict(eval_crop=None), dict(dataset=5), dict(data_dir=None), dict(imb="100"),
+            dict(holdout=torch.ones(2)), dict(epochs=-1), {5: 5},
+            dict(adjust=[1]), dict(format=torch.ones(2))]
+
+
+@pytest.mark.parametrize("changes", SETTINGS,
+                         ids=lambda s: "-".join(f"{k}{v!s:.9}" for k, v in s.items()))
+def test_a_students_settings_of_wrong_kinds_are_refused(tmp_path, changes):
+    """A traceback, or 10^18 patches' positions asked for before the weights are looked at."""
+    refused(save(tmp_path, own_run(STUDENT, config=STUDENT | changes)))
+
+
+@pytest.mark.parametrize("changes", [
+    dict(arch=None), dict(arch=7), dict(arch="resnet33"), dict(arch="vit_h_14"), dict(loss=[]),
+    dict(arch="resnet110"), dict(arch="resnet50"), dict(loss="ldam"), dict(norm="x"),
+    dict(norm=None), dict(img_size=10 ** 9), dict(img_size="a")],
+    ids=lambda s: "-".join(f"{k}{v!s:.9}" for k, v in s.items()))
+def test_a_teachers_settings_of_wrong_kinds_are_refused(tmp_path, changes):
+    """A ResNet-50 or ViT-H built, for the weights of a small network, before it is refused."""
+    refused(save(tmp_path, own_run(TEACHER, config=TEACHER | changes)))
+
+
+@pytest.mark.parametrize("changes", [
+    dict(class_names=None), dict(class_names="abc"), dict(class_names=[]), dict(model=None),
+    dict(class_names=list("ab")), dict(class_names=list("abcd")), dict(class_names=list("aab")),
+    dict(class_names=[1, 2, 3]), dict(class_names=dict(a=1, b=2, c=3)), dict(model=[1]),
+    dict(model={}), dict(model={5: torch.ones(1)}), dict(model=torch.ones(3)), dict(epoch=-1),
+    dict(epoch="3"), dict(epoch=2.5), dict(epoch=None), dict(epoch=10 ** 30), dict(step=-5),
+    dict(data=5), dict(config=dict(STUDENT, model="micro\nerror: \x1b[2J", img_size=16))],
+    ids=lambda s: "-".join(f"{k}{v!s:.9}" for k, v in s.items()))
+def test_a_runs_checkpoint_of_wrong_kinds_is_refused(tmp_path, changes):
+    """A traceback; names of another length, with which predict ends in an IndexError; training
+    from epoch -1 on."""
+    refused(save(tmp_path, own_run(STUDENT, **changes)))
+
+
+@pytest.mark.parametrize("changes", [
+    {"blocks.999999.attn.qkv.weight": torch.ones(2, 2)}, {"blocks.x.norm1.weight": torch.ones(2)},
+    {f"blocks.{i}.norm1.weight": torch.ones(1) for i in range(3000)},
+    {"patch_embed.proj.weight": torch.ones(128, 3, 0, 0)}, {"cls_token": torch.ones(3)},
+    {"patch_embed.proj.weight": torch.ones(5)}, {"pos_embed": torch.ones(1, 17, 64)},
+    {"pos_embed": torch.ones(17, 128)},
+    {"blocks.0.mlp.fc1.weight": torch.ones(0, 128)}, {"head.weight": torch.ones(1, 1, 5)},
+    {"head.weight": torch.tensor(3.0)}],
+    ids=lambda s: next(iter(s)))
+def test_a_vit_of_impossible_sizes_is_refused(tmp_path, changes):
+    """A million blocks, heads of no width, a division by zero, positions of another width."""
+    refused(save(tmp_path, {"model": vit_state() | changes}))
+
+
+def test_a_packed_file_is_not_unpacked(tmp_path):
+    """A file of a megabyte that is a terabyte of zeros in memory: torch.save packs nothing."""
+    path = save(tmp_path, {"model": {"a.weight": torch.zeros(1000, 1000)}})
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    refused(path, "not a readable checkpoint")
+
+
+@pytest.mark.parametrize("names", [list("ab"), list("abcd"), list("aab"), [1, 2, 3], []])
+def test_class_names_of_a_file_from_elsewhere_fit_its_outputs(tmp_path, names):
+    """Names left out in silence, and outputs then ordered by a guess."""
+    refused(save(tmp_path, {"state_dict": resnet32_state(3), "class_names": names}), "3 different")
+
+
+@pytest.mark.parametrize("arch", ["regnet_y_400mf", "resnet20"])
+def test_shapes_are_compared_for_every_network(tmp_path, arch):
+    """A network whose sizes are computed by tensors, as RegNet's are, refused for that."""
+    config = TEACHER | {"arch": arch, "img_size": 64}
+    path = save(tmp_path, own_run(config))
+    assert arch in networks.load_network(path).what
+    smaller = own_run(config)
+    smaller["model"].popitem()
+    refused(save(tmp_path, smaller))
+
+
+def test_sizes_are_compared_before_memory_is_asked_for(tmp_path, monkeypatch):
+    """The network built as its settings say, of whatever size, and compared with its weights
+    then."""
+    devices, make = [], resnet.make
+
+    def watched(*args, **kwargs):
+        net = make(*args, **kwargs)
+        devices.append(net.conv1.weight.device.type)
+        return net
+    monkeypatch.setattr(resnet, "make", watched)
+    refused(save(tmp_path, own_run(TEACHER) | {"class_names": [str(k) for k in range(10 ** 4)]}))
+    assert devices[-1] == "meta"
+
+
+def test_a_hidden_width_that_is_no_multiple_is_kept(tmp_path):
+    """448 hidden units of a width of 122 for 447, by rounding down."""
+    block = networks.vit.Block(122, 2, mlp_ratio=448 / 122)
+    assert block.mlp.fc1.out_features == 448

@@ -9,7 +9,7 @@ from torch import nn
 import analyze
 from analysis import accuracy, loading, predict
 from conftest import script
-from engine.evaluation import student_heads
+from engine.evaluation import predicted, student_heads
 from engine.networks import Mirrored, Network, load_network
 from engine.runtime import UserError
 from finished_runs import RT, runs  # noqa: F401: a fixture
@@ -90,6 +90,38 @@ def test_predictions_are_those_of_the_evaluation(name, runs, tiny_cifar):
     for row, p in zip(rows, logits.softmax(dim=1)):
         ours = {row[f"class{rank}"]: row[f"probability{rank}"] for rank in ranks}
         assert [ours[name] for name in data.class_names] == pytest.approx(p.tolist(), abs=1e-3)
+
+
+class NotFinite(ByColour):
+    """Says NaN of class3, and +inf of class4."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        logits[logits.argmax(dim=1) == 3, 5] = float("nan")
+        logits[logits.argmax(dim=1) == 4, 4] = float("inf")
+        return logits
+
+
+def test_an_answer_that_is_not_finite_is_no_class(runs, tiny_cifar, capsys):
+    """NaN probabilities with the name of class 0 before them; or all images of the batch lost."""
+    _, _, data = loading.load(str(runs["teacher"]), RT)
+    network = Network(NotFinite(data), "teacher", "by colour", {}, data.class_names)
+    paths = [str(tiny_cifar / "test" / f"class{k}" / "0.png") for k in range(10)]
+    rows = predict.predict(network, paths, RT)
+    assert [row["image"] for row in rows] == [p for p in paths if p[-7] not in "34"]
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    with pytest.raises(UserError, match="none of the images"):
+        predict.predict(network, paths[3:5], RT)
+
+
+def test_what_is_not_finite_is_neither_right_nor_sure():
+    """A confidence of NaN for the whole test set, or an image counted in the row before its own."""
+    logits = torch.tensor([[9.0, 0], [float("nan"), 0], [0, 9.0], [float("inf"), 0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    text = accuracy.uncertainty_text(logits, labels, {"head": [0], "tail": [1]})
+    assert "mean confidence 50.0 %" in text and "nan" not in text
+    confusion = accuracy.confusion(predicted(logits), labels, 2)
+    assert confusion.tolist() == [[1, 0], [0, 1]]
 
 
 def test_a_file_is_decoded_at_the_size_of_the_evaluation():

@@ -370,6 +370,29 @@ def test_a_students_bad_step_moves_nothing(bad, steps_of):
     assert run.finite == [1, 0, 1]
 
 
+@pytest.mark.parametrize("distill, tokens", [("hard", 2), ("soft", 2), ("hard", 1)])
+@pytest.mark.parametrize("adjusted", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_teachers_answer_that_is_not_finite_teaches_nothing(bad, adjusted, distill, tokens,
+                                                              steps_of):
+    """Class 0, the most frequent one, taught for an image of which the teacher says nothing."""
+    class Teacher(GivenTeacher):
+        def forward(self, x):
+            logits = super().forward(x)
+            if len(self.images) == 2:
+                logits[3, 1] = bad                          # one image of the second step's eight
+            return logits
+    steps = steps_of(torch.optim.AdamW)
+    args = student_settings(epochs=1, drw_epoch=0, distill=distill, logit_adjustment=adjusted)
+    net, run, _ = train_a_student(args, Vit(distilled=tokens == 2), Teacher())
+    first, second, third = (step["weights"] for step in steps)
+    assert all(torch.equal(a, b) for a, b in zip(second, third))
+    assert any(not torch.equal(a, b) for a, b in zip(first, second))
+    assert run.finite == [1, 0, 1] and run.parts["scaler"].skipped == 1
+    assert run.parts["teacher_prior"].isfinite().all()
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 @pytest.mark.parametrize("rho, at", [(0, 1), (0, 2), (0.1, 1), (0.1, 3), (0.1, 4)])
 def test_a_teachers_bad_step_moves_nothing(bad, rho, at, steps_of, monkeypatch):

@@ -10,7 +10,7 @@ from conftest import script
 from engine import evaluation
 from engine.runtime import setup
 from tiny_runs import DATA, PLAIN, STUDENT, checkpoint, read, records, train
-from vit import resize_pos_embed
+from vit import VisionTransformer, resize_pos_embed
 
 pytest_plugins = ["tiny_runs"]
 
@@ -24,7 +24,7 @@ def test_a_run_folder_holds_what_the_contract_says(student_run):
     result = read(student_run, "result.json")
     assert result.keys() == {
         "dataset", "imb", "recipe", "epochs", "seed", "command", "hardware", "seconds", "date",
-        "method", "model", "teacher", "cls", "dist", "avg", "ema", "per_class"}
+        "method", "model", "teacher", "teachers", "cls", "dist", "avg", "ema", "per_class"}
     for head in ("cls", "dist", "avg", "ema"):
         r = result[head]
         assert r.keys() == {"overall", "head", "mid", "tail"}
@@ -48,7 +48,7 @@ def test_a_run_folder_holds_what_the_contract_says(student_run):
 def test_a_checkpoint_holds_what_the_contract_says(student_run, teacher_run, paco_run):
     """A part that a resumed run would miss; PaCo's projection among the network's weights."""
     about = {"model", "optimizer", "scaler", "config", "data", "class_names", "counts", "groups",
-             "epoch", "step", "sums", "seconds", "world", "forced"}
+             "epoch", "step", "sums", "seconds", "world", "teachers", "forced"}
     student, teacher = checkpoint(student_run), checkpoint(teacher_run)
     assert student.keys() == about | {"ema", "teacher_prior"}
     assert teacher.keys() == about | {"paco"} and teacher["paco"] is None
@@ -187,7 +187,8 @@ def test_finetuning_goes_on_when_the_other_run_is_gone(student_run, shared_run, 
     _, flags, _ = shared_run("student")
     first = tmp_path / "first"
     first.mkdir()
-    (first / "last.pt").write_bytes((student_run / "last.pt").read_bytes())
+    for name in ("last.pt", "result.json"):
+        (first / name).write_bytes((student_run / name).read_bytes())
     flags = [*flags, "--finetune", first, "--epochs", "1", "--out", tmp_path / "run"]
     train(train_student, *flags)
     (tmp_path / "run" / "result.json").unlink()
@@ -197,15 +198,26 @@ def test_finetuning_goes_on_when_the_other_run_is_gone(student_run, shared_run, 
 
 
 @pytest.mark.parametrize("what, words", [
-    ("a teacher", "does not fit"), ("nothing", "no checkpoint"), ("another model", "does not fit"),
-    ("another number of tokens", "")])
+    ("a teacher", "not a student's run"), ("nothing", "no checkpoint"),
+    ("another model", "does not fit"), ("another number of tokens", ""),
+    ("not finished", "epoch 1 of 2"), ("from elsewhere", "not a student's run"),
+    ("not finite", "not finite")])
 def test_runs_that_cannot_be_gone_on_from(what, words, student_run, teacher_run, tiny_cifar,
                                           tmp_path, refused):
     """A traceback of torch's, or a network that is only in part the other run's."""
     other = {"a teacher": teacher_run, "nothing": tmp_path / "none"}.get(what, student_run)
+    if what in ("not finished", "from elsewhere", "not finite"):
+        other, state = tmp_path / "other.pt", checkpoint(student_run)
+        if what == "not finished":
+            state["epoch"] = 1
+        elif what == "not finite":
+            state["model"]["norm.bias"][0] = float("nan")
+        else:
+            state = {"model": VisionTransformer(embed_dim=64, num_heads=1, depth=1).state_dict()}
+        torch.save(state, other)
     flags = [*PLAIN, "--data-dir", tiny_cifar, "--finetune", other, "--out", tmp_path / "run"]
     if what == "another model":
         flags += ["--method", "deit-lt", "--model", "mini", "--teacher", teacher_run]
     error = refused(train_student, *flags)
-    assert str(other) in error and words in error
+    assert other.name in error and words in error
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,6 @@
 """Teachers of every loss, of torchvision's networks and from files, and students by them."""
+import shutil
+
 import pytest
 import torch
 from torchvision import models
@@ -8,7 +10,8 @@ import train_student
 import train_teacher
 from conftest import script
 from engine.evaluation import COLUMNS
-from tiny_runs import (PACO, STUDENT, TEACHER, WITHOUT_SAM, checkpoint, read, records, train)
+from tiny_runs import (PACO, STUDENT, TEACHER, WITHOUT_SAM, checkpoint, killed_at, read, records,
+                       train)
 
 pytest_plugins = ["tiny_runs"]
 
@@ -104,3 +107,122 @@ def test_both_passes_of_sam_drop_the_same_units(tiny_cifar, tmp_path):
     sgd, sam = (checkpoint(tmp_path / rho)["model"] for rho in ("0", "1e-12"))
     for name, w in sgd.items():
         torch.testing.assert_close(w.float(), sam[name].float(), rtol=1e-2, atol=1e-3)
+
+
+# ---- Which network a teacher is ------------------------------------------------------------------
+
+@pytest.fixture
+def teacher(teacher_run, tmp_path):
+    """A copy of teacher_run that a test may change: (folder, change(**what) of its checkpoint)."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher_run, folder)
+
+    def change(**what):
+        torch.save(checkpoint(folder) | what, folder / "last.pt")
+    return folder, change
+
+
+def test_the_teachers_identity_is_in_the_run(student_run, teacher_run):
+    """A path, under which another network may lie tomorrow."""
+    known, = read(student_run, "config.json")["teachers"]
+    state = checkpoint(student_run)
+    assert known["file"] == str(teacher_run) and known["unfinished"] == ""
+    assert len(known["weights"]) == 16 and known["data"] == state["data"]
+    assert state["teachers"] == known["weights"]
+    assert read(student_run, "result.json")["teachers"] == [known]
+
+
+def test_a_run_does_not_go_on_by_another_teacher(teacher, tiny_cifar, tmp_path, refused, capsys):
+    """A teacher that was replaced between interruption and --resume: half of the student is its
+    own, half another's, and nobody knows."""
+    folder, change = teacher
+    flags = [*STUDENT, "--data-dir", tiny_cifar, "--teacher", folder, "--out", tmp_path / "run",
+             "--save-every", "1"]
+    with killed_at(1, 0):
+        train(train_student, *flags)
+    weights = checkpoint(folder)["model"]
+    change(model=weights | {"linear.weight": weights["linear.weight"] + 0.1})
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    error = refused(train_student, *flags, "--resume")
+    assert "the teacher's weights" in error and "--force" in error
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    capsys.readouterr()
+    train(train_student, *flags, "--resume", "--force")
+    assert "--force: going on after epoch 0: the teacher's weights" in capsys.readouterr().out
+    assert "the teacher's weights" in read(tmp_path / "run", "result.json")["forced"][0]
+
+
+def test_a_run_of_before_teachers_had_identities_goes_on(teacher, tiny_cifar, tmp_path):
+    """Refused, for want of what it could not know."""
+    folder, _ = teacher
+    flags = [*STUDENT, "--data-dir", tiny_cifar, "--teacher", folder, "--out", tmp_path / "run",
+             "--save-every", "1"]
+    with killed_at(1, 0):
+        train(train_student, *flags)
+    state = checkpoint(tmp_path / "run")
+    del state["teachers"]
+    torch.save(state, tmp_path / "run" / "last.pt")
+    train(train_student, *flags, "--resume")
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("what", ["epoch", "no result", "damaged", "one of two", "file"])
+def test_an_unfinished_teacher_is_refused(what, teacher, teacher_run, tiny_cifar, tmp_path,
+                                          monkeypatch, capsys):
+    """Half a training distilled as if it were whole; an earlier state because the last one is
+    damaged."""
+    folder, change = teacher
+    path = folder
+    if what == "no result":
+        (folder / "result.json").unlink()
+    elif what == "damaged":
+        change(epoch=1)
+        (folder / "last.pt").rename(folder / "previous.pt")
+        (folder / "last.pt").write_bytes(b"PK damaged")
+    else:
+        change(epoch=1)
+    if what == "one of two":
+        path = f"{teacher_run},{folder}"
+    elif what == "file":
+        path = folder / "last.pt"
+    flags = [*STUDENT, "--data-dir", tiny_cifar, "--teacher", path, "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit):
+        script(train_student, monkeypatch, *flags)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: the teacher {folder}") and "is not finished" in error
+    assert ("epoch 1 of 2" in error) == (what != "no result")
+    assert ("damaged" in error) == (what == "damaged")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_images_is_warned_of(teacher, tiny_cifar, tmp_path, capsys):
+    """A student tested on what its teacher was trained on: another holdout, another imbalance."""
+    folder, change = teacher
+    change(data="of another split")
+    flags = [*STUDENT, "--data-dir", tiny_cifar, "--epochs", 1, "--out", tmp_path / "run"]
+    train(train_student, *flags, "--teacher", folder)
+    out, err = capsys.readouterr()
+    warnings = [line for line in err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and str(folder) in warnings[0] and "test images" in warnings[0]
+    assert "% of 89 clean training images right" in out
+    assert read(tmp_path / "run", "result.json")["teachers"][0]["data"] == "of another split"
+
+
+def test_a_teacher_of_weights_that_are_not_finite_is_refused(teacher, tiny_cifar, tmp_path,
+                                                             refused):
+    """A student that learns class 0, whatever it is shown."""
+    folder, change = teacher
+    weights = checkpoint(folder)["model"]
+    weights["layer1.0.bn1.running_var"][0] = float("nan")
+    change(model=weights)
+    flags = [*STUDENT, "--data-dir", tiny_cifar, "--teacher", folder, "--out", tmp_path / "run"]
+    assert "layer1.0.bn1.running_var" in refused(train_student, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_conv_stem_of_one_patch_is_refused(tiny_cifar, tmp_path, refused):
+    """A traceback of BatchNorm's, which has one value per channel of one image."""
+    flags = [*STUDENT, "--data-dir", tiny_cifar, "--stem", "conv", "--patch-size", 16,
+             "--micro-batch", 1, "--out", tmp_path / "run"]
+    assert "--patch-size" in refused(train_student, *flags)
+    assert not (tmp_path / "run").exists()
