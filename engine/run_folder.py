@@ -225,6 +225,8 @@ class Run:
                                 f"{self.start_epoch} epochs that the checkpoint has: put back a "
                                 "copy of it, or --resume --force goes on with the lines it has")
             self.forced = [f"after epoch {self.start_epoch}: the log lacks epochs"]
+        by_epoch = {line["epoch"]: line for line in self.log}
+        self.log = [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
     @property
     def finished(self):
