@@ -28,9 +28,9 @@ import torch
 from tqdm import tqdm
 
 from engine import runtime
-from engine.checkpoints import (load_checkpoint, load_weights, null_for_nan, read_json,
+from engine.checkpoints import (is_like, load_checkpoint, load_weights, null_for_nan, read_json,
                                 read_log_lines, remove_temporaries, save_checkpoint, save_json,
-                                write_atomically)
+                                upgrade_config, write_atomically)
 from engine.evaluation import COLUMNS, group_by_count, table
 from engine.lock import Lock, held
 from engine.runtime import UserError, all_max, all_sum, barrier, exit_together, gather
@@ -148,8 +148,11 @@ class Run:
         if read_json(self.folder, "result.json")["epochs"] < args.epochs:
             return False
         config = read_json(self.folder, "config.json")
-        if config.get("format") != FORMAT:                  # older settings are not compared
-            return True
+        if config.get("format") != FORMAT:                  # older settings are not all comparable
+            if self.resume:
+                return True
+            config = {name: value for name, value in upgrade_config(config).items()
+                      if value is not None} | {"format": FORMAT}
         changes = self.changes(config, args, (*NOT_RESUMED, *ABOUT, "amp", "processes"))
         if changes and not self.resume:
             return False
@@ -173,6 +176,8 @@ class Run:
         self.fallback = state.pop("fallback", False)    # last.pt is damaged, previous.pt was taken
         self.start_epoch, self.start_step = state["epoch"], state.get("step", 0)    # done already
         self.forced = state.get("forced", [])
+        if not is_like([self.start_epoch, self.start_step], [0]) or not is_like(self.forced, [""]):
+            raise UserError(f"{self.checkpoint} is damaged: it does not say how far the run is")
         if state["config"].get("format") != FORMAT:
             raise UserError(f"{self.folder} was begun by an older version of this project: it can "
                             "be evaluated, not resumed; --overwrite starts it again")
@@ -286,7 +291,11 @@ class Run:
             for name, part in parts.items():
                 restore(part, self.resumed.get(name), self.checkpoint)
             parts["scaler"].begin_counting()        # its next bad steps are after the checkpoint
-            self.half_epoch = self.resumed["sums"], self.resumed["seconds"]
+            sums, seconds = self.resumed.get("sums"), self.resumed.get("seconds")
+            if self.start_step and (getattr(sums, "shape", ()) != (self.rt.world, len(metrics) + 1)
+                                    or not is_like(seconds, 0.0)):
+                raise UserError(f"{self.checkpoint} is damaged: no sums of its half-done epoch")
+            self.half_epoch = sums, seconds
         self.resumed = None                                     # lets its memory go
         done = self.start_epoch * images + self.start_step * batch
         self.bar = tqdm(total=args.epochs * images, initial=done, unit=" images", unit_scale=True,

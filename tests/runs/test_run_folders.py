@@ -17,8 +17,8 @@ from engine.checkpoints import UserError
 from engine.lock import Lock
 from engine.run_folder import Run
 from engine.training import FiniteScaler
-from several_processes import run, start_torchrun
-from tiny_runs import (PLAIN, TEACHER, WITHOUT_SAM, assert_same_run, checkpoint, killed_at, read,
+from several_processes import run
+from tiny_runs import (PLAIN, WITHOUT_SAM, assert_same_run, checkpoint, killed_at, read,
                        records, train)
 
 pytest_plugins = ["tiny_runs", "several_processes"]
@@ -162,29 +162,6 @@ def test_a_folder_that_was_removed_and_is_another_runs_now(shared_run, tmp_path,
     assert "another run's now" in error and os.listdir(folder) == ["lock"]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
-def test_torchruns_processes_stop_when_it_is_killed(server, tiny_cifar, tmp_path):
-    """Orphans that hold the GPUs and the folder, and that nobody sees."""
-    job = start_torchrun(2, tmp_path / "log", "train_teacher", *TEACHER, *WITHOUT_SAM, "--epochs",
-                         5000, "--eval-every", 5000, "--save-every", 1, "--data-dir", tiny_cifar,
-                         "--out", tmp_path / "run")
-    job.wait_until((tmp_path / "run" / "last.pt").exists)
-    workers = job.children()
-    job.process.kill()
-    job.process.join()
-    end = time.monotonic() + 60
-    while any(os.path.exists(f"/proc/{worker}") and not is_dead(worker) for worker in workers):
-        assert time.monotonic() < end, job.log.read_text()
-        time.sleep(0.05)
-    assert "--resume goes on from there" in job.log.read_text()
-    assert not (tmp_path / "run" / "lock").exists()
-
-
-def is_dead(process):
-    with open(f"/proc/{process}/stat") as file:
-        return file.read().rsplit(")", 1)[1].split()[0] in "ZX"
-
-
 # ---- A finished run ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flag", [[], ["--resume"]])
@@ -206,8 +183,8 @@ def test_a_finished_run_whose_checkpoints_are_gone(kind, flag, shared_run, tmp_p
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--epochs 3", "no checkpoint to go on from"), ("--epochs 3 --resume", "no checkpoint to go on"),
-    ("--lr 0.05", "no checkpoint to go on from"), ("--lr 0.05 --resume", "--lr 0.1 -> 0.05")])
+    ("--epochs 3", "no checkpoint to go on"), ("--epochs 3 --resume", "no checkpoint to go on"),
+    ("--lr 0.05", "no checkpoint to go on"), ("--lr 0.05 --resume", "--lr 0.1 -> 0.05")])
 def test_another_result_without_checkpoints_is_not_overwritten(flags, words, shared_run, tmp_path,
                                                                refused):
     """A longer run, or one of other settings, over the only trace of a finished one."""
@@ -349,7 +326,7 @@ def test_a_torn_line_after_the_checkpoint_is_cut_away_and_said(torn, shared_run,
 # ---- Steps that are not finite -------------------------------------------------------------------
 
 def bad_steps(monkeypatch, bad, at_each=None):
-    """Losses of these steps, counted from 0 over the run, are NaN; at_each(step) is called first."""
+    """Losses of these steps, counted from 0, are NaN; at_each(step) is called first."""
     scale, step = FiniteScaler.scale, [-1]
 
     def scaled(scaler, loss):
