@@ -39,9 +39,10 @@ from engine.settings import NOT_RESUMED, defaults, flag
 FORMAT = 2      # of a run folder's settings; runs without one were made before their names changed
 TIMED = (3, 13)     # the steps between which the time left is estimated
 RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
+LACKS = "the log lacks epochs"      # in `forced` of a run that went on with such a log
 # What config.json says besides the settings.
 ABOUT = ("classes", "counts", "groups", "versions", "hardware", "amp_dtype", "forced",
-         "fingerprint")
+         "fingerprint", "teachers")
 # All files that this project writes into a run's folder: what --overwrite removes.
 FIGURES = ("attention", "distance", "rank", "augment", "entropy", "sharpness", "diversity",
            "imbalance", "curves")
@@ -224,12 +225,12 @@ class Run:
             self.rt.print(f"{self.log_path} is damaged; left out: line {', '.join(damaged[:9])}")
         self.log = [line for line in lines if is_epoch(line) and line["epoch"] < self.start_epoch]
         complete = [line["epoch"] for line in self.log] == list(range(self.start_epoch))
-        if not complete and not self.forced:    # a run that was forced once may lack some
+        if not complete and not any(text.endswith(LACKS) for text in self.forced):
             if not args.force:
                 raise UserError(f"{self.log_path} does not have a line for each of the "
                                 f"{self.start_epoch} epochs that the checkpoint has: put back a "
                                 "copy of it, or --resume --force goes on with the lines it has")
-            self.forced = [f"after epoch {self.start_epoch}: the log lacks epochs"]
+            self.forced = [*self.forced, f"after epoch {self.start_epoch}: {LACKS}"]
         by_epoch = {line["epoch"]: line for line in self.log}
         self.log = [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
@@ -276,7 +277,7 @@ class Run:
     # ---- Before the loop -------------------------------------------------------------------------
 
     def start(self, args, data, parts, metrics, images, batch, passes=None):
-        """Write config.json, restore a resumed run's parts, and watch for signals from now on.
+        """Restore a resumed run's parts, write config.json, and watch for signals from now on.
 
         parts: {name in the checkpoint: network, optimizer, ..., tensor or None}, restored in this
         order. metrics: names of the numbers that after_step is given. images: of an epoch, cut into
@@ -286,7 +287,6 @@ class Run:
         self.steps = -(-images // batch)
         self.passes = passes or [1] * args.epochs
         self.watch_signals()
-        self.write(self.write_beginning)
         if self.resumed:
             for name, part in parts.items():
                 restore(part, self.resumed.get(name), self.checkpoint)
@@ -296,6 +296,7 @@ class Run:
                                     or not is_like(seconds, 0.0)):
                 raise UserError(f"{self.checkpoint} is damaged: no sums of its half-done epoch")
             self.half_epoch = sums, seconds
+        self.write(self.write_beginning)
         self.resumed = None                                     # lets its memory go
         done = self.start_epoch * images + self.start_step * batch
         self.bar = tqdm(total=args.epochs * images, initial=done, unit=" images", unit_scale=True,
