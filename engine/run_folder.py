@@ -28,9 +28,9 @@ import torch
 from tqdm import tqdm
 
 from engine import runtime
-from engine.checkpoints import (load_checkpoint, load_weights, null_for_nan, read_json,
+from engine.checkpoints import (is_like, load_checkpoint, load_weights, null_for_nan, read_json,
                                 read_log_lines, remove_temporaries, save_checkpoint, save_json,
-                                write_atomically)
+                                upgrade_config, write_atomically)
 from engine.evaluation import COLUMNS, group_by_count, table
 from engine.lock import Lock, held
 from engine.networks import check_origin
@@ -40,9 +40,10 @@ from engine.settings import NOT_RESUMED, defaults, flag
 FORMAT = 2      # of a run folder's settings; runs without one were made before their names changed
 TIMED = (3, 13)     # the steps between which the time left is estimated
 RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
+LACKS = "the log lacks epochs"      # in `forced` of a run that went on with such a log
 # What config.json says besides the settings.
-ABOUT = ("classes", "counts", "groups", "versions", "hardware", "amp_dtype", "teachers", "forced",
-         "fingerprint")
+ABOUT = ("classes", "counts", "groups", "versions", "hardware", "amp_dtype", "forced",
+         "fingerprint", "teachers")
 # All files that this project writes into a run's folder: what --overwrite removes.
 FIGURES = ("attention", "distance", "rank", "augment", "entropy", "sharpness", "diversity",
            "imbalance", "curves")
@@ -150,8 +151,11 @@ class Run:
         if read_json(self.folder, "result.json")["epochs"] < args.epochs:
             return False
         config = read_json(self.folder, "config.json")
-        if config.get("format") != FORMAT:                  # older settings are not compared
-            return True
+        if config.get("format") != FORMAT:                  # older settings are not all comparable
+            if self.resume:
+                return True
+            config = {name: value for name, value in upgrade_config(config).items()
+                      if value is not None} | {"format": FORMAT}
         changes = self.changes(config, args, (*NOT_RESUMED, *ABOUT, "amp", "processes"))
         if changes and not self.resume:
             return False
@@ -175,6 +179,8 @@ class Run:
         self.fallback = state.pop("fallback", False)    # last.pt is damaged, previous.pt was taken
         self.start_epoch, self.start_step = state["epoch"], state.get("step", 0)    # done already
         self.forced = state.get("forced", [])
+        if not is_like([self.start_epoch, self.start_step], [0]) or not is_like(self.forced, [""]):
+            raise UserError(f"{self.checkpoint} is damaged: it does not say how far the run is")
         if state["config"].get("format") != FORMAT:
             raise UserError(f"{self.folder} was begun by an older version of this project: it can "
                             "be evaluated, not resumed; --overwrite starts it again")
@@ -221,12 +227,14 @@ class Run:
             self.rt.print(f"{self.log_path} is damaged; left out: line {', '.join(damaged[:9])}")
         self.log = [line for line in lines if is_epoch(line) and line["epoch"] < self.start_epoch]
         complete = [line["epoch"] for line in self.log] == list(range(self.start_epoch))
-        if not complete and not self.forced:    # a run that was forced once may lack some
+        if not complete and not any(text.endswith(LACKS) for text in self.forced):
             if not args.force:
                 raise UserError(f"{self.log_path} does not have a line for each of the "
                                 f"{self.start_epoch} epochs that the checkpoint has: put back a "
                                 "copy of it, or --resume --force goes on with the lines it has")
-            self.forced = [f"after epoch {self.start_epoch}: the log lacks epochs"]
+            self.forced = [*self.forced, f"after epoch {self.start_epoch}: {LACKS}"]
+        by_epoch = {line["epoch"]: line for line in self.log}
+        self.log = [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
     @property
     def finished(self):
@@ -288,7 +296,7 @@ class Run:
     # ---- Before the loop -------------------------------------------------------------------------
 
     def start(self, args, data, parts, metrics, images, batch, passes=None):
-        """Write config.json, restore a resumed run's parts, and watch for signals from now on.
+        """Restore a resumed run's parts, write config.json, and watch for signals from now on.
 
         parts: {name in the checkpoint: network, optimizer, ..., tensor or None}, restored in this
         order. metrics: names of the numbers that after_step is given. images: of an epoch, cut into
@@ -298,12 +306,16 @@ class Run:
         self.steps = -(-images // batch)
         self.passes = passes or [1] * args.epochs
         self.watch_signals()
-        self.write(self.write_beginning)
         if self.resumed:
             for name, part in parts.items():
                 restore(part, self.resumed.get(name), self.checkpoint)
             parts["scaler"].begin_counting()        # its next bad steps are after the checkpoint
-            self.half_epoch = self.resumed["sums"], self.resumed["seconds"]
+            sums, seconds = self.resumed.get("sums"), self.resumed.get("seconds")
+            if self.start_step and (getattr(sums, "shape", ()) != (self.rt.world, len(metrics) + 1)
+                                    or not is_like(seconds, 0.0)):
+                raise UserError(f"{self.checkpoint} is damaged: no sums of its half-done epoch")
+            self.half_epoch = sums, seconds
+        self.write(self.write_beginning)
         self.resumed = None                                     # lets its memory go
         done = self.start_epoch * images + self.start_step * batch
         self.bar = tqdm(total=args.epochs * images, initial=done, unit=" images", unit_scale=True,

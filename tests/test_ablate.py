@@ -159,6 +159,71 @@ time.sleep(60)
     assert parent.returncode == 128 + number
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_the_run_stops_when_the_table_is_killed(tmp_path):
+    """An orphan that trains on, and in the way of the same table when it is begun again."""
+    (tmp_path / "child.py").write_text("""
+import signal, sys, time
+def save(*_):
+    print("saved", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+print("begun", flush=True)
+time.sleep(60)
+""")
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            "from experiments import ablate\nablate.run('child.py')")
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                              cwd=tmp_path)
+    assert [parent.stdout.readline() for _ in range(2)] == ["python child.py\n", "begun\n"]
+    parent.kill()
+    assert parent.communicate(timeout=30)[0] == "saved\n"      # the child holds the pipe too
+
+
+def test_signals_that_come_while_the_run_begins_are_handed_on_once(tmp_path, monkeypatch):
+    """Lost, if there is no run yet; or twice, which ends the run without a save."""
+    sent = []
+
+    class Child:
+        def __init__(self, *_, **__):
+            signal.raise_signal(signal.SIGTERM)             # before anybody knows this child
+
+        def send_signal(self, number):
+            sent.append(number)
+            if len(sent) == 1:
+                signal.raise_signal(signal.SIGINT)          # while the first is handed on
+
+        def wait(self):
+            return 0
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    with pytest.raises(SystemExit) as stop:
+        ablate.run("child.py")
+    assert sent == [signal.SIGTERM, signal.SIGINT] and stop.value.code == 128 + signal.SIGTERM
+
+
+def test_a_hangup_under_nohup_is_not_handed_on(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: type("Child", (), {
+        "wait": lambda child: signal.raise_signal(signal.SIGHUP) or 0})())
+    try:
+        ablate.run("child.py")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_damaged_run_is_named(ablation, capsys, monkeypatch):
+    """A traceback instead of the table."""
+    row = Row("plain", "train_student.py --method vit --dataset shapes")
+    monkeypatch.setitem(ablate.TABLES, "table1", [row])
+    folder = Path(ablate.folder_of(f"{row.command} --seed 0", CPU))
+    finish(folder, 50.0)
+    (folder / "result.json").write_text('{"avg": ')
+    with pytest.raises(SystemExit) as stop:
+        ablation("table1", "--show")
+    assert stop.value.code == 2 and "result.json is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("end, status", [
     ("sys.exit(2)", 2), ("os.kill(os.getpid(), 9)", 128 + 9), ("sys.exit(0)", 0)])
 def test_a_run_that_fails_ends_the_table_as_it_does(end, status, tmp_path, monkeypatch):

@@ -78,6 +78,12 @@ def test_rows_are_added_and_replaced_by_name(runs, tmp_path, capsys):
     assert "no finished run" in capsys.readouterr().err
     assert list(rows_of(table)) == ["earlier", "today"]
 
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "result.json").write_text("{")
+    runs_table.main([str(table), str(tmp_path / "damaged")])
+    assert "no finished run" in capsys.readouterr().err
+    assert list(rows_of(table)) == ["earlier", "today"]
+
     result = tmp_path / "earlier" / "result.json"
     result.write_text(result.read_text().replace("50.5", "51.5"))
     runs_table.main([str(table), runs[0]])

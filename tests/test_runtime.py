@@ -1,5 +1,6 @@
 """engine/runtime.py: device and processes, seeds, signals, and how a script ends."""
 import atexit
+import ctypes
 import os
 import re
 import signal
@@ -149,6 +150,21 @@ def test_a_hard_exit_loses_neither_output_nor_code():
     with os.fdopen(read) as output:
         assert output.read().split() == ["first", "last"]
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+@pytest.mark.parametrize("starter, number", [("torchrun", signal.SIGTERM), ("a person", 0)])
+def test_torchruns_processes_stop_with_it(starter, number, monkeypatch):
+    """Orphans that hold GPUs and folder after a kill -9 of torchrun. (With it: test_faults.py.)"""
+    if starter == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    child = os.fork()
+    if child == 0:
+        runtime.setup("cpu", "none")
+        asked = ctypes.c_int()
+        runtime.LIBC.prctl(2, ctypes.byref(asked))          # PR_GET_PDEATHSIG
+        os._exit(asked.value)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == number
 
 
 # ---- Output that cannot be written ---------------------------------------------------------------

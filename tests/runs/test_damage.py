@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pytest
+import torch
 
 import train_student
 import train_teacher
@@ -62,6 +63,22 @@ def test_two_damaged_checkpoints_are_refused(saved_twice, tmp_path, refused):
     error = refused(train_teacher, *flags, "--out", tmp_path / "run", "--resume")
     assert "last.pt is not a readable checkpoint" in error
     assert (tmp_path / "run" / "last.pt").read_bytes() == b"no checkpoint"
+
+
+@pytest.mark.parametrize("damage", [
+    {"epoch": "1"}, {"epoch": None}, {"step": 0.5}, {"forced": 3}, {"sums": None},
+    {"sums": torch.zeros(3)}, {"sums": "x"}, {"seconds": None}, {"optimizer": {"state": 3}},
+    {"optimizer": None}, {"scaler": {"good": "x"}}, {"scaler": {"x": torch.ones(1)}},
+    {"model": {}}], ids=lambda damage: "-".join(damage))
+def test_a_checkpoint_with_parts_of_another_kind(damage, saved_twice, tmp_path, refused):
+    """A traceback; or an optimizer that begins anew without a word."""
+    flags, undisturbed = saved_twice
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    state = torch.load(undisturbed / "previous.pt", weights_only=True)      # of half an epoch
+    torch.save(state | damage, tmp_path / "run" / "last.pt")
+    error = refused(train_teacher, *flags, "--out", tmp_path / "run", "--resume")
+    assert "last.pt" in error
 
 
 # ---- Folders ------------------------------------------------------------------------------------

@@ -89,6 +89,22 @@ def test_two_processes_stopped_by_a_signal_to_torchrun_go_on(shared_run, tmp_pat
     assert_same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_torchruns_processes_stop_when_it_is_killed(shared_run, tmp_path):
+    """Orphans that hold the GPUs and the folder, and that nobody sees; or a stop without a save."""
+    module, flags, _ = shared_run("teacher")
+    job = begin(module, [*flags, *LONGER["teacher"]], tmp_path / "run", "--batch", "30", "--epochs",
+                "5000", "--save-every", "1", torchrun=TORCHRUN)
+    while not (tmp_path / "run" / "last.pt").exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.05)
+    job.kill()
+    out, err = job.communicate(timeout=120)             # until its processes have ended: their pipe
+    assert "--resume goes on from there" in out, err
+    assert checkpoint(tmp_path / "run")["epoch"] < 4999
+    assert not (tmp_path / "run" / "lock").exists()
+
+
 def test_slow_tests_wait_until_they_are_asked_for(request):
     """Half an hour of fault tests in everybody's test run, or fault tests that never run again."""
     if not request.config.option.markexpr:

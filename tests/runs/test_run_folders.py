@@ -1,0 +1,445 @@
+"""Whose a run's folder is, what is finished in it, and what may be there besides."""
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+import analyze
+import train_student
+import train_teacher
+from engine import run_folder, runtime
+from engine.checkpoints import UserError
+from engine.lock import Lock
+from engine.run_folder import Run
+from engine.training import FiniteScaler
+from several_processes import run
+from tiny_runs import (PLAIN, WITHOUT_SAM, assert_same_run, checkpoint, killed_at, read,
+                       records, train)
+
+pytest_plugins = ["tiny_runs", "several_processes"]
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def owner(monkeypatch):
+    """owner(folder, then=None, seconds=0.0): another process trains there for that long, or until
+    the test ends; then it calls then() and is killed. Returns its process id."""
+    children = []
+
+    def owner(folder, then=None, seconds=60.0):
+        began, child = os.pipe(), os.fork()
+        if child == 0:
+            Lock(str(folder)).take()
+            os.write(began[1], b"x")
+            time.sleep(seconds)
+            if then:
+                then()
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert os.read(began[0], 1) == b"x"
+        children.append(child)
+        return child
+    yield owner
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.fixture
+def unfinished(shared_run, tmp_path):
+    """(script, flags with --out, folder) of a teacher's run without its result."""
+    module, flags, finished = shared_run("teacher")
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    return module, [*flags, "--out", str(tmp_path / "run")], tmp_path / "run"
+
+
+# ---- Another process trains there ----------------------------------------------------------------
+
+@pytest.mark.parametrize("flag", [[], ["--resume"], ["--overwrite"]])
+def test_the_same_command_twice(flag, unfinished, owner, refused):
+    """Two processes in one folder: one dies, the log has 17 lines for 12 epochs."""
+    module, flags, folder = unfinished
+    child = owner(folder)
+    before = contents(folder)
+    error = refused(module, *flags, *flag)
+    assert f"is being trained by process {child} on {os.uname().nodename}" in error
+    assert "--out" in error and contents(folder) == before
+
+
+def test_a_command_that_is_refused_leaves_no_lock(shared_run, refused, tmp_path):
+    """A folder that is locked, or made, by a mistake."""
+    module, flags, finished = shared_run("teacher")
+    before = contents(finished)
+    refused(module, *flags, "--out", finished, "--resume", "--lr", "0.05")
+    assert contents(finished) == before
+    refused(module, *flags, "--out", tmp_path / "new" / "run", "--imb", "1000")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def waiting_student(shared_run, tmp_path, monkeypatch):
+    """(flags of a student whose teacher has the settings of teacher_run, the teacher's folder)"""
+    _, flags, _ = shared_run("student")
+    flags[flags.index("--teacher") + 1] = "auto"
+    monkeypatch.chdir(tmp_path)
+    tiny = dict(epochs=2, warmup_epochs=0, img_size=8, batch=30, drw_epoch=1)
+    monkeypatch.setitem(train_teacher.RECIPES["cpu"], "cifar10", train_teacher.CPU | tiny)
+    folder = tmp_path / "runs" / "teacher_cifar10_imb12_cpu_s0"
+    return [*flags, "--epochs", "1", "--out", "student"], folder
+
+
+@pytest.mark.parametrize("ends", ["finished", "killed"])
+def test_a_student_waits_for_the_teacher_that_another_one_trains(
+        ends, waiting_student, teacher_run, owner, capsys, steps_done):
+    """Two students that are started at once: both train the teacher, and one of them dies."""
+    flags, folder = waiting_student
+
+    def leave():
+        names = ["config.json", "log.jsonl", "last.pt"]
+        if ends == "finished":
+            names.append("result.json")                     # the last one, as in a run
+        for name in names:
+            shutil.copy(teacher_run / name, folder)
+    child = owner(folder, then=leave, seconds=1)
+    train(train_student, *flags)
+    out = capsys.readouterr().out
+    assert f"Waiting for runs/{folder.name}, which is being trained by process {child}" in out
+    assert out.count("Waiting") == 1
+    assert (f"{folder.name} is finished" in out) == (ends == "finished")
+    assert steps_done == [(0, 0), (0, 1), (0, 2)]           # the student's only
+    assert (folder / "result.json").exists()
+    assert read("student", "result.json")["teacher"] == f"runs/{folder.name}"
+
+
+def test_a_student_in_its_teachers_folder(waiting_student, refused):
+    """It waits for itself, for ever."""
+    flags, folder = waiting_student
+    flags[-1] = str(folder)
+    assert "cannot share the folder" in refused(train_student, *flags)
+    assert not folder.exists()
+
+
+def test_a_restarted_worker_waits_for_the_old_one(unfinished, owner, monkeypatch, capsys):
+    """torchrun starts the new workers while the old one is dying: its last restart is lost."""
+    module, flags, folder = unfinished
+    owner(folder, seconds=0.7)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(module, *flags)
+    assert "Waiting for" in capsys.readouterr().out and (folder / "result.json").exists()
+
+
+def test_several_processes_learn_together_that_the_folder_is_taken(server, unfinished, owner,
+                                                                   tmp_path):
+    """One that waits for ever for those that have ended, or a line of each of them."""
+    _, flags, folder = unfinished
+    owner(folder)
+    code, printed = run(2, tmp_path / "log", "train_teacher", *flags, "--resume", "--force")
+    assert code == 2 and printed.count("error: ") == 1 and "is being trained by" in printed
+
+
+def test_a_folder_that_was_removed_and_is_another_runs_now(shared_run, tmp_path, refused,
+                                                           monkeypatch):
+    """rm -r and a new start, while the old run goes on and writes into the new one's folder."""
+    module, flags, _ = shared_run("teacher")
+    seed_step, folder = runtime.seed_step, tmp_path / "run"
+
+    def replacing(*key):
+        if key[1:3] == (1, 0):
+            shutil.rmtree(folder)
+            folder.mkdir()
+            (folder / "lock").write_text("another's")
+        seed_step(*key)
+    monkeypatch.setattr(runtime, "seed_step", replacing)
+    error = refused(module, *flags, *WITHOUT_SAM, "--out", folder)
+    assert "another run's now" in error and os.listdir(folder) == ["lock"]
+
+
+# ---- A finished run ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flag", [[], ["--resume"]])
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_a_finished_run_whose_checkpoints_are_gone(kind, flag, shared_run, tmp_path, capsys):
+    """Large files deleted, the result kept: the same command empties the folder."""
+    module, flags, finished = shared_run(kind)
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("*.pt"))
+    before = contents(folder)
+    train(module, *flags, "--out", folder, *flag)
+    out = capsys.readouterr().out
+    accuracy = read(finished, "result.json")["avg"]["overall"]
+    assert "is finished (2 epochs)" in out and f"{accuracy:.1f}" in out
+    assert contents(folder) == before
+    with killed_at(0, 0):
+        train(module, *flags, "--out", folder, "--overwrite")
+    assert set(contents(folder)) == {"config.json", "log.jsonl"}
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--epochs 3", "no checkpoint to go on"), ("--epochs 3 --resume", "no checkpoint to go on"),
+    ("--lr 0.05", "no checkpoint to go on"), ("--lr 0.05 --resume", "--lr 0.1 -> 0.05")])
+def test_another_result_without_checkpoints_is_not_overwritten(flags, words, shared_run, tmp_path,
+                                                               refused):
+    """A longer run, or one of other settings, over the only trace of a finished one."""
+    module, given, finished = shared_run("teacher")
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("*.pt"))
+    before = contents(tmp_path / "run")
+    assert words in refused(module, *given, "--out", tmp_path / "run", *flags.split())
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_finished_teacher_that_is_only_read_may_be_anybodys(waiting_student, teacher_run, owner,
+                                                              monkeypatch, capsys):
+    """Refused: a teacher of another owner, in a read-only folder, of other processes or --amp,
+    saved otherwise; or one that somebody else is reading."""
+    flags, folder = waiting_student
+    shutil.copytree(teacher_run, folder)
+    config = read(folder, "config.json") | {"amp": "fp16", "save_every": "7m", "device": "cuda"}
+    (folder / "config.json").write_text(json.dumps(config))
+    state = checkpoint(folder) | {"world": 8}
+    torch.save(state, folder / "last.pt")
+    os.utime(folder / "last.pt", (0, 0))
+    before, access = contents(folder), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "teacher" not in str(path)
+                        and access(path, mode))
+    take = Lock.take
+
+    def not_there(lock):
+        assert "teacher" not in lock.folder, "locked a folder that it only reads"
+        return take(lock)
+    monkeypatch.setattr(Lock, "take", not_there)
+    train(train_student, *flags, "--amp", "none", "--save-every", "3")
+    assert f"{folder.name} is finished" in capsys.readouterr().out
+    assert contents(folder) == before
+
+
+def test_a_finished_teacher_of_other_images_is_refused(shared_run, tmp_path, refused):
+    """Also without its checkpoints; also one from before config.json had the fingerprint."""
+    module, flags, finished = shared_run("teacher")
+    for name, lacks in (("a", ()), ("b", ("fingerprint",))):
+        folder = tmp_path / name
+        shutil.copytree(finished, folder)
+        config = read(folder, "config.json") | {"fingerprint": "other"}
+        config = {key: value for key, value in config.items() if key not in lacks}
+        (folder / "config.json").write_text(json.dumps(config))
+        if lacks:
+            torch.save(checkpoint(folder) | {"data": "other"}, folder / "last.pt")
+        assert "other images" in refused(module, *flags, "--out", folder)
+
+
+def test_damaged_text_files_of_a_finished_run(shared_run, tmp_path, refused):
+    """A traceback; or a run that begins again because its result cannot be read."""
+    module, flags, finished = shared_run("teacher")
+    for name, words in (("result.json", "is damaged"), ("config.json", "is damaged")):
+        folder = tmp_path / name
+        shutil.copytree(finished, folder)
+        (folder / name).write_text('{"epochs": ')
+        before = contents(folder)
+        for flag in ([], ["--resume"]):
+            assert words in refused(module, *flags, "--out", folder, *flag)
+        assert contents(folder) == before
+
+
+# ---- Settings that the run did not know yet ------------------------------------------------------
+
+def forget(folder, *names):
+    """Take settings out of a run's files, as if it were from before they existed."""
+    state = checkpoint(folder)
+    state["config"] = {k: v for k, v in state["config"].items() if k not in names}
+    torch.save(state, folder / "last.pt")
+    config = {k: v for k, v in read(folder, "config.json").items() if k not in names}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_settings_that_were_added_later(over, shared_run, tmp_path, refused, capsys):
+    """Every run of yesterday refused because of a setting that is new, and at its default: a flag
+    that is off, a number at the table's value. Another value is another run."""
+    module, flags, finished = shared_run("teacher")
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    forget(folder, "max_margin", "holdout", "skip_bad", "imb_type")
+    if not over:
+        (folder / "result.json").unlink()
+    flags = [*flags, "--out", folder, "--resume"]
+    assert "--imb-type None -> exp" in refused(module, *flags)      # its value is no table's
+    for file in (folder / "last.pt", folder / "config.json"):
+        shutil.copy(finished / file.name, file)
+    forget(folder, "max_margin", "holdout", "skip_bad")
+    assert "--max-margin None -> 0.4" in refused(module, *flags, "--max-margin", "0.4")
+    train(module, *flags)
+    assert ("is finished" in capsys.readouterr().out) == over
+    assert (folder / "result.json").exists()
+
+
+# ---- The log -------------------------------------------------------------------------------------
+
+LINE = b'{"epoch": 0, "seconds": 1.0, "loss": 2.0}\n'
+
+
+@pytest.mark.parametrize("damage", [
+    lambda log: b"", lambda log: log[:40], lambda log: log.replace(b'"loss"', b'loss', 1),
+    lambda log: b"\0" * len(log), lambda log: LINE + log, lambda log: log.split(b"\n")[1] + b"\n",
+    lambda log: b"\n".join(reversed(log.split(b"\n"))), lambda log: None],
+    ids="empty torn garbage zeros twice missing reversed gone".split())
+def test_a_damaged_log_is_found_before_training(damage, unfinished, refused, steps_done):
+    """A run that trains to its end and dies without a result; an epoch that is lost in silence."""
+    module, flags, folder = unfinished
+    log = damage((folder / "log.jsonl").read_bytes())
+    if log is None:
+        (folder / "log.jsonl").unlink()
+    else:
+        (folder / "log.jsonl").write_bytes(log)
+    before = contents(folder)
+    error = refused(module, *flags, "--resume")
+    assert "log.jsonl does not have a line for each of the 2 epochs" in error
+    assert contents(folder) == before and not steps_done
+    train(module, *flags, "--resume", "--force", "--beta", "0.99")      # says both
+    assert "the log lacks epochs" in read(folder, "result.json")["forced"][1]
+    epochs = [record["epoch"] for record in records(folder)]
+    assert epochs == sorted(set(epochs))
+
+
+@pytest.mark.parametrize("torn", [b'{"epoch": 1, "lo', b"\0\0\0\0", b"garbage\n"])
+def test_a_torn_line_after_the_checkpoint_is_cut_away_and_said(torn, shared_run, tmp_path, capsys):
+    """Killed while a line was written: left in the middle of the log, where no reader gets past."""
+    module, flags, undisturbed = shared_run("teacher")
+    flags = [*flags, "--out", tmp_path / "run", "--save-every", "3"]
+    with killed_at(1, 1):
+        train(module, *flags)
+    with open(tmp_path / "run" / "log.jsonl", "ab") as file:
+        file.write(torn)
+    train(module, *flags, "--resume")
+    assert "log.jsonl is damaged; left out: line 2" in capsys.readouterr().out
+    assert_same_run(undisturbed, tmp_path / "run")
+    seconds = sum(record["seconds"] for record in records(tmp_path / "run"))
+    assert read(tmp_path / "run", "result.json")["seconds"] == round(seconds, 1)
+
+
+# ---- Steps that are not finite -------------------------------------------------------------------
+
+def bad_steps(monkeypatch, bad, at_each=None):
+    """Losses of these steps, counted from 0, are NaN; at_each(step) is called first."""
+    scale, step = FiniteScaler.scale, [-1]
+
+    def scaled(scaler, loss):
+        step[0] += 1
+        if at_each:
+            at_each(step[0])
+        return scale(scaler, loss * (torch.nan if step[0] in bad else 1))
+    monkeypatch.setattr(FiniteScaler, "scale", scaled)
+
+
+def test_no_checkpoint_while_steps_are_not_finite(shared_run, tmp_path, monkeypatch):
+    """"The last checkpoint is from before them", and it holds nine of the ten bad steps."""
+    module, flags, _ = shared_run("teacher")
+    saves, save = [], Run.save
+
+    def recorded(run, epoch, step):
+        saves.append((epoch, step, run.parts["scaler"].in_a_row))
+        save(run, epoch, step)
+    monkeypatch.setattr(Run, "save", recorded)
+    bad_steps(monkeypatch, {1, 2, 3, 5})
+    train(module, *flags, *WITHOUT_SAM, "--out", tmp_path / "run", "--save-every", "2")
+    # Due after steps 2 and 5; the end is saved in any case.
+    assert saves == [(1, 2, 0), (2, 0, 1)]
+
+
+def test_a_stop_among_steps_that_are_not_finite_says_so(shared_run, tmp_path, monkeypatch, capsys):
+    """A checkpoint with bad steps in it, of which the next run says that it is from before them."""
+    module, flags, _ = shared_run("teacher")
+    flags = [*flags, *WITHOUT_SAM, "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        bad_steps(patch, {1, 2}, lambda step: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
+        train(module, *flags)
+    assert "(the last 2 steps were not finite and are undone)" in capsys.readouterr().out
+    monkeypatch.setattr(FiniteScaler, "LIMIT", 3)           # the two before do not count again
+    bad_steps(monkeypatch, {0, 1})
+    train(module, *flags, "--resume")
+    assert checkpoint(tmp_path / "run")["scaler"]["skipped"] == 4
+
+
+# ---- Output and pictures -------------------------------------------------------------------------
+
+@pytest.mark.parametrize("file", ["/dev/full", "closed pipe"])
+def test_a_run_whose_output_is_lost_goes_on(file, tiny_cifar, tmp_path, monkeypatch):
+    """A full disk for the log of a batch system, or `| head`: the run ends with a traceback."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    for name in ("stdout", "stderr"):
+        stream = open(file if file == "/dev/full" else os.dup(write_end), "w")
+        monkeypatch.setattr(sys, name, stream)
+    train(train_student, *PLAIN, "--data-dir", tiny_cifar, "--out", tmp_path / "run")
+    monkeypatch.undo()
+    os.close(write_end)
+    assert (tmp_path / "run" / "result.json").exists() and len(records(tmp_path / "run")) == 2
+
+
+def test_a_lost_connection_saves(tiny_cifar, tmp_path, monkeypatch, capsys):
+    """SIGHUP: the run over ssh ends at once, and with it the work since the last save."""
+    monkeypatch.setattr(run_folder, "duration",
+                        lambda _: os.kill(os.getpid(), signal.SIGHUP))      # in the 13th step
+    flags = [*PLAIN, "--epochs", "9", "--data-dir", tiny_cifar, "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit) as stopped:
+        train(train_student, *flags)
+    assert stopped.value.code == 128 + signal.SIGHUP
+    assert "after step 1; --resume goes on" in capsys.readouterr().out
+    assert checkpoint(tmp_path / "run")["epoch"] == 4
+
+
+@pytest.mark.parametrize("error", [UserError("no matplotlib"), SystemExit(3), MemoryError(),
+                                   ValueError("$\\frac{$\n^\nexpected"), UserWarning("glyph")])
+def test_a_failed_picture_fails_no_run(error, student_run, monkeypatch, capsys):
+    def summary(folder):
+        raise error
+    monkeypatch.setattr(analyze, "summary", summary)
+    train_student.draw_summary(str(student_run))
+    out, err = capsys.readouterr()
+    assert out.startswith("No picture (") and out.count("\n") == 1 and not err
+    assert "()" not in out
+
+
+def test_a_missing_picture_is_drawn_when_the_command_is_repeated(shared_run, tmp_path, monkeypatch,
+                                                                 capsys):
+    """No picture ever, as the run is finished; or one that is drawn again each time."""
+    module, flags, finished = shared_run("student")
+    shutil.copytree(finished, tmp_path / "run")
+    drawn = []
+
+    def draw(folder):
+        drawn.append(folder)
+        (tmp_path / "run" / "summary.png").write_text("picture")
+    for flag in ("--resume", "--resume", "--seed=0"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_student, "draw_summary", draw)
+            args = train_student.parse([*flags, "--out", str(tmp_path / "run"), flag])
+            train_student.run_student(args, runtime.setup("cpu"))
+    assert drawn == [str(tmp_path / "run")]
+
+
+# ---- What an overwritten run leaves --------------------------------------------------------------
+
+def test_an_overwritten_run_leaves_nothing_of_the_old_one(unfinished):
+    """The old run's picture, per-class table and TensorBoard events beside the new run's result;
+    or somebody's notes removed with them."""
+    module, flags, folder = unfinished
+    ours = {"result.json", "summary.png", "per_class.csv", "confusion.png", "heads.csv",
+            "report.html", "model.pt2", "model.onnx", "events.out.tfevents.1.host.2.3"}
+    figures = {name for name, command in analyze.COMMANDS.items()
+               if command is analyze.command_figure}
+    ours |= {f"{name}.{ending}" for name in figures for ending in ("png", "csv", "json")}
+    foreign = {"notes.txt", "my_summary.png", "predictions.csv", "last.pt.bak", "summary.png.old"}
+    for name in ours | foreign:
+        (folder / name).write_text("old")
+    (folder / "last.pt.0a1b2c3d.tmp").write_text("of a killed writer")
+    with killed_at(0, 0):
+        train(module, *flags, "--overwrite")
+    assert set(os.listdir(folder)) == foreign | {"config.json", "log.jsonl"}
+    assert all((folder / name).read_text() == "old" for name in foreign)
