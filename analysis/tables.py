@@ -45,13 +45,14 @@ def as_csv(rows):
 
 
 def csv_cell(value):
-    """The value, or its text with a "'" before all that a spreadsheet would take for a formula.
+    """The value, or its visible text with a "'" before what a spreadsheet takes for a formula.
 
-    Where the comma is the decimal sign, spreadsheets begin a cell after each ";" too.
+    Where the comma is the decimal sign, a cell begins after each ";" too; Asian spreadsheets take
+    the wide forms of the signs as well.
     """
     if not isinstance(value, str):
         return value
-    return re.sub(r"(^|;)(?=\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])", r"\1'", value)
+    return re.sub(r"(^|;)(?=\s*[=+\-@\uff1d\uff0b\uff0d\uff20])", r"\1'", visible(value))
 
 
 def as_json(numbers):
