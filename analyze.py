@@ -41,7 +41,7 @@ from engine.evaluation import (predicted, table, tables as result_tables, teache
 from engine.networks import NORMALISATIONS, load_network, short_name, teacher_files
 from engine.runtime import Runtime, UserError, run_main, setup
 from engine.settings import Parser, check_ranges
-from images.files import shown
+from images.files import class_name, shown
 
 
 # ---- Commands that print or write numbers --------------------------------------------------------
@@ -221,8 +221,10 @@ def parse():
                      else "name one run folder or checkpoint file, or more")
     if options.mirror and options.command not in MIRRORED:
         parser.error(f"--mirror is for {', '.join(MIRRORED)}, not for {options.command}")
-    for name in ("labels", "classes"):
-        setattr(options, name, [shown(text) for text in getattr(options, name) or []] or None)
+    if options.labels:
+        options.labels = [shown(label) for label in options.labels]
+    if options.classes:
+        options.classes = [class_name(name) for name in options.classes]
     if options.labels and len(options.labels) != len(options.runs):
         parser.error(f"--labels needs one name for each of the {len(options.runs)} runs")
     check_ranges(options, columns=(1, 100), topk=(1, inf), seed=(0, 10 ** 9))

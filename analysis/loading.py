@@ -64,6 +64,11 @@ def are_class_accuracies(value):
     return all(isinstance(v, list) and all(map(is_percent, v)) for v in value.values())
 
 
+def are_counts(value):
+    """Training images of every class?"""
+    return isinstance(value, list) and value != [] and all(is_count(n) and n > 0 for n in value)
+
+
 RESULT = {
     "dataset": is_text, "method": is_text, "model": is_text, "hardware": is_text,
     "command": is_text, "imb": lambda value: is_number(value, 1), "epochs": is_count,
@@ -77,7 +82,7 @@ RECORD = {
 }
 UNMEASURED = dict.fromkeys(COLUMNS, math.nan)
 HEADS = {"cls": are_accuracies, "dist": are_accuracies, "avg": are_accuracies}
-CONFIG = {"dataset": is_text, "counts": lambda value: bool(value) and all(map(is_count, value))}
+CONFIG = {"dataset": is_text, "counts": are_counts}
 
 
 def check(record, tests, where):

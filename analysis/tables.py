@@ -45,13 +45,14 @@ def as_csv(rows):
 
 
 def csv_cell(value):
-    """The value, or its text with a "'" before all that a spreadsheet would take for a formula.
+    """The value, or its visible text with a "'" before what a spreadsheet takes for a formula.
 
-    Where the comma is the decimal sign, spreadsheets begin a cell after each ";" too.
+    Where the comma is the decimal sign, a cell begins after each ";" too; Asian spreadsheets take
+    the wide forms of the signs as well.
     """
     if not isinstance(value, str):
         return value
-    return re.sub(r"(^|;)(?=\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n])", r"\1'", value)
+    return re.sub(r"(^|;)(?=\s*[=+\-@\uff1d\uff0b\uff0d\uff20])", r"\1'", visible(value))
 
 
 def as_json(numbers):
@@ -62,20 +63,16 @@ def write(path, content):
     """Write bytes or text; returns the path. UserError if it cannot be written."""
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")       # paths that are not UTF-8
-    if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
-        write_through(path, content)
-    else:
+    is_device = os.path.exists(path) and not os.path.isfile(path)
+    if not is_device and not os.path.abspath(path).startswith("/dev/"):     # /dev/stdout: a link
         write_atomically(path, lambda file: file.write(content))
-    return path
-
-
-def write_through(path, content):
-    """Write into a link's file, a pipe or a device, none of which may be replaced by a file."""
-    try:
+        return path
+    try:                                        # not replaced by a file, as the other way would
         with open(path, "wb") as file:
             file.write(content)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return path
 
 
 def print_runs(folders, rt):

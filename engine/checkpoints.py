@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from engine.runtime import UserError
-from images.files import shown_classes
+from images.files import class_name
 
 
 # ---- Writing -------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def load_checkpoint(path, keys=("model", "config")):
         raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(keys)}")
     names = state.get("class_names")
     if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
-        state["class_names"] = shown_classes(names, path)
+        state["class_names"] = [class_name(name) for name in names]
     if is_run(state):
         try:
             check_run(state)

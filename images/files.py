@@ -77,21 +77,15 @@ def shown(name):
     r"""A path or a name, bytes or text, as one line of text for people.
 
     Escaped are bytes that are not UTF-8, line breaks, blanks at the ends and what else `visible`
-    escapes: "\x1b[2J", "\x0a", "\u202e". What has been shown already stays as it is, so names of
-    classes are kept, compared and written like this.
+    escapes: "\x1b[2J", "\x0a", "\u202e". What has been shown already stays as it is.
     """
     return re.sub(r"\A\s+|\s+\Z|\n", lambda blank: "".join(map(escape, blank[0])),
                   visible(os.fsdecode(name)))
 
 
-def shown_classes(names, where):
-    """The names of a data set's or a network's classes, shown. DataError if two become one."""
-    classes = [shown(name) for name in names]
-    for name, n in Counter(classes).items():
-        if n > 1:
-            raise DataError(f"{shown(where)} has {n} classes that are shown as {name}, perhaps in "
-                            "two Unicode forms: make them one, or rename all but one")
-    return classes
+def class_name(name):
+    """A class's name as it is kept, compared and written: shown, in one Unicode form (NFC)."""
+    return shown(unicodedata.normalize("NFC", os.fsdecode(name)))
 
 
 def visible(text):
@@ -208,7 +202,11 @@ def list_folder(root):
     if not classes:
         raise DataError(f"{shown(root)} has no class folders: images are expected as "
                         f"{shown(os.path.join(root, '<class>', '*.jpg'))}")
-    names = shown_classes([unicodedata.normalize("NFC", name) for name in classes], root)
+    names = [class_name(name) for name in classes]
+    for name, n in Counter(names).items():
+        if n > 1:
+            raise DataError(f"{shown(root)} has {n} folders called {name}, in different Unicode "
+                            "forms; make them one folder")
     folders = [os.path.join(root, name) for name in classes]
     places = {}                                     # {identity: the folder, rather than a link}
     for folder in sorted((root, *folders), key=os.path.islink):

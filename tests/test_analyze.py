@@ -2,15 +2,18 @@
 import csv
 import json
 import math
+import os
+import re
 import subprocess
 import sys
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import analyze
-from analysis import accuracy, loading, tables, tensorboard
+from analysis import accuracy, drawing, loading, run_figures, tables, tensorboard
 from conftest import ROOT, script
 from engine.checkpoints import save_checkpoint
 from engine.evaluation import COLUMNS
@@ -107,6 +110,102 @@ def test_runs_are_listed_as_they_ended(runs, tmp_path, monkeypatch, capsys):
     assert err == f"{tmp_path}: no finished run\n"
 
 
+# ---- Damaged runs --------------------------------------------------------------------------------
+
+def damaged(runs, tmp_path, name, change):
+    """A copy of deit-lt's text files, of which `change` has altered the last JSON object of one."""
+    for each in ("result.json", "config.json", "log.jsonl"):
+        (tmp_path / each).write_text((runs["deit-lt"] / each).read_text())
+    lines = (tmp_path / name).read_text()
+    kept, last = "", lines
+    if name == "log.jsonl":
+        kept, last = lines[:lines.rindex("\n", 0, -1) + 1], lines.splitlines()[-1]
+    data = json.loads(last)
+    change(data)
+    (tmp_path / name).write_text(kept + json.dumps(data) + "\n")
+    return tmp_path
+
+
+DAMAGE = [(name, key, value) for name, key, values in [
+    ("result.json", "imb", ["x", None, 0, -4, 10 ** 400, math.inf, math.nan, [], True]),
+    ("result.json", "avg", [None, 3, [], {}, {"overall": "x"}, {"overall": 101}]),
+    ("result.json", "seed", ["0", None, 1.5]), ("result.json", "method", [None, 5, {}]),
+    ("config.json", "counts", [None, [], 5, ["x"], [5, -1], [5, 0], {}]),
+    ("config.json", "dataset", [None, 5]),
+    ("log.jsonl", "epoch", [None, "2", -1, 1, 2.5, 10 ** 400, math.inf]),
+    ("log.jsonl", "loss", ["x", [], {}, 10 ** 400]), ("log.jsonl", "lr", [None, "x", math.nan]),
+    ("log.jsonl", "drw", [None, "x", 3]), ("log.jsonl", "cosine", ["x", [], 5, math.nan]),
+    ("log.jsonl", "avg", [3, {}, {"overall": -1}, {"overall": 5, "tail": "x"}]),
+] for value in values]
+
+
+@pytest.mark.parametrize("name, key, value", DAMAGE, ids=range(len(DAMAGE)))
+def test_damaged_files_of_a_run_are_named(name, key, value, runs, events, tmp_path, monkeypatch,
+                                          capsys):
+    """A traceback, or a picture of a number that cannot be, for a run whose files are damaged."""
+    folder = damaged(runs, tmp_path, name, lambda data: data.update({key: value}))
+    commands = {"result.json": ["imbalance"], "config.json": ["curves"],
+                "log.jsonl": ["curves", "diversity", "tensorboard"]}[name]
+    for command in commands:
+        with pytest.raises(SystemExit) as stop:
+            script(analyze, monkeypatch, command, folder)
+        run_figures.plt.close("all")
+        line, = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and name in line and len(line) < 300
+
+
+@pytest.mark.parametrize("key", ["epoch", "loss", "lr", "drw"])
+def test_a_log_that_lacks_a_column_is_named(key, runs, tmp_path):
+    folder = damaged(runs, tmp_path, "log.jsonl", lambda data: data.pop(key))
+    with pytest.raises(UserError, match=f"log.jsonl.* {key}"):
+        loading.run_log(folder)
+
+
+def test_what_was_not_measured_is_left_out(runs, events, tmp_path, monkeypatch, capsys):
+    """A traceback for a loss that was NaN, or for a log without any head."""
+    monkeypatch.setattr(drawing, "as_png", lambda figure: b"")
+
+    def change(data):
+        data["loss"] = None
+        for head in ("cls", "dist", "avg"):
+            data.pop(head)
+    folder = damaged(runs, tmp_path, "log.jsonl", change)
+    for command in ("curves", "diversity", "tensorboard"):
+        script(analyze, monkeypatch, command, folder)
+    assert [row["loss"] for row in rows_of(folder / "curves.csv")] == ["2.5", "2.0", "nan"]
+    assert [row["epoch"] for row in rows_of(folder / "diversity.csv")] == ["2"]
+    assert events[str(folder)]["loss"] == [(1, 2.5), (2, 2.0)]
+    first = (folder / "log.jsonl").read_text().splitlines()[0]      # no epoch was evaluated
+    (folder / "log.jsonl").write_text(first + "\n")
+    capsys.readouterr()
+    script(analyze, monkeypatch, "curves", folder)
+    assert capsys.readouterr().out.splitlines()[1].split() == [folder.name, "1", "False", "2.5",
+                                                               "3.0e-03"]
+
+
+def test_a_damaged_run_costs_no_other_its_row(runs, tmp_path, monkeypatch, capsys):
+    folder = damaged(runs, tmp_path, "result.json", lambda data: data.update(seconds="x"))
+    script(analyze, monkeypatch, "runs", folder, runs["vit"])
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3 and "`vit`" in out
+    assert "result.json is damaged, or no run's: its seconds says x" in err
+
+
+def test_a_summary_needs_accuracies_of_its_own_classes(runs, tmp_path):
+    """Accuracies drawn under the names of other classes; a traceback for a teacher's result."""
+    net, args, data = loading.load_student(str(runs["vit"]), RT)
+    subject = loading.Subject("", str(tmp_path), net, args, data)
+    result = read_result(runs["deit-lt"])
+    result["per_class"]["dist"].pop()
+    with pytest.raises(UserError, match="it has dist on 9 classes, the run has 10"):
+        run_figures.summary(subject, result, [])
+    for per_class in (None, {}, {"cls": [1.0]}, {"avg": 3}, {"avg": ["x"]}, {"avg": [101]}):
+        result["per_class"] = per_class
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        with pytest.raises(UserError, match="its per_class says"):
+            loading.run_result(tmp_path, "per_class")
+
+
 # ---- TensorBoard ---------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -142,6 +241,9 @@ def test_tensorboard_gets_every_epoch(runs, events, tmp_path, monkeypatch, capsy
     assert f"tensorboard --logdir {runs['deit-lt']}" in capsys.readouterr().out
     script(analyze, monkeypatch, "tensorboard", runs["vit"], runs["teacher"], "--out", tmp_path)
     assert {str(tmp_path / "vit"), str(tmp_path / "teacher")} <= events.keys()
+    with pytest.raises(SystemExit):             # a/vit and b/vit would be one folder
+        script(analyze, monkeypatch, "tensorboard", runs["vit"], runs["vit"], "--out", tmp_path)
+    assert "two of the runs are called vit" in capsys.readouterr().err
     record = {"loss": 1, "cosine": None, "avg": {"tail": math.nan, "head": 2.0, "per_class": [1.0]}}
     assert tensorboard.scalars(record) == {"loss": 1.0, "avg/head": 2.0}
 
@@ -197,11 +299,17 @@ def test_the_summary_is_a_picture_in_the_run_folder(runs, monkeypatch, capsys):
 WITHOUT_MATPLOTLIB = """
 import sys
 sys.modules["matplotlib"] = None            # importing it raises ImportError
+sys.modules["torch.utils.tensorboard"] = None
 import analyze
+import train_student
 from engine.runtime import run_main
+train_student.draw_summary({student!r})
 for command in {commands}:
     sys.argv = ["analyze.py", *command]
-    run_main(analyze.main)
+    try:
+        run_main(analyze.main)
+    except SystemExit as stop:
+        print(command[0], "ends with", stop.code)
 """
 
 
@@ -211,11 +319,15 @@ def test_numbers_need_no_matplotlib(runs, tiny_cifar, tmp_path):
     commands = [["predict", "--checkpoint", student, image], ["runs", student],
                 ["eval", student, "--out", str(tmp_path / "per_class.csv")],
                 ["heads", str(runs["deit-lt"]), "--out", str(tmp_path / "heads.csv")],
-                ["curves", student, "--out", str(tmp_path / "curves.png")]]
-    code = WITHOUT_MATPLOTLIB.format(commands=commands)
+                ["curves", student, "--out", str(tmp_path / "curves.png")],
+                ["tensorboard", student]]
+    code = WITHOUT_MATPLOTLIB.format(commands=commands, student=student)
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert process.stderr == "error: pictures need a package: pip install matplotlib\n"
-    assert process.returncode == 2                              # of curves, the last
+    assert process.stderr == ("error: pictures need a package: pip install matplotlib\n"
+                              "error: this needs a package: pip install tensorboard\n")
+    assert re.findall(r".* ends with .*", process.stdout) == ["curves ends with 2",
+                                                              "tensorboard ends with 2"]
+    assert "No picture (pictures need a package: pip install matplotlib);" in process.stdout
     assert f"{image}: class2" in process.stdout
     assert "no confusion matrix: pictures need a package" in process.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"per_class.csv", "heads.csv"}
@@ -267,6 +379,12 @@ def test_images_that_have_changed_are_pointed_out(runs, tiny_cifar, tmp_path, ca
     assert capsys.readouterr().err == ""
 
 
+def test_runs_of_one_name_are_told_apart():
+    """Two lines of one name in a legend, two rows of one name in a table."""
+    assert loading.legend_labels(["a/vit", "b/vit", "b/x"]) == ["a/vit", "b/vit", "b/x"]
+    assert loading.legend_labels(["a\x1b", "b"]) == [r"a\x1b", "b"]
+
+
 def test_labels_are_what_distinguishes_names():
     """Labels that are empty or the same for two runs would make a legend useless."""
     label = loading.legend_labels
@@ -294,6 +412,69 @@ def test_csv_has_every_column_of_every_row():
     text = tables.as_csv([{"epoch": 1}, {"epoch": 2, "tail": 5.5}, {"epoch": 3, "a, b": 'c "d"'}])
     assert text.splitlines()[:3] == ['epoch,tail,"a, b"', "1,,", "2,5.5,"]
     assert list(csv.DictReader(text.splitlines()))[2]["a, b"] == 'c "d"'
+
+
+@pytest.mark.parametrize("text, cell", [
+    ("=cmd|' /C calc'!A0", "'=cmd|' /C calc'!A0"), ("+1", "'+1"), ("-x.jpg", "'-x.jpg"),
+    ("@SUM(A1)", "'@SUM(A1)"), ("\t=1", r"\x09=1"), ("\rx\n", "\\x0dx\n"), ("  =1", "'  =1"),
+    ("a;=1;b", "a;'=1;b"), ("\uff1d1", "'\uff1d1"), ("a=b-c+d@e", "a=b-c+d@e"), ("a;b", "a;b"),
+    (-1.5, "-1.5"), (True, "True"), ('a "b", c', 'a "b", c')])
+def test_no_cell_of_a_csv_is_a_formula(text, cell):
+    """A class's name that a spreadsheet runs; a number that becomes a text, a name that changes."""
+    rows = list(csv.reader(StringIO(tables.as_csv([{"class": text, "n": 1}]), newline="")))
+    assert rows == [["class", "n"], [cell, "1"]]
+
+
+def test_cells_of_markdown_stay_cells():
+    """A name that begins a cell, a code, a link or a tag; a code that ends too early."""
+    assert tables.plain("a|b <i> [x](y) *z* `q` my_set") == (
+        r"a\|b \<i> \[x](y) \*z\* \`q\` my_set")
+    assert tables.code("a|b") == r"`a\|b`" and tables.code("a`b") == "`` a`b ``"
+    assert tables.code(r"\x1b") == r"`\x1b`"
+
+
+def test_a_text_table_may_lack_cells():
+    """A value under the heading of a column that its row lacks; a table without rows."""
+    text = tables.as_text([{"run": "a", "loss": 1.5}, {"run": "b", "tail": 5, "loss": 2.5}])
+    assert text.splitlines() == ["run  loss  tail", "a     1.5", "b     2.5     5"]
+
+
+# ---- Outputs that cannot be written --------------------------------------------------------------
+
+@pytest.mark.parametrize("flags, message", [
+    (["--out", "{tmp}/none/x.png"], "there is no folder {tmp}/none"),
+    (["--csv", "{tmp}/none/x.csv"], "there is no folder {tmp}/none"),
+    (["--csv", "{tmp}"], "{tmp}: it is a folder"), (["--out", "{tmp}/folder/"], "{tmp}/folder"),
+    (["--out", "/proc/x.png"], "/proc")])
+def test_outputs_are_tried_before_the_work(flags, message, runs, tmp_path, monkeypatch, capsys):
+    """Minutes of work that are lost for a folder that is not there; a traceback."""
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "/proc")   # root may write there
+    for command in analyze.COMMANDS:
+        monkeypatch.setitem(analyze.COMMANDS, command, None)                # all work
+    given = [flag.format(tmp=tmp_path) for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        script(analyze, monkeypatch, "curves", runs["vit"], *given)
+    line, = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and message.format(tmp=tmp_path) in line
+
+
+def test_a_folder_is_where_the_output_goes(runs, tmp_path, monkeypatch):
+    """A picture beside the folder that --out names, or without a name in it."""
+    script(analyze, monkeypatch, "curves", runs["vit"], "--out", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.csv", "curves.png"]
+
+
+def test_devices_are_written_to_not_replaced(tmp_path):
+    """/dev/stdout as a file of its own, for good; a full disk that is a traceback."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    tables.write(str(tmp_path / "pipe"), "text")
+    assert os.read(reader, 9) == b"text" and not (tmp_path / "pipe").is_file()
+    os.close(reader)
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left"):
+        tables.write("/dev/full", "text")
+    with pytest.raises(UserError, match="Is a directory"):
+        tables.write(str(tmp_path), "text")
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------

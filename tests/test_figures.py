@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -492,3 +493,44 @@ def test_every_figure_of_the_table_takes_its_flags():
     for function, kind, flags in FIGURES.values():
         assert tuple(inspect.signature(function).parameters)[2:] == flags
         assert kind in ("student", "teacher", "log")
+
+
+# ---- Names in pictures ---------------------------------------------------------------------------
+
+HOSTILE = ["$\\frac{$", "$x^2$", "\\", "%s {0}", "<b>", "emoji \U0001f600", "_hidden", "",
+           r"\x1b[2J", "n" * 300]
+
+
+def test_names_are_drawn_as_they_are(networks, recwarn):
+    """A formula in a name that ends the picture, or that is drawn as another name; a picture as
+    wide as its longest name; warnings for a letter that the font lacks."""
+    data = replace(networks["vit"].data, class_names=HOSTILE)
+    subject = replace(networks["vit"], label="$\\frac{$", data=data)
+    per_class = {"avg": {"per_class": [50.0] * 10}}
+    confusion = run_figures.confusion_matrix(torch.eye(10), data, "$\\frac{$")
+    bare = [run_figures.class_accuracy(per_class, data), confusion]
+    drawn = [student_figures.attention([subject], RT, index=[0, 59], images=2),
+             student_figures.distance([subject, replace(subject, label="_b")], RT, images=2)]
+    for figure in [*bare, *(each.figure for each in drawn)]:
+        png = drawing.as_png(figure)
+        width, height = (int.from_bytes(png[i:i + 4]) for i in (16, 20))
+        assert png.startswith(PNG) and width < 2000 and height < 1500
+    assert [text.get_text() for text in confusion.axes[0].get_yticklabels()][:8] == HOSTILE[:8]
+    legend = drawn[1].figure.axes[0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == ["$\\frac{$", "_b"]
+    assert not recwarn.list
+
+
+def test_numbers_of_a_logarithmic_axis_are_plain():
+    """Ticks that show their formula, $\\mathdefault{10^{1}}$, since names may begin none."""
+    figure, axis = drawing.plt.subplots()
+    axis.plot([1, 2], [0.1, 100])
+    drawing.log_scale(axis)
+    figure.draw_without_rendering()
+    texts = [text.get_text() for text in axis.get_yticklabels() + axis.get_yticklabels(minor=True)]
+    assert {"0.1", "1", "10", "100"} <= set(texts) and not any("$" in text for text in texts)
+
+
+def test_short_names_keep_both_ends():
+    assert drawing.short("cat") == "cat" and drawing.short("n" * 24) == "n" * 24
+    assert drawing.short("beginning" + "." * 50 + "end", 12) == "beginni….end"

@@ -46,6 +46,33 @@ def test_a_part_of_files_keeps_what_is_known_of_all(tmp_path):
     assert (part.class_names, part.problems, part.ignored) == (["x", "y"], ["problem"], {".txt": 1})
 
 
+@pytest.mark.parametrize("name, text", [
+    ("cat", "cat"), (b"caf\xc3\xa9", "café"), ("日本 😀 ي", "日本 😀 ي"), ("\\x", "\\x"),
+    (b"caf\xe9", r"caf\xe9"), ("caf\udce9", r"caf\xe9"), ("\ud800", r"\ud800"),
+    ("\x1b[2J", r"\x1b[2J"), ("a\tb\r\nc\x00", r"a\x09b\x0d\x0ac\x00"), ("\x7f\x9b", r"\x7f\x9b"),
+    ("gpj.\u202etac", r"gpj.\u202etac"), ("a\u200bb\ufeff", r"a\u200bb\ufeff"),
+    ("a\u2028b\u2029", r"a\u2028b\u2029"), ("\U000e0041", r"\U000e0041"),
+    (" a b ", r"\x20a b\x20"), ("   ", r"\x20\x20\x20"), ("a\xa0", r"a\xa0"), ("", "")])
+def test_names_are_shown_on_one_line_as_they_are(name, text):
+    """A terminal that obeys a name, a line break in a table, a letter that nobody sees, an error
+    for what is no text; another text for what is shown a second time, as the classes of a
+    checkpoint are."""
+    assert files.shown(name) == files.shown(files.shown(name)) == text
+
+
+def test_lines_stay_lines_where_nothing_else_is_obeyed():
+    """A list of problems on one line, an indented table with escapes, a terminal that obeys."""
+    text = "2 problems:\n  a\x1b[2J\u202e\n  b "
+    assert files.visible(text) == "2 problems:\n  a\\x1b[2J\\u202e\n  b "
+
+
+def test_classes_have_one_form(tmp_path):
+    """The same class under two names: by its accent, or as data and as a checkpoint have it."""
+    assert files.class_name("cafe\u0301\n") == files.class_name("café\\x0a") == "café\\x0a"
+    (tmp_path / "a\tb" / "deeper").mkdir(parents=True)
+    assert files.list_folder(tmp_path).class_names == [r"a\x09b"]
+
+
 @pytest.mark.slow
 def test_2000_damaged_lists_are_read_or_named(tmp_path):
     """A line that is no path and label must never become an image of another class, or another

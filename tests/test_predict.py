@@ -1,5 +1,6 @@
 """From a trained network to predictions of pictures, and to files for other programs."""
 import csv
+import os
 
 import pytest
 import torch
@@ -62,6 +63,49 @@ def test_predictions_of_files_folders_and_patterns(by_colour, tiny_cifar, tmp_pa
     pattern = predict.find_images([str(tmp_path / "class1 *.jpg"), str(table)])
     assert pattern == [str(tmp_path / f"class1 {i}.jpg") for i in range(2)] + [str(table)]
     assert len(predict.find_images([str(tmp_path)])) == 20
+
+
+def test_each_image_is_predicted_once(tiny_cifar, tmp_path, monkeypatch, capsys):
+    """An image that counts twice, a folder that a pattern names and that is not searched, or that
+    cannot be read without a word."""
+    image = tiny_cifar / "test" / "class1" / "0.png"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.png").write_bytes(image.read_bytes())
+    (tmp_path / "-y.png").write_bytes(image.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert predict.find_images(["-y.png", "*", "in", "in/x.png"]) == ["-y.png", "in/x.png"]
+
+    def unreadable(path):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(os, "scandir", unreadable)
+    assert predict.find_images(["-y.png", "in"]) == ["-y.png"]
+    assert capsys.readouterr().err == "in: Permission denied\n"
+
+
+def test_hostile_names_reach_neither_terminal_nor_spreadsheet(runs, tiny_cifar, tmp_path,
+                                                              monkeypatch, capsys):
+    """A checkpoint's class or a picture's name that the terminal obeys, or a spreadsheet."""
+    state = torch.load(runs["vit"] / "last.pt", weights_only=True)
+    state["class_names"] = ["=cmd|calc!A0", "\x1b[2J\n", *map(str, range(8))]
+    torch.save(state, tmp_path / "x.pt")
+    path = tmp_path / "\x1b]0;a\u202e.png"
+    path.write_bytes((tiny_cifar / "test" / "class1" / "0.png").read_bytes())
+    script(analyze, monkeypatch, "predict", "--checkpoint", tmp_path / "x.pt", path, "--topk", 10,
+           "--csv", tmp_path / "p.csv")
+    out, text = capsys.readouterr().out, (tmp_path / "p.csv").read_text()
+    for shown in (out, text):
+        assert len(shown.splitlines()) == 2 and not {"\x1b", "\u202e"} & set(shown)
+        assert r"\x1b[2J\x0a" in shown and r"\x1b]0;a\u202e.png" in shown
+    assert ",'=cmd|calc!A0," in text
+
+
+def test_one_class_has_one_probability(tiny_cifar):
+    """topk beyond the classes, of a network that knows one."""
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 1))
+    net.img_size = 32
+    path = str(tiny_cifar / "test" / "class7" / "0.png")
+    row, = predict.predict(Network(net, "teacher", "", {}, ["only"]), [path], RT, topk=5)
+    assert row == {"image": path, "class": "only", "probability": 1.0}
 
 
 def test_a_network_without_class_names_predicts_numbers(by_colour, tiny_cifar):

@@ -5,9 +5,11 @@ from html.parser import HTMLParser
 import pytest
 
 import analyze
-from analysis import drawing, figures, report
+from analysis import drawing, figures, report, run_figures, tables
 from conftest import script
+from engine.runtime import UserError
 from finished_runs import read_result, runs  # noqa: F401: a fixture
+from images.files import DataError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -112,6 +114,41 @@ def test_a_report_holds_what_applies(name, sections, runs, tiny_cifar, quick_fig
         assert [float(cell) for cell in row[2:]] == [result["per_class"][head][k]
                                                      for head in per_class[0][2:]]
     assert ["seed", "0"] in page.tables["Settings"]
+
+
+def test_hostile_names_are_text(tmp_path):
+    """Markup in a title, a table's head or a picture's description; a page that cannot be written
+    for a path that is not UTF-8; text that runs backwards."""
+    name = "\"><img src=x onerror=a>'\udcff\u202e\x1b"
+    html = report.page(name, name, [report.Section(name, name, [{name: name}], PNG, folded=True)])
+    assert "<img src=x" not in html and "\u202e" not in html and "\x1b" not in html
+    assert Page(html).fetched == []
+    tables.write(str(tmp_path / "x.html"), html)
+    assert r"\xff" in (tmp_path / "x.html").read_text()
+
+
+@pytest.mark.parametrize("error, text", [
+    (UserError("no such\ntoken"), "no such token"), (DataError("no image"), "no image"),
+    (ValueError("\n^ bad formula"), "drawing it failed with ValueError: ^ bad formula"),
+    (MemoryError(), "drawing it failed with MemoryError: ")])
+def test_one_figure_that_fails_costs_no_other(error, text, runs, quick_figures, tmp_path,
+                                              monkeypatch):
+    """A report of ten minutes that is lost for one picture, or that hides which one is missing."""
+    draw = figures.draw
+
+    def failing(command, *given):
+        if command == "distance":
+            raise error
+        return draw(command, *given)
+    monkeypatch.setattr(figures, "draw", failing)
+    monkeypatch.setattr(run_figures, "class_accuracy", lambda *_: 1 / 0)
+    script(analyze, monkeypatch, "report", runs["vit"], "--out", tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tables["Left out"][1:] == [
+        ["accuracy per class", "drawing it failed with ZeroDivisionError: division by zero"],
+        ["distance", text]]
+    assert {"Result", "Accuracy per class", "Where the tokens look", "Rank of the features",
+            "What the student trains on", "Settings"} < set(page.tables)
 
 
 def test_a_report_draws_its_figures_of_the_run(runs, tmp_path, monkeypatch):
