@@ -40,7 +40,7 @@ def test_what_systems_leave_behind_is_no_picture(tmp_path):
 def test_a_part_of_files_keeps_what_is_known_of_all(tmp_path):
     """Another white level, or no problems, for the half that is held out."""
     whole = files.Files(np.array([b"a", b"b"]), np.array([0, 1]), ["x", "y"], ["problem"],
-                        {".txt": 1}, 4095)
+                        {".txt": 1}, white=4095)
     part = whole.keep(np.array([1]))
     assert part.paths.tolist() == [b"b"] and part.labels.tolist() == [1] and part.white == 4095
     assert (part.class_names, part.problems, part.ignored) == (["x", "y"], ["problem"], {".txt": 1})
