@@ -7,8 +7,8 @@ r"""Image files decoded, and what is wrong with them found before training start
     EXIF orientation                            turned upright
     animated                                    the first frame
     one pixel, odd shapes                       resized like any other
-    empty, truncated, no file, none of FORMATS, floating point, more than 179 million pixels, not
-    readable                                    listed as a problem
+    empty, truncated, none of FORMATS, no regular file, floating point, more than 179 million
+    pixels, not readable                        listed as a problem
 
 Decoding is C code that releases Python's lock, so threads share the work: no worker processes, no
 copies between them.
@@ -187,10 +187,14 @@ def white_level(train, test, say, white=None):
     deep += all_extremes(test.paths)
     outside = sum(low < 0 or high > white for low, high in deep)
     if deep:
-        say(f"Images with 16-bit levels: {len(deep)}; 0 to {white} becomes 0 to 255")
+        say(f"{images_have(len(deep))} 16-bit levels; 0 to {white} becomes 0 to 255")
     if outside:
-        say(f"Images with levels below 0 or above {white}, which become 0 or 255: {outside}")
+        say(f"{images_have(outside)} levels below 0 or above {white}, which become 0 or 255")
     return white
+
+
+def images_have(n):
+    return "1 image has" if n == 1 else f"{n} images have"
 
 
 # ---- Decoding ------------------------------------------------------------------------------------
@@ -232,8 +236,10 @@ def opened(path):
     """A file as a PIL image that is not decoded yet. OSError if it is none of FORMATS."""
     require_file(path)
     image = Image.open(path, formats=FORMATS)
-    image.filename = ""     # else PIL maps it into memory, where uncompressed TIFF files that lie on
-    return image            # their side are read wrongly, and one that is cut ends the process
+    # Else PIL maps the file into memory: uncompressed TIFF images on their side become another
+    # picture then, and a file that is cut meanwhile ends the process.
+    image.filename = ""
+    return image
 
 
 def turn(image):

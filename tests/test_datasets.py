@@ -446,8 +446,8 @@ def test_deep_pictures_of_a_folder_have_one_white_level(budget, tmp_path, monkey
     rt = Recorder()
     data = load("folder", tmp_path, rt)
     assert data.white == 4095
-    assert rt.printed == ["Images with 16-bit levels: 22; 0 to 4095 becomes 0 to 255",
-                          "Images with levels below 0 or above 4095, which become 0 or 255: 1"]
+    assert rt.printed == ["22 images have 16-bit levels; 0 to 4095 becomes 0 to 255",
+                          "1 image has levels below 0 or above 4095, which become 0 or 255"]
     assert torch.equal(data.train_images[0::2], data.train_images[1::2])    # 8 bits and 16 bits
     assert (data.test_images[:].amin((1, 2, 3)) == 255).sum() == 1
     load("folder", tmp_path, rt)
