@@ -38,6 +38,8 @@ FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM",
            if name in Image.OPEN]               # no other decoder ever sees a file
 # More is an error of PIL's, and a problem here.
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
+LARGE = 2 ** 24                                 # pixels that are not copied as a whole
+Image.core.set_block_size(2 ** 26)      # bytes; of smaller blocks glibc keeps some for each thread
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module="PIL")         # remarks on a file, without its path
 
@@ -77,7 +79,7 @@ def problem(path, thorough=False):
     """
     try:
         if thorough or not looks_whole(path):
-            read_image(path)
+            read_square(path, 32)
     except Exception as error:                  # damaged files raise nearly anything
         return f"{shown(path)}: {reason(error)}"
     return None
@@ -141,7 +143,8 @@ def eight_bits(image, white):
     pixels = np.clip(deep, 0, white)
     if image.format == "TIFF" and image.tag_v2.get(TIFF_PHOTOMETRIC) == 0:
         pixels = white - pixels                 # its 0 is white, which PIL minds in 8 bits only
-    pixels = (pixels >> white.bit_length() - 8).astype(np.uint8)
+    pixels >>= white.bit_length() - 8
+    pixels = pixels.astype(np.uint8)
     if "transparency" in image.info:            # a level of a PNG file
         pixels[deep == image.info["transparency"]] = 255
     return Image.fromarray(pixels)
@@ -164,18 +167,24 @@ def extremes(path):
         return None
 
 
+def all_extremes(paths):
+    """The `extremes` of all deep image files among these."""
+    def part(i):
+        return [pair for pair in map(extremes, paths[i::THREADS]) if pair is not None]
+    with workers() as pool:                     # a task for each file costs more than most files do
+        return [pair for pairs in pool.map(part, range(THREADS)) for pair in pairs]
+
+
 def white_level(train, test, say, white=None):
     """The white level of a data set's deep images: see WHITES. It is told by say(text).
 
     train, test: Files. white: the level that is known already, of a network's own data.
     """
-    with workers() as pool:
-        found, others = [[pair for pair in pool.map(extremes, files.paths) if pair is not None]
-                         for files in (train, test)]
+    deep = all_extremes(train.paths)
     if white is None:
-        highest = max((high for _, high in found), default=WHITES[-1])
+        highest = max((high for _, high in deep), default=WHITES[-1])
         white = next((level for level in WHITES if highest <= level), WHITES[-1])
-    deep = found + others
+    deep += all_extremes(test.paths)
     outside = sum(low < 0 or high > white for low, high in deep)
     if deep:
         say(f"Images with 16-bit levels: {len(deep)}; 0 to {white} becomes 0 to 255")
@@ -222,7 +231,9 @@ def require_file(path):
 def opened(path):
     """A file as a PIL image that is not decoded yet. OSError if it is none of FORMATS."""
     require_file(path)
-    return Image.open(path, formats=FORMATS)
+    image = Image.open(path, formats=FORMATS)
+    image.filename = ""     # else PIL maps it into memory, where uncompressed TIFF files that lie on
+    return image            # their side are read wrongly, and one that is cut ends the process
 
 
 def turn(image):
@@ -272,17 +283,34 @@ def read_square(path, size, box=None, white=WHITES[-1]):
     torch resizes, faster than PIL and equal but for rounding. white and errors: see read_image.
     """
     box = box or central_square
-    with opened(path) as image:
-        whole = draft(image, size, box) if image.format in ("JPEG", "MPO") else None
-        # A progressive JPEG file's coefficients are all held, however small it is decoded.
-        progressive = whole and image.info.get("progressive")
-        with budget.take(whole if progressive else image.size):
-            image = upright(image, white)
-            image = rgb(image.crop(scaled(box, whole or image.size, image.size)))
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-            if pixels.shape[1:] == (size, size):
-                return pixels
-            return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+    image = opened(path)
+    whole = draft(image, size, box) if image.format in ("JPEG", "MPO") else None
+    # A progressive JPEG file's coefficients are all held, however small it is decoded.
+    progressive = whole and image.info.get("progressive")
+    with budget.take(whole if progressive else image.size), image:
+        image = upright(image, white)
+        image = cropped(image, scaled(box, whole or image.size, image.size), 2 * size)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if pixels.shape[1:] == (size, size):
+        return pixels
+    return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+
+
+def cropped(image, box, side):
+    """The box of a decoded image as RGB. What is LARGE is shrunk, to no less than `side` pixels.
+
+    Band by band, so that a few times its memory are not needed.
+    """
+    left, top, right, bottom = box
+    w, h = right - left, bottom - top
+    factor = min(w, h) // side if w * h > LARGE else 1
+    if factor <= 1:
+        return rgb(image.crop(box))
+    small = Image.new("RGB", (-(-w // factor), -(-h // factor)))
+    for y in range(0, h, factor):
+        band = image.crop((left, top + y, right, min(top + y + factor, bottom)))
+        small.paste(rgb(band).reduce(factor), (0, y // factor))
+    return small
 
 
 def draft(image, size, box):

@@ -1,5 +1,6 @@
 """Folders of pictures such as people have, whole and damaged, for several test files."""
 import os
+import struct
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,28 @@ def write_files(root, counts):
     return root
 
 
+def write_tiff(path, levels, photometric=1, orientation=1):
+    """A TIFF file of any integers (H,W), in their own byte order, signed or not, uncompressed."""
+    order = ">" if levels.dtype.byteorder == ">" else "<"
+    h, w = levels.shape
+    content = levels.tobytes()
+    tags = {256: w, 257: h, 258: 8 * levels.itemsize, 259: 1, 262: photometric, 273: 8,
+            274: orientation, 277: 1, 278: h, 279: len(content),
+            339: 2 if levels.dtype.kind == "i" else 1}
+    directory = struct.pack(order + "H", len(tags))
+    for tag, value in tags.items():
+        directory += struct.pack(order + "HHII", tag, 4, 1, value)
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    path.write_bytes(magic + struct.pack(order + "I", 8 + len(content)) + content + directory
+                     + bytes(4))
+
+
+def write_pgm(path, levels, white):
+    """A PGM file of levels (H,W) from 0 to white, which it states."""
+    h, w = levels.shape
+    path.write_bytes(b"P5 %d %d %d\n" % (w, h, white) + levels.astype(">u2").tobytes())
+
+
 def make_folder(root, n=6, size=(36, 40), classes=("apple pie", "Bär", "c,3")):
     """root/train and root/test with n - k and 2 pictures of class k. Returns root.
 
@@ -38,6 +61,20 @@ def make_folder(root, n=6, size=(36, 40), classes=("apple pie", "Bär", "c,3")):
                 ending = "jpg" if i % 2 else "png"
                 picture(*size, seed=start + 100 * k + i).save(folder / f"{i}.{ending}", quality=95)
     return root
+
+
+def deepen(folder, step=16):
+    """Make all pictures below a folder gray, as PNG files of 8 bits beside ones of 16 bits with
+    `step` times the level. Returns ([paths of 8 bits], [paths of 16 bits])."""
+    eight, deep = [], []
+    for path in sorted(folder.rglob("*.*")):
+        levels = np.asarray(Image.open(path).convert("L")).astype(np.uint16)
+        path.unlink()
+        for paths, ending, image in ((eight, ".8.png", levels.astype(np.uint8)),
+                                     (deep, ".16.png", levels * step)):
+            paths.append(path.with_suffix(ending))
+            Image.fromarray(image).save(paths[-1])
+    return eight, deep
 
 
 def damage(root):

@@ -16,7 +16,7 @@ from PIL import Image
 import data_lt
 from engine import datasets
 from engine.runtime import Runtime
-from image_folders import close, damage, make_folder, picture, write_files
+from image_folders import close, damage, deepen, make_folder, picture, write_files
 from images.decode import Stream
 from images.files import DataError
 
@@ -433,6 +433,28 @@ def test_other_files_are_counted_once(holdout, tmp_path):
     rt = Recorder()
     load("folder", root / "train" if holdout else root, rt, holdout=holdout)
     assert rt.printed == ["Ignored, not images: 2 .heic, 1 .txt"]
+
+
+@pytest.mark.parametrize("budget", [1e9, 0])
+def test_deep_pictures_of_a_folder_have_one_white_level(budget, tmp_path, monkeypatch):
+    """12 bits nearly black; held and streamed pictures that differ; a rule that nobody is told, or
+    that is lost; test pictures by a rule of their own; a network asked by another than its own."""
+    monkeypatch.setattr(datasets, "memory_budget", lambda rt: budget)
+    deepen(make_folder(tmp_path))
+    Image.fromarray(np.full((40, 36), 50000, dtype=np.uint16)).save(
+        tmp_path / "test" / "apple pie" / "bright.png")
+    rt = Recorder()
+    data = load("folder", tmp_path, rt)
+    assert data.white == 4095
+    assert rt.printed == ["Images with 16-bit levels: 22; 0 to 4095 becomes 0 to 255",
+                          "Images with levels below 0 or above 4095, which become 0 or 255: 1"]
+    assert torch.equal(data.train_images[0::2], data.train_images[1::2])    # 8 bits and 16 bits
+    assert (data.test_images[:].amin((1, 2, 3)) == 255).sum() == 1
+    load("folder", tmp_path, rt)
+    assert len(rt.printed) == 2
+    dark = load("folder", tmp_path, white=65535)
+    assert dark.white == 65535
+    assert close(data.train_images[0::2] // 16, dark.train_images[1::2], by=1)
 
 
 def test_names_that_are_not_utf_8(tmp_path):

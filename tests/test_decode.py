@@ -2,17 +2,22 @@
 import io
 import os
 import random
+import struct
 import subprocess
 import sys
+import threading
+import time
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms import RandomResizedCrop
 
 from conftest import ROOT
-from image_folders import close, make_folder, picture
+from image_folders import close, make_folder, picture, write_pgm, write_tiff
 from images import decode, files
 
 
@@ -21,6 +26,24 @@ def read(path, size, box=None):
     if size is None:
         return decode.read_image(path)
     return decode.read_square(path, size, box).permute(1, 2, 0)
+
+
+def lying(image, orientation):
+    """A picture as a camera saves it that notes this EXIF orientation."""
+    turn = {1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
+            5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE,
+            8: Image.ROTATE_270}[orientation]
+    return image if turn is None else image.transpose(turn)
+
+
+def files_of(*paths):
+    """Files of one class."""
+    encoded = np.array([os.fsencode(path) for path in paths])
+    return files.Files(encoded, np.zeros(len(paths), dtype=int), ["a"])
+
+
+def no_files():
+    return files_of("none").keep(np.zeros(1, dtype=bool))
 
 
 # ---- Reading -------------------------------------------------------------------------------------
@@ -59,15 +82,69 @@ def test_photographs_are_turned_upright(orientation, size, tmp_path):
     decoded small, by a box."""
     upright, exif = picture(400, 240), Image.Exif()
     exif[0x0112] = orientation
-    turn = {1: None, 2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM,
-            5: Image.TRANSPOSE, 6: Image.ROTATE_90, 7: Image.TRANSVERSE,
-            8: Image.ROTATE_270}[orientation]
-    saved = upright if turn is None else upright.transpose(turn)
-    saved.save(tmp_path / "x.jpg", exif=exif, quality=95)
+    lying(upright, orientation).save(tmp_path / "x.jpg", exif=exif, quality=95)
     box, expected = (200, 20, 360, 180), upright
     if size is not None:
         expected = upright.resize((size, size), Image.BICUBIC, box)
     assert close(read(tmp_path / "x.jpg", size, lambda W, H: box), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["png", "tif", "lzw.tif", "gray.tif", "webp", "deep.png",
+                                    "deep.tif", "deep.big.tif", "deep.wide.tif", "mpo"])
+def test_equal_pictures_have_equal_pixels(ending, orientation, tmp_path):
+    """A format whose reader has turned the picture already, or one that nobody turns: a square cut
+    from the wrong place, or squeezed. Whole, as a square, by a box, streamed."""
+    rng, exif = np.random.RandomState(0), Image.Exif()
+    exif[0x0112] = orientation
+    pixels = rng.randint(0, 256, (30, 48, 3), dtype=np.uint8)
+    if "deep" in ending or "gray" in ending:
+        pixels[...] = pixels[..., :1]
+    upright, path = Image.fromarray(pixels), tmp_path / f"x.{ending}"
+    saved = lying(upright, orientation)
+    levels = np.asarray(saved)[..., 0].astype(np.uint16) * 257
+    if ending == "deep.png":
+        Image.fromarray(levels).save(path, exif=exif)
+    elif ending.startswith("deep"):
+        kind = {"deep.tif": "<u2", "deep.big.tif": ">u2", "deep.wide.tif": "<i4"}[ending]
+        write_tiff(path, levels.astype(kind), orientation=orientation)
+    elif ending == "gray.tif":
+        saved.convert("L").save(path, exif=exif)
+    elif ending == "mpo":
+        saved.save(path, exif=exif, quality=100, subsampling=0, save_all=True,
+                   append_images=[saved])
+    else:
+        saved.save(path, exif=exif, lossless=True,
+                   compression="tiff_lzw" if ending == "lzw.tif" else None)
+    upright.save(tmp_path / "right.png")
+    by = 4 if ending == "mpo" else 1e-9
+    for box in (None, lambda W, H: (W - 17, 3, W, 20)):
+        for size in (17, 30):
+            assert close(read(path, size, box), read(tmp_path / "right.png", size, box), by)
+    assert close(decode.read_image(path), upright, by)
+    both = files_of(path, tmp_path / "right.png")
+    assert decode.sides(both).tolist() == [30, 30]
+    for images in (decode.read_all(both, 20)[0], decode.Stream(both, 20)[:]):
+        assert close(images[0], images[1], by)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_an_orientation_may_stand_in_xmp_and_be_unreadable_in_exif(ending, tmp_path):
+    """Half of a data set lies on its side; a whole picture refused for a damaged remark."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    upright, path = picture(60, 40), tmp_path / f"x.{ending}"
+    saved, info = lying(upright, 6), None
+    if ending == "png":
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    saved.save(path, xmp=xmp, pnginfo=info, quality=95)
+    assert close(read(path, 40), read_whole_square(upright))
+    upright.save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\xff", quality=95)
+    assert close(read(path, 40), read_whole_square(upright))
+
+
+def read_whole_square(image):
+    return image.crop((10, 0, 50, 40))
 
 
 def test_of_an_animation_the_first_frame_is_read(tmp_path):
@@ -112,6 +189,114 @@ def test_reading_leaves_the_main_thread_its_threads(tmp_path):
     assert out.stdout.split() == ["2"], out.stdout + out.stderr
 
 
+# ---- Levels of deep pictures ---------------------------------------------------------------------
+
+def deep_ramp(white):
+    """Levels (16,64) from 0 to white, and the 8-bit levels that they are."""
+    eight = np.arange(1024).reshape(16, 64) // 4
+    step = (white + 1) // 256
+    return (eight * step + (step - 1)).astype(np.uint16), eight
+
+
+@pytest.mark.parametrize("white", [255, 1023, 4095, 16383, 65535])
+@pytest.mark.parametrize("ending", ["png", "tif", "big.tif", "signed.tif", "wide.tif", "saved.pgm"])
+def test_a_data_set_of_deep_pictures_has_one_white_level(white, ending, tmp_path):
+    """A scale for each file, so that a dark picture becomes as bright as a bright one, or clips;
+    12 bits nearly black. All decoders, and the stream."""
+    levels, eight = deep_ramp(white)
+    kind = {"signed.tif": "<i4", "big.tif": ">u2", "wide.tif": "<u4"}.get(ending, "<u2")
+    for name, part in (("bright", levels), ("dark", levels // 8)):
+        path = tmp_path / f"{name}.{ending}"
+        if ending.endswith("tif"):
+            write_tiff(path, part.astype(kind))
+        else:
+            Image.fromarray(part).save(path)
+    eight_bits = tmp_path / "eight.png"
+    Image.fromarray(eight.astype(np.uint8)).save(eight_bits)
+    both = files_of(tmp_path / f"dark.{ending}", tmp_path / f"bright.{ending}", eight_bits)
+    said = []
+    both.white = decode.white_level(both, no_files(), said.append)
+    assert both.white == white
+    assert said == [f"Images with 16-bit levels: 2; 0 to {white} becomes 0 to 255"]
+    dark, bright = (np.asarray(decode.read_image(path, white)) for path in both.paths[:2])
+    assert (bright == eight[..., None]).all()
+    assert (dark == (levels // 8 >> white.bit_length() - 8)[..., None]).all()
+    images = decode.read_all(both, 16)[0]
+    assert torch.equal(images[1], images[2]) and not torch.equal(images[0], images[1])
+    for stream in (decode.Stream(both, 16), decode.Stream(both, 16).keep(np.arange(3)).to("cpu")):
+        assert torch.equal(stream[:], images)
+
+
+@pytest.mark.parametrize("kind, levels, expected", [
+    ("<i4", [-70000, -1, 0, 256, 65535, 65536, 2 ** 31 - 1], [0, 0, 0, 1, 255, 255, 255]),
+    ("<u4", [0, 255, 256, 65536, 2 ** 31, 2 ** 32 - 1], [0, 0, 1, 255, 255, 255]),
+    ("<i2", [-32768, -1, 0, 256, 32767], [0, 0, 0, 1, 127]),
+    (">i2", [-32768, -1, 0, 256, 32767], [0, 0, 0, 1, 127])])
+def test_levels_beyond_black_and_white_are_those(kind, levels, expected, tmp_path):
+    """Levels modulo 256; the darkest become the brightest; nobody is told."""
+    write_tiff(tmp_path / "x.tif", np.array([levels], dtype=kind))
+    one, said = files_of(tmp_path / "x.tif"), []
+    assert decode.white_level(one, no_files(), said.append) in (32767, 65535)
+    assert np.asarray(decode.read_image(tmp_path / "x.tif"))[0, :, 0].tolist() == expected
+    assert said[1:] == ["Images with levels below 0 or above 65535, which become 0 or 255: 1"]
+
+
+def test_the_white_level_is_that_of_training(tmp_path):
+    """A brighter test picture that changes what is learned; a rule that a network's new pictures
+    do not keep; a JPEG or 8-bit file decoded in vain, or a damaged one that ends it."""
+    write_tiff(tmp_path / "train.tif", deep_ramp(4095)[0])
+    write_tiff(tmp_path / "test.tif", deep_ramp(65535)[0])
+    picture().save(tmp_path / "x.jpg")
+    picture().save(tmp_path / "y.png")
+    (tmp_path / "z.png").write_bytes((tmp_path / "y.png").read_bytes()[:60])
+    train = files_of(tmp_path / "x.jpg", tmp_path / "train.tif", tmp_path / "z.png",
+                     tmp_path / "nowhere.tif")
+    test = files_of(tmp_path / "test.tif", tmp_path / "y.png")
+    said = []
+    assert decode.white_level(train, test, said.append) == 4095
+    assert said == ["Images with 16-bit levels: 2; 0 to 4095 becomes 0 to 255",
+                    "Images with levels below 0 or above 4095, which become 0 or 255: 1"]
+    assert decode.white_level(train, test, said.append, white=65535) == 65535
+    assert said[2:] == ["Images with 16-bit levels: 2; 0 to 65535 becomes 0 to 255"]
+    with pytest.MonkeyPatch.context() as patch:                 # nothing else is said or decoded
+        patch.setattr(Image.Image, "load", None)
+        eight = files_of(tmp_path / "x.jpg", tmp_path / "y.png")
+        assert decode.white_level(eight, eight, None) == 65535
+
+
+@pytest.mark.parametrize("white", [1000, 1023, 4095])
+def test_a_pgm_file_states_its_white_level(white, tmp_path):
+    """PIL scales it to 16 bits: with 12-bit files of another format it would be 16 times brighter,
+    or they 16 times darker."""
+    levels = np.linspace(0, white, 64).round().astype(np.uint16)[None]
+    write_pgm(tmp_path / "x.pgm", levels, white)
+    write_tiff(tmp_path / "y.tif", deep_ramp(4095)[0])
+    both = files_of(tmp_path / "x.pgm", tmp_path / "y.tif")
+    assert decode.white_level(both, no_files(), [].append) == 4095
+    for level in (255, 4095, 65535):
+        pixels = np.asarray(decode.read_image(tmp_path / "x.pgm", level))[0, :, 0]
+        assert np.abs(pixels - 255.0 * levels[0] / white).max() <= 1
+
+
+def test_a_deep_tiff_whose_0_is_white_is_no_negative(tmp_path):
+    """Radiographs are saved so; PIL turns them over in 8 bits only."""
+    levels, eight = deep_ramp(4095)
+    write_tiff(tmp_path / "x.tif", 4095 - levels, photometric=0)
+    assert (np.asarray(decode.read_image(tmp_path / "x.tif", 4095))[..., 0] == eight).all()
+
+
+def test_a_transparent_level_of_a_deep_png_is_white(tmp_path):
+    levels = np.array([[0, 300, 65535]], dtype=np.uint16)
+    Image.fromarray(levels).save(tmp_path / "x.png", transparency=300)
+    assert np.asarray(decode.read_image(tmp_path / "x.png"))[0, :, 0].tolist() == [0, 255, 255]
+
+
+def test_signed_8_bit_pixels_are_a_problem(tmp_path):
+    """PIL reads -1 as 255."""
+    write_tiff(tmp_path / "x.tif", np.array([[-1, 1]], dtype="i1"))
+    assert "signed 8-bit" in decode.problem(tmp_path / "x.tif")
+
+
 # ---- Finding what is wrong -----------------------------------------------------------------------
 
 def test_the_quick_check_finds_what_decoding_finds(tmp_path):
@@ -124,6 +309,77 @@ def test_the_quick_check_finds_what_decoding_finds(tmp_path):
     (tmp_path / "more.jpg").write_bytes((tmp_path / "good.jpg").read_bytes() + b"\0" * 500)
     bad = {path.name for path in tmp_path.iterdir() if decode.problem(path)}
     assert bad == {"cut.jpg", "cut.png", "cut.webp", "cut.bmp"}
+
+
+def all_doors(path):
+    """What each way to read an image file says of it, None where it is read."""
+    one = files_of(path)
+    yield decode.problem(path)
+    yield decode.problem(path, thorough=True)
+    for good, problems in (decode.check(one), decode.read_all(one, 8)[1:],
+                           decode.read_all(one, 8, exact=True)[1:]):
+        yield problems[0] if problems else None
+        assert good.tolist() == [not problems]
+    assert decode.white_level(one, one, None) == 65535 and decode.sides(one).sum() >= 0
+    assert decode.Stream(one, 8)[:1].shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_only_files_are_opened(kind, tmp_path):
+    """A pipe that no one writes to is waited for, for ever; /dev/zero never ends."""
+    path = tmp_path / "x.jpg"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        os.symlink("/dev/zero", path)
+    assert set(all_doors(path)) == {f"{path}: not a regular file"}
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "JPEG2000", "ICO", "PCX", "SGI", "TGA", "DDS"])
+def test_only_known_formats_are_decoded(kind, tmp_path, monkeypatch):
+    """Ghostscript started by a file that is called x.png; decoders that nobody looks after."""
+    def start(*args, **kwargs):
+        raise AssertionError(f"started {args}")
+    monkeypatch.setattr(subprocess, "check_call", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    picture().save(tmp_path / "x.png", kind)
+    assert set(all_doors(tmp_path / "x.png")) == {f"{tmp_path / 'x.png'}: no image that can be read"}
+
+
+def png_chunk(name, content):
+    checksum = zlib.crc32(name + content)
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+
+@pytest.mark.parametrize("kind", ["text.png", "size.png", "size.gif", "tags.tif", "size.tif"])
+def test_bombs_are_problems(kind, tmp_path):
+    """A small file that takes gigabytes; an error that ends the run."""
+    path = tmp_path / f"x.{kind}"
+    picture().save(path)
+    content = path.read_bytes()
+    if kind == "text.png":                                      # 80 KB that become 80 MB
+        text = png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))
+        content = content[:33] + text + content[33:]
+    elif kind == "size.png":
+        header = png_chunk(b"IHDR", struct.pack(">II", 60_000, 60_000) + content[24:29])
+        content = content[:8] + header + content[33:]
+    elif kind == "size.gif":
+        content = content[:6] + b"\xff\xff\xff\xff" + content[10:]
+    elif kind == "tags.tif":                                    # values that no file holds
+        at = struct.unpack("<I", content[4:8])[0]
+        tags = b"".join(struct.pack("<HHII", 256 + i, 4, 2 ** 31, 8) for i in range(40))
+        content = content[:at] + struct.pack("<H", 40) + tags + bytes(4)
+    else:
+        at = content.index(struct.pack("<HHI", 256, 4, 1)) if struct.pack(
+            "<HHI", 256, 4, 1) in content else content.index(struct.pack("<HHI", 256, 3, 1))
+        for place in (at, at + 12):
+            content = content[:place] + content[place:place + 2] + struct.pack(
+                "<HII", 4, 1, 2 ** 17) + content[place + 12:]
+    path.write_bytes(content)
+    doors = list(all_doors(path))
+    assert doors[1] and all(line is None or "\n" not in line for line in doors)
 
 
 @pytest.mark.slow
@@ -146,11 +402,70 @@ def test_1500_damaged_files_are_read_or_named(ending, tmp_path, capfd):
         if reason is not None:
             refused += 1
             assert reason.startswith(str(path)) and "\n" not in reason
-        one = files.Files(np.array([os.fsencode(path)]), np.array([0]), ["a"])
+        one = files_of(path)
         images, good, problems = decode.read_all(one, 32)
         assert len(images) == good.sum() == 1 - len(problems) and images.shape[1:] == (3, 32, 32)
         assert decode.Stream(one, 32)[:1].shape == (1, 3, 32, 32)
     assert refused > 50
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+def test_all_threads_together_hold_a_bounded_number_of_pixels(tmp_path, monkeypatch):
+    """Every thread decodes a huge picture: gigabytes from files of a few KB. A picture of more than
+    the budget waits until it is alone; all come through."""
+    held, most = [0], []
+    budget, lock, whole = decode.Budget(10_000), threading.Lock(), decode.upright
+
+    def upright(image, white):
+        pixels = image.size[0] * image.size[1]
+        with lock:
+            held[0] += pixels
+            most.append((held[0], pixels))
+        time.sleep(0.005)
+        with lock:
+            held[0] -= pixels
+        return whole(image, white)
+    monkeypatch.setattr(decode, "budget", budget)
+    monkeypatch.setattr(decode, "upright", upright)
+    monkeypatch.setattr(decode, "THREADS", 8)
+    paths = []
+    for i, side in enumerate([60, 70, 80, 120, 10, 20, 30] * 4):
+        paths.append(tmp_path / f"{i}.png")
+        picture(side, side).save(paths[-1])
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:99])    # returns its own
+    images, good, _ = decode.read_all(files_of(*paths), 8)
+    assert good.sum() == 27 and budget.free == 10_000
+    assert all(total <= max(10_000, own) for total, own in most)
+    assert max(total for total, own in most) > 4900             # more than one at a time
+
+
+def test_a_jpeg_counts_as_what_is_decoded_of_it(tmp_path, monkeypatch):
+    """Photographs that wait for each other although an eighth is decoded; a progressive file, whose
+    coefficients are all held, that does not."""
+    taken = []
+
+    class Spy(decode.Budget):
+        def take(self, size):
+            taken.append(size)
+            return super().take(size)
+    monkeypatch.setattr(decode, "budget", Spy(10 ** 6))
+    for progressive in (False, True):
+        picture(800, 640).save(tmp_path / "x.jpg", progressive=progressive)
+        decode.read_square(tmp_path / "x.jpg", 32)
+    assert taken == [(100, 80), (800, 640)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "1", "L"])
+def test_a_large_picture_is_shrunk_band_by_band(mode, tmp_path, monkeypatch):
+    """Bands in the wrong places, or the last one lost; a palette averaged."""
+    source = picture(317, 251).convert(mode)
+    source.save(tmp_path / "x.png")
+    for box in (None, lambda W, H: (40, 30, 291, 201)):
+        expected = read(tmp_path / "x.png", 20, box)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode, "LARGE", 1000)
+            assert close(read(tmp_path / "x.png", 20, box), expected, by=5 if mode == "1" else 2)
 
 
 # ---- Streams -------------------------------------------------------------------------------------
@@ -205,8 +520,7 @@ def test_the_boxes_have_the_published_distribution():
 def test_a_file_that_breaks_later_is_gray_and_named_once(stream_files, tmp_path, capsys):
     """A disk that fails in epoch 3: hours are worth more than one picture."""
     (tmp_path / "x.jpg").write_text("gone")
-    paths = np.array([os.fsencode(tmp_path / "x.jpg"), stream_files.paths[0]])
-    stream = decode.Stream(files.Files(paths, np.array([0, 0]), ["a"]), 16)
+    stream = decode.Stream(files_of(tmp_path / "x.jpg", stream_files.paths[0]), 16)
     images = stream[torch.tensor([0, 1, 0])]
     assert (images[[0, 2]] == 128).all() and (images[1] != 128).any()
     assert capsys.readouterr().err.count("cannot be decoded") == 1

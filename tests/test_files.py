@@ -17,6 +17,35 @@ def test_names_sort_naturally_and_never_fail():
     assert sorted(names, key=files.natural) == expected
 
 
+def test_what_systems_leave_behind_is_no_picture(tmp_path):
+    """Thumbnails of a NAS as training images, or as a class; a photograph left out without a
+    word."""
+    names = ["cat/a.jpg", "cat/b.PGM", "cat/c.jfif", "cat/d.avif", "cat/sub/e.pbm",
+             "cat/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "cat/sub/.thumbnails/e.png", "cat/._a.jpg",
+             "cat/Thumbs.db", "cat/.DS_Store", "@eaDir/x.jpg", "__MACOSX/cat/._a.jpg",
+             "#recycle/cat/z.jpg", "$RECYCLE.BIN/z.jpg", "dog/f.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = files.list_folder(tmp_path)
+    assert found.class_names == ["cat", "dog"] and not found.problems
+    kept = [name.decode() for name in found.names(tmp_path)]
+    assert kept == ["cat/a.jpg", "cat/b.PGM", "cat/c.jfif", "cat/d.avif", "cat/sub/e.pbm",
+                    "dog/f.jpg"]
+    assert found.ignored == {
+        ".db": 1, "hidden": 1, "folder @eaDir": 2, "folder .thumbnails": 1, "folder __MACOSX": 1,
+        "folder #recycle": 1, "folder $RECYCLE.BIN": 1}
+
+
+def test_a_part_of_files_keeps_what_is_known_of_all(tmp_path):
+    """Another white level, or no problems, for the half that is held out."""
+    whole = files.Files(np.array([b"a", b"b"]), np.array([0, 1]), ["x", "y"], ["problem"],
+                        {".txt": 1}, 4095)
+    part = whole.keep(np.array([1]))
+    assert part.paths.tolist() == [b"b"] and part.labels.tolist() == [1] and part.white == 4095
+    assert (part.class_names, part.problems, part.ignored) == (["x", "y"], ["problem"], {".txt": 1})
+
+
 @pytest.mark.slow
 def test_2000_damaged_lists_are_read_or_named(tmp_path):
     """A line that is no path and label must never become an image of another class, or another

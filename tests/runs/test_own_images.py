@@ -1,4 +1,5 @@
 """Whole runs on a folder of one's own and on list files: from pictures to predictions."""
+import csv
 import json
 
 import pytest
@@ -11,7 +12,7 @@ import train_teacher
 from conftest import script
 from engine import runtime
 from engine.checkpoints import load_checkpoint
-from image_folders import damage, make_folder, picture
+from image_folders import damage, deepen, make_folder, picture
 
 SHORT = "--recipe cpu --model micro --epochs 2 --drw-epoch 1 --eval-every 2 --batch 8".split()
 
@@ -69,6 +70,36 @@ def test_from_a_folder_to_predictions_and_on(tmp_path, monkeypatch, capsys):
         assert "was trained on other images" in capsys.readouterr().err
     script(analyze, monkeypatch, "eval", "run")
     assert "have changed" in capsys.readouterr().err
+
+
+def test_a_network_keeps_the_white_level_of_its_images(tmp_path, monkeypatch, capsys):
+    """New 12-bit pictures 16 times darker than those of training; a run that goes on with others.
+    A checkpoint of before there was a rule has 16 bits."""
+    without_picture(monkeypatch)
+    root, run = tmp_path / "in", tmp_path / "run"
+    eight, deep = deepen(make_folder(root, size=(32, 32)))
+    train = ["--dataset", "folder", "--data-dir", root, "--method", "vit", "--out", run, *SHORT]
+    script(train_student, monkeypatch, *train, "--epochs", "1")
+    assert capsys.readouterr().out.count("0 to 4095 becomes 0 to 255") == 1
+    state = load_checkpoint(str(run))
+    assert state["white"] == 4095
+
+    def predictions(paths):
+        script(analyze, monkeypatch, "predict", "--checkpoint", run, *paths, "--csv",
+               tmp_path / "p.csv")
+        rows = csv.DictReader((tmp_path / "p.csv").open())
+        return [list(row.values())[1:] for row in rows]
+    assert predictions(deep) == predictions(eight)
+    script(analyze, monkeypatch, "eval", run)
+    del state["white"]
+    for name in ("last.pt", "previous.pt"):
+        torch.save(state, run / name)
+    assert predictions(deep) != predictions(eight)
+    script(analyze, monkeypatch, "eval", run)
+    assert "0 to 65535 becomes 0 to 255" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        script(train_student, monkeypatch, *train, "--epochs", "2", "--resume", "--force")
+    assert "on other levels" in capsys.readouterr().err
 
 
 def test_a_bad_folder_ends_before_anything_is_written(tmp_path, monkeypatch, capsys):
