@@ -251,7 +251,8 @@ def load_cifar(root, num_classes, imb=100, kind="exp", holdout=None):
     if holdout:
         test_x, test_y = x[held_out], y[held_out]
     label = cifar_label(num_classes, holdout)
-    if cifar_difference(train.classes, np.bincount(y), np.bincount(test.targets)):
+    counts = [np.bincount(part.targets, minlength=num_classes) for part in (train, test)]
+    if cifar_difference(train.classes, *counts):
         label = unpublished(label)
     return sort_classes(f"cifar{num_classes}", label,
                         (channels_first(x[kept]), y[kept]), (channels_first(test_x), test_y),
@@ -425,7 +426,8 @@ def survey_folder(root, imb, kind, holdout):
     train, _ = own_folder(root, imb, kind, holdout)
     shorter_sides = sides(train)
     if len(shorter_sides) == 0:
-        raise DataError(f"{shown(root)} has no image that can be read")
+        lines = [f"{shown(root)} has no image that can be used", *train.problems[:1]]
+        raise DataError("; ".join(lines))
     return Survey(len(train), int((train.counts() > 0).sum()), int(np.median(shorter_sides)))
 
 

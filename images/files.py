@@ -40,8 +40,8 @@ class Files:
     class_names: list
     problems: list = field(default_factory=list)        # a line of text each, with the path
     ignored: Counter = field(default_factory=Counter)   # endings of other files, folders left out
-    remarks: list = field(default_factory=list)         # lines of text that are only said
     white: int = 65535                                  # see images.decode.WHITES
+    remarks: list = field(default_factory=list)         # lines of text that are only said
     content: np.ndarray = None      # (N,) a number that files of the same content share
 
     def __post_init__(self):

@@ -57,7 +57,8 @@ def find_splits(root):
         train = shown(found["train"][0])
         refuse_layout(root, f"{place} has {train}/ and beside it images in {some(others)}",
                       f"If {train} is a class, rename it, for example to class_{train}; if it "
-                      f"holds the images to train on, move the others into it or out of {place}.")
+                      f"holds the images to train on, move the others into it or out of {place}; "
+                      f"images to test on belong into {place}/test.")
     if "val" in found and "test" in found:
         remarks.append(f"{place} has {shown(found['val'][0])}/ and {shown(found['test'][0])}/: the "
                        "first is not used.")

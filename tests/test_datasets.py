@@ -493,6 +493,15 @@ def test_images_of_one_class_are_refused(tmp_path):
         load("folder", tmp_path, skip_bad=True)
 
 
+def test_images_that_are_all_left_out_are_not_called_unreadable(tmp_path):
+    """A survey of nothing, and the wrong reason."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        picture().save(tmp_path / name / "x.png")
+    with pytest.raises(DataError, match="has no image that can be used; .*, in another class$"):
+        datasets.survey(settings("folder", tmp_path, holdout=0.2))
+
+
 def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch):
     """--data-dir=~/x, which the shell leaves as it is: a folder called ~."""
     make_folder(tmp_path / "pictures")

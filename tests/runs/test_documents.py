@@ -153,7 +153,8 @@ def make_images(flags):
         for name in "ab":
             (folder / name).mkdir(parents=True, exist_ok=True)
             for i in range(5):
-                Image.new("RGB", (40, 40)).save(folder / name / f"{i}.png")
+                color = (10 * i, ord(name), len(folder.name))           # no image is there twice
+                Image.new("RGB", (40, 40), color).save(folder / name / f"{i}.png")
 
 
 @pytest.fixture(autouse=True)

@@ -77,7 +77,7 @@ def test_a_teacher_of_other_classes(nothing_left, teacher_run, refused, monkeypa
         for k in range(100):
             folder = nothing_left / "hundred" / split / str(k)
             folder.mkdir(parents=True)
-            Image.new("RGB", (32, 32)).save(folder / "0.png")
+            Image.new("RGB", (32, 32), (k, len(split), 0)).save(folder / "0.png")
     flags = [*STUDENT, "--teacher", teacher_run, "--imb", "1", "--dataset"]
     error = refused(train_student, *flags, "cifar100", "--data-dir", "hundred")
     assert "10 classes, the data have 100" in error
