@@ -370,8 +370,8 @@ def check_tensors(weights, what):
                             "a tensor")
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
         if not plain or tensor.is_quantized or tensor.is_complex() or tensor.numel() == 0:
-            raise UserError(f"{what}: {one_line(key)} is not a plain tensor of real numbers (empty, "
-                            "sparse, quantized or complex); save the weights as float32")
+            raise UserError(f"{what}: {one_line(key)} is not a plain tensor of real numbers (but "
+                            "empty, sparse, quantized or complex); save the weights as float32")
         storage = tensor.untyped_storage()
         stored[storage.data_ptr()] = storage.nbytes()
         needed += tensor.numel() * tensor.element_size()
@@ -389,11 +389,12 @@ def load_weights(model, weights, what):
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, ValueError, TypeError) as error:      # TypeError: there are none
         raise UserError(f"{what} does not fit the network: {one_line(error, 200)}") from None
-    for key, tensor in model.state_dict().items():
-        if key in weights and weights[key].is_floating_point() != tensor.is_floating_point():
-            raise UserError(f"{what} does not fit the network: {key} is {weights[key].dtype}; save "
-                            "the weights as float32")
-        if not tensor.is_meta and not tensor.isfinite().all():
+    for key, own in model.state_dict().items():
+        tensor, dtype = weights.get(key, own), own.dtype        # old files lack BatchNorm's counts
+        if tensor.is_floating_point() != dtype.is_floating_point:
+            raise UserError(f"{what} does not fit the network: {key} is {tensor.dtype}; save the "
+                            "weights as float32")
+        if not tensor.to(dtype).isfinite().all():
             raise UserError(f"{what} is damaged, or its training has failed: its weights {key} are "
                             "not finite; train it again, or take an earlier checkpoint")
 

@@ -902,7 +902,7 @@ TENSORS = {
 
 @pytest.mark.parametrize("kind", TENSORS)
 def test_weights_that_are_no_plain_numbers_are_refused(tmp_path, kind):
-    """A traceback, weights cut to whole numbers, an imaginary part lost, or a terabyte asked for."""
+    """A traceback, weights cut to whole numbers, an imaginary part lost, a terabyte asked for."""
     change = TENSORS[kind]
     own, vit, cnn = own_run(STUDENT), vit_state(), torchvision_state("shufflenet_v2_x0_5")
     for key in ("pos_embed", "patch_embed.proj.weight", "head.weight"):
