@@ -83,6 +83,13 @@ RECORD = {
 UNMEASURED = dict.fromkeys(COLUMNS, math.nan)
 HEADS = {"cls": are_accuracies, "dist": are_accuracies, "avg": are_accuracies}
 CONFIG = {"dataset": is_text, "counts": are_counts}
+AUGMENTATION = {        # a student's settings
+    "method": is_text, "crop": is_text, "rand_ops": lambda value: is_count(value) and value < 100,
+    "magnitude": lambda value: is_number(value, 0, 10),
+    "erasing": lambda value: is_number(value, 0, 1), "mixup": lambda value: is_number(value, 0),
+    "cutmix": lambda value: is_number(value, 0),
+    "teacher": lambda value: value is None or is_text(value),
+}
 
 
 def check(record, tests, where):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import augment
 from analysis import drawing, quantities
 from analysis.drawing import NAMES, TOKENS, Figure, plt
+from analysis.loading import AUGMENTATION, check
 from engine.evaluation import student_heads, teacher_logits
 from engine.networks import load_teacher, short_name
 from engine.runtime import UserError
@@ -269,6 +270,7 @@ def training_images(subjects, rt, columns=8, seed=0):
     if not hasattr(args, "magnitude"):
         raise UserError(f"{subject.path} does not say how its student was trained; name a run of "
                         "train_student.py")
+    check(vars(args), AUGMENTATION, subject.path)
     if args.method == "deit-iii":
         raise UserError(f"{subject.path}: DeiT-III has an augmentation of its own, which is not "
                         "drawn here; name a run of train_student.py")

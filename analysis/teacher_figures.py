@@ -9,6 +9,7 @@ from torch import nn
 import augment
 from analysis import drawing, quantities
 from analysis.drawing import Figure, plt
+from analysis.loading import check, is_number
 from engine.evaluation import teacher_input, teacher_on_training_images
 from engine.runtime import UserError
 from losses import LDAMLoss, VSLoss, focal_loss, weighted_cross_entropy
@@ -115,6 +116,8 @@ def teacher_loss(subject):
     """Name and criterion(logits, labels) of a teacher's loss; PaCo's needs a queue: "ce"."""
     name, counts = getattr(subject.args, "loss", "ce"), subject.data.counts
     if name == "ldam":
+        check(vars(subject.args), {"max_margin": lambda value: is_number(value, 0, 1)},
+              "the teacher's checkpoint")
         criterion = LDAMLoss(counts, subject.args.max_margin)
     elif name == "la":
         criterion = VSLoss(counts, gamma=0)

@@ -13,6 +13,7 @@ import augment
 from analysis import (drawing, loading, quantities, run_figures, student_figures, teacher_figures)
 from engine.evaluation import student_heads, teacher_input, teacher_logits, teacher_summary
 from engine.networks import load_teacher
+from engine.runtime import UserError
 from finished_runs import RT, read_lines, read_result, runs  # noqa: F401: a fixture
 from losses import LDAMLoss
 
@@ -493,6 +494,19 @@ def test_every_figure_of_the_table_takes_its_flags():
     for function, kind, flags in FIGURES.values():
         assert tuple(inspect.signature(function).parameters)[2:] == flags
         assert kind in ("student", "teacher", "log")
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("rand_ops", "x"), ("rand_ops", 10 ** 9), ("magnitude", None), ("erasing", -1.0),
+    ("mixup", math.nan), ("cutmix", "1"), ("crop", 5), ("method", 5), ("teacher", 5)])
+def test_settings_that_cannot_be_are_named(setting, value, networks):
+    """A traceback, or hours of work, for a setting of a damaged checkpoint."""
+    args = SimpleNamespace(**vars(networks["deit-lt"].args) | {setting: value})
+    with pytest.raises(UserError, match=f"its {setting} says"):
+        student_figures.training_images([replace(networks["deit-lt"], args=args)], RT)
+    args = SimpleNamespace(**vars(networks["teacher"].args) | {"max_margin": "x"})
+    with pytest.raises(UserError, match="its max_margin says"):
+        teacher_figures.teacher_loss(replace(networks["teacher"], args=args))
 
 
 # ---- Names in pictures ---------------------------------------------------------------------------
