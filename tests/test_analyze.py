@@ -132,7 +132,7 @@ def damaged(runs, tmp_path, name, change, epoch=1):
 DAMAGE = [(name, key, value) for name, key, values in [
     ("result.json", "imb", ["x", None, 0, -4, 10 ** 400, math.inf, math.nan, [], True]),
     ("result.json", "avg", [None, 3, [], {}, {"overall": "x"}, {"overall": 101}]),
-    ("result.json", "seed", ["0", None, 1.5]), ("result.json", "method", [None, 5, {}]),
+    ("result.json", "seed", ["0", None, 1.5]), ("result.json", "method", [None, 5, {}, ["\n"]]),
     ("config.json", "counts", [None, [], 5, ["x"], [5, -1], [5, 0], {}]),
     ("config.json", "dataset", [None, 5]),
     ("log.jsonl", "epoch", [None, "1", -1, 0, 2, 1.5, 10 ** 400, math.inf]),
