@@ -54,7 +54,7 @@ def tensors_in(value):
 def names_a_device(value):
     if isinstance(value, str):
         return value.split(":")[0] in ("cpu", "cuda")
-    return isinstance(value, torch.device)
+    return isinstance(value, torch.device) and value.type in ("cpu", "cuda")       # not meta
 
 
 def caller():
