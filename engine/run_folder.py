@@ -242,11 +242,13 @@ class Run:
         return os.path.exists(os.path.join(self.folder, "result.json"))
 
     def check_data(self, data):
-        """UserError if the run that is resumed, or over, was trained on other images."""
+        """UserError if the run that is resumed, or over, was trained on other images or levels."""
         def check():
-            if self.fingerprint() not in (None, data.fingerprint):
-                raise UserError(f"{self.folder} was trained on other images than these: "
-                                "--overwrite trains it again, --out names another folder")
+            others = self.fingerprint() not in (None, data.fingerprint)
+            if others or (self.resumed and self.resumed.get("white", 65535) != data.white):
+                raise UserError(f"{self.folder} was trained on other images than these, or on "
+                                "other levels of them: --overwrite trains it again, --out names "
+                                "another folder")
         self.write(check)
 
     def check_teacher(self, args, teacher, data):

@@ -107,7 +107,7 @@ def check_classes(root, train_root):
 
 def plain(name):
     """A class's name without upper case, blanks, hyphens and underscores, in one Unicode form."""
-    return re.sub(r"[\s_-]", "", unicodedata.normalize("NFKC", name).casefold())
+    return re.sub(r"\\x20|[\s_-]", "", unicodedata.normalize("NFKC", name).casefold())
 
 
 def better_root(folder):

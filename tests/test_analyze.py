@@ -340,7 +340,8 @@ def test_numbers_need_no_matplotlib(runs, tiny_cifar, tmp_path):
 
 def test_a_file_from_elsewhere_is_tested_on_the_data_that_the_flags_name(runs, tiny_cifar):
     """A folder thinned out to CIFAR's imbalance, another crop than is usual for the size."""
-    network = SimpleNamespace(config={}, num_classes=10, net=SimpleNamespace(img_size=224))
+    network = SimpleNamespace(config={}, num_classes=10, white=65535,
+                              net=SimpleNamespace(img_size=224))
     args = loading.settings_of(network, "x.pth", {})
     assert (args.dataset, args.imb, args.img_size) == ("cifar10", 100, 224)
     assert args.eval_crop == 224 / 256

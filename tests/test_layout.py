@@ -7,7 +7,7 @@ import pytest
 
 from engine.datasets import own_folder
 from image_folders import write_files
-from images.files import DataError
+from images.files import DataError, shown
 from images.layout import split_of
 
 TWO = ("cat", "dog")
@@ -202,7 +202,7 @@ def test_names_that_differ_in_case_or_blanks_are_named(other, tmp_path):
     write_files(tmp_path, {"train/cat": 3, "train/dog": 3, f"test/{other}": 2, "test/dog": 2})
     _, test = own_folder(str(tmp_path), None, "exp", None)
     problem, = test.problems
-    assert problem.startswith(f"class {other} of {tmp_path / 'test'} is not in ")
+    assert problem.startswith(f"class {shown(other)} of {tmp_path / 'test'} is not in ")
     assert problem.endswith("; if it is cat, rename one of the two folders")
     os.rename(tmp_path / "test" / other, tmp_path / "test" / "cat")
     assert load(tmp_path)[1:] == (6, 4, [])

@@ -77,6 +77,7 @@ def test_a_checkpoint_with_parts_of_another_kind(damage, saved_twice, tmp_path, 
     (tmp_path / "run" / "result.json").unlink()
     state = torch.load(undisturbed / "previous.pt", weights_only=True)      # of half an epoch
     torch.save(state | damage, tmp_path / "run" / "last.pt")
+    (tmp_path / "run" / "previous.pt").unlink()
     error = refused(train_teacher, *flags, "--out", tmp_path / "run", "--resume")
     assert "last.pt" in error
 

@@ -48,7 +48,7 @@ def test_a_run_folder_holds_what_the_contract_says(student_run):
 def test_a_checkpoint_holds_what_the_contract_says(student_run, teacher_run, paco_run):
     """A part that a resumed run would miss; PaCo's projection among the network's weights."""
     about = {"model", "optimizer", "scaler", "config", "data", "class_names", "counts", "groups",
-             "epoch", "step", "sums", "seconds", "world", "teachers", "forced"}
+             "epoch", "step", "sums", "seconds", "world", "teachers", "forced", "white"}
     student, teacher = checkpoint(student_run), checkpoint(teacher_run)
     assert student.keys() == about | {"ema", "teacher_prior"}
     assert teacher.keys() == about | {"paco"} and teacher["paco"] is None
@@ -69,7 +69,7 @@ def test_a_students_picture_is_drawn_at_its_end(tiny_cifar, tmp_path, monkeypatc
     monkeypatch.setattr(analyze, "summary", summary)
     train_student.draw_summary("a/run")
     assert capsys.readouterr().out == (
-        "No picture (no such font); python analyze.py summary a/run draws it\n")
+        "No picture (no such font): python analyze.py summary a/run\n")
 
 
 @pytest.mark.parametrize("tail", [0.0, float("nan")])
