@@ -7,5 +7,7 @@
     datasets      loads a data set that the flags name; folders and lists of images
     networks      networks from settings and from files; a teacher's classes in the data's order
     evaluation    what networks predict, and the accuracies of that
-    run_folder    a run on disk: log, checkpoint, resume, result
+    lock          one process at a time in a run's folder
+    past_run      what a run's folder holds before training: over, resumed, or refused
+    run_folder    a run on disk: log, checkpoint, result
 """

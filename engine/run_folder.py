@@ -28,22 +28,13 @@ import torch
 from tqdm import tqdm
 
 from engine import runtime
-from engine.checkpoints import (is_like, load_checkpoint, load_weights, null_for_nan, read_json,
-                                read_log_lines, remove_temporaries, save_checkpoint, save_json,
-                                upgrade_config, write_atomically)
-from engine.evaluation import COLUMNS, group_by_count, table
-from engine.lock import Lock, held
-from engine.networks import check_origin
-from engine.runtime import UserError, all_max, all_sum, barrier, exit_together, gather
-from engine.settings import NOT_RESUMED, defaults, flag
+from engine.checkpoints import (is_like, load_weights, null_for_nan, remove_temporaries,
+                                save_checkpoint, save_json, write_atomically)
+from engine.evaluation import COLUMNS, group_by_count
+from engine.past_run import FORMAT, PastRun
+from engine.runtime import UserError, all_max, all_sum, barrier, gather
 
-FORMAT = 2      # of a run folder's settings; runs without one were made before their names changed
 TIMED = (3, 13)     # the steps between which the time left is estimated
-RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
-LACKS = "the log lacks epochs"      # in `forced` of a run that went on with such a log
-# What config.json says besides the settings.
-ABOUT = ("classes", "counts", "groups", "versions", "hardware", "amp_dtype", "forced",
-         "fingerprint", "teachers")
 # All files that this project writes into a run's folder: what --overwrite removes.
 FIGURES = ("attention", "distance", "rank", "augment", "entropy", "sharpness", "diversity",
            "imbalance", "curves")
@@ -53,247 +44,25 @@ OWN_FILES = ("result.json", "last.pt", "previous.pt", "log.jsonl", "config.json"
              *(f"{figure}.{ending}" for figure in FIGURES for ending in ("png", "csv", "json")))
 
 
-class Run:
+class Run(PastRun):
     """One run's folder, of which only the main process writes.
 
-    It is this run's own from here to `finish`. Refuses to overwrite another run, to train where
-    another process trains, and to resume with other settings. A training script calls `start`, then
-    `begin_epoch`, `remaining_steps`, `after_step` and `after_epoch` in its loop, then `finish`.
+    It is this run's own until `finish`. Refuses to overwrite another run, to train where another
+    process trains, and to resume with other settings (engine/past_run.py). A training script calls
+    `start`, then `begin_epoch`, `remaining_steps`, `after_step` and `after_epoch` in its loop, then
+    `finish`.
 
     table: of Settings. wait: for another process that trains there, as several students may need
     the same teacher.
     """
 
     def __init__(self, folder, args, rt, table=(), wait=False):
-        self.folder, self.rt, self.log_path = folder, rt, os.path.join(folder, "log.jsonl")
-        self.checkpoint = os.path.join(folder, "last.pt")
-        self.previous = os.path.join(folder, "previous.pt")
         self.every_steps, self.every_seconds = math.inf, math.inf
         if args.save_every.endswith("m"):
             self.every_seconds = 60 * float(args.save_every[:-1])
         else:
             self.every_steps = int(args.save_every)
-        self.resumed, self.fallback, self.forced, self.log = None, False, [], []
-        self.teachers = []
-        self.start_epoch, self.start_step = 0, 0
-        self.defaults = defaults(table)
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0   # by torchrun
-        self.resume = args.resume or self.restarted         # its command is that of the start
-        self.overwrite = args.overwrite and not self.restarted
-        runtime.trains = True
-        self.lock, self.over = None, False
-        self.own(args, wait)
-        if self.over or self.overwrite:
-            return
-        if os.path.exists(self.checkpoint) or os.path.exists(self.previous):
-            if not self.resume:
-                raise UserError(f"{folder} already holds a run: --resume continues it, --overwrite "
-                                "starts it again, --out names another folder")
-            self.read_state(args)
-        elif self.finished:
-            raise UserError(f"{folder} holds another run's result, and no checkpoint to go on "
-                            "from: --overwrite starts it again, --out names another folder")
-
-    # ---- Whose folder it is ----------------------------------------------------------------------
-
-    def own(self, args, wait):
-        """Lock the folder until `finish`, unless its run is over. The main process finds out.
-
-        UserError if another process trains there, or, with `wait`, this process's own student.
-        """
-        patience = RESTART if self.restarted else 0
-        if wait:
-            patience = math.inf
-        began, waiting = time.monotonic(), False
-
-        def attempt():
-            nonlocal waiting
-            self.over = self.is_over(args)
-            if self.over:
-                return
-            self.check_writable()
-            mine = held.get(os.path.realpath(self.folder))      # of an earlier Run
-            if mine and wait:
-                raise UserError(f"student and teacher cannot share the folder {self.folder}: "
-                                "--out names another")
-            lock = mine or Lock(self.folder)
-            if mine or lock.take():
-                self.lock = lock
-                runtime.at_end.append(lock.release)
-                return
-            if time.monotonic() - began >= patience:
-                raise UserError(f"{self.folder} is being trained by {lock.holder()}; wait for it, "
-                                "or --out names another folder")
-            if not waiting:
-                self.rt.print(f"Waiting for {self.folder}, which is being trained by "
-                              f"{lock.holder()}")
-            waiting = True
-
-        while True:
-            self.write(attempt)
-            over, locked, stop = all_max([int(self.over), int(self.lock is not None),
-                                          runtime.stop_signal], self.rt)
-            self.over = bool(over)
-            if over or locked:
-                return
-            if stop:
-                sys.exit(128 + stop)
-            time.sleep(0.5)
-
-    def is_over(self, args):
-        """Is the run finished, with these settings, so that nothing is left to train?
-
-        Reads result.json and config.json only: the checkpoints may be gone, the folder another's.
-        UserError to resume one with other settings.
-        """
-        if not self.finished or self.overwrite:
-            return False
-        if read_json(self.folder, "result.json")["epochs"] < args.epochs:
-            return False
-        config = read_json(self.folder, "config.json")
-        if config.get("format") != FORMAT:                  # older settings are not all comparable
-            if self.resume:
-                return True
-            config = {name: value for name, value in upgrade_config(config).items()
-                      if value is not None} | {"format": FORMAT}
-        changes = self.changes(config, args, (*NOT_RESUMED, *ABOUT, "amp", "processes"))
-        if changes and not self.resume:
-            return False
-        if changes:
-            self.force(args, changes)
-        return True
-
-    def check_writable(self):
-        """UserError now, rather than after hours of a teacher's training."""
-        existing = self.folder
-        while not os.path.exists(existing) and os.path.dirname(existing) != existing:
-            existing = os.path.dirname(existing) or "."
-        if not os.path.isdir(existing):
-            raise UserError(f"{existing} is a file: a run needs a folder, --out names another")
-        if not os.access(existing, os.W_OK):
-            raise UserError(f"the run folder {self.folder} cannot be written (read-only, or not "
-                            "yours); --out names another")
-
-    def read_state(self, args):
-        self.resumed = state = load_checkpoint(self.folder, ("model", "config", "epoch"))
-        self.fallback = state.pop("fallback", False)    # last.pt is damaged, previous.pt was taken
-        self.start_epoch, self.start_step = state["epoch"], state.get("step", 0)    # done already
-        self.forced = state.get("forced", [])
-        if not is_like([self.start_epoch, self.start_step], [0]) or not is_like(self.forced, [""]):
-            raise UserError(f"{self.checkpoint} is damaged: it does not say how far the run is")
-        if state["config"].get("format") != FORMAT:
-            raise UserError(f"{self.folder} was begun by an older version of this project: it can "
-                            "be evaluated, not resumed; --overwrite starts it again")
-        old = state["config"] | {"processes": state.get("world", self.rt.world)}
-        changes = self.changes(old, args, NOT_RESUMED)
-        if changes:
-            self.force(args, changes)
-            self.start_step = 0         # the steps of a half-done epoch may be others now
-        self.read_past_log(args)
-
-    def changes(self, old, args, free):
-        """"--lr 0.1 -> 0.05, ...": settings other than the run began with, but for those in `free`.
-
-        A setting that the run did not know yet counts as changed unless it is off, or has its
-        table's value: what runs did before there was a choice.
-        """
-        new = vars(args) | {"processes": self.rt.world, "format": FORMAT}
-        names = []
-        for name in sorted((old.keys() | new.keys()) - set(free)):
-            if name in old:
-                same = old[name] == new.get(name)
-            else:
-                same = new[name] in (None, False, self.defaults.get(name))
-            if not same:
-                names.append(name)
-        return ", ".join(f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in names)
-
-    def force(self, args, changes):
-        """UserError for changed settings, or, with --force, a line about them."""
-        if not args.force:
-            raise UserError(f"{self.folder} was begun with other settings: {changes}; repeat them, "
-                            "start another run, or go on all the same with --force")
-        self.forced = [*self.forced, f"after epoch {self.start_epoch}: {changes}"]
-        self.rt.print(f"--force: going on {self.forced[-1]}")
-
-    def read_past_log(self, args):
-        """Keep the log's lines of the epochs that the checkpoint has, and check that all are there.
-
-        Later ones are of epochs that are trained again; damaged lines are named and left out.
-        """
-        lines = read_log_lines(self.log_path)
-        damaged = [str(i) for i, line in enumerate(lines, 1) if not is_epoch(line)]
-        if damaged:
-            self.rt.print(f"{self.log_path} is damaged; left out: line {', '.join(damaged[:9])}")
-        self.log = [line for line in lines if is_epoch(line) and line["epoch"] < self.start_epoch]
-        complete = [line["epoch"] for line in self.log] == list(range(self.start_epoch))
-        if not complete and not any(text.endswith(LACKS) for text in self.forced):
-            if not args.force:
-                raise UserError(f"{self.log_path} does not have a line for each of the "
-                                f"{self.start_epoch} epochs that the checkpoint has: put back a "
-                                "copy of it, or --resume --force goes on with the lines it has")
-            self.forced = [*self.forced, f"after epoch {self.start_epoch}: {LACKS}"]
-        by_epoch = {line["epoch"]: line for line in self.log}
-        self.log = [by_epoch[epoch] for epoch in sorted(by_epoch)]
-
-    @property
-    def finished(self):
-        """Has the run in this folder written its result?"""
-        return os.path.exists(os.path.join(self.folder, "result.json"))
-
-    def check_data(self, data):
-        """UserError if the run that is resumed, or over, was trained on other images or levels."""
-        def check():
-            others = self.fingerprint() not in (None, data.fingerprint)
-            if others or (self.resumed and self.resumed.get("white", 65535) != data.white):
-                raise UserError(f"{self.folder} was trained on other images than these, or on "
-                                "other levels of them: --overwrite trains it again, --out names "
-                                "another folder")
-        self.write(check)
-
-    def check_teacher(self, args, teacher, data):
-        """Remember which networks the teacher is: their files, hashes of weights, and data.
-
-        UserError if one is not finished, or if the run that is resumed has learned from others;
-        with --force the latter is printed.
-        """
-        for known in teacher.origin:
-            check_origin(f"the teacher {known['file']}", known, data, self.rt)
-        self.teachers = teacher.origin
-        old = (self.resumed or {}).get("teachers", self.hashes())       # none in older runs
-        if old != self.hashes():
-            self.force(args, f"the teacher's weights {old} -> {self.hashes()}")
-
-    def hashes(self):
-        """Of the teachers' weights, for the checkpoint: a text, which is compared as it is."""
-        return ",".join(known["weights"] for known in self.teachers)
-
-    def fingerprint(self):
-        """Of the images that the run in this folder was trained on; None if that is not known."""
-        if self.over:
-            config = read_json(self.folder, "config.json")
-            if "fingerprint" in config or not os.path.exists(self.checkpoint):
-                return config.get("fingerprint")
-            return load_checkpoint(self.folder).get("data")         # a run from before it was there
-        return self.resumed and self.resumed.get("data")
-
-    def print_if_finished(self, epochs, title, draw=None):
-        """True, after printing its table, if nothing is left to train.
-
-        draw(folder): draws the run's picture, if that is missing and can be drawn.
-        """
-        if not self.over:
-            return False
-        result = read_json(self.folder, "result.json")
-        rows = {name: r for name, r in result.items()
-                if isinstance(r, dict) and set(COLUMNS) <= r.keys()}
-        self.rt.print(f"{self.folder} is finished ({epochs} epochs); its result:\n"
-                      + table(rows, title))
-        picture = os.path.join(self.folder, "summary.png")
-        if (draw and self.rt.main and os.path.exists(self.checkpoint)
-                and not os.path.exists(picture)):
-            draw(self.folder)
-        return True
+        super().__init__(folder, args, rt, table, wait)
 
     # ---- Before the loop -------------------------------------------------------------------------
 
@@ -459,24 +228,6 @@ class Run:
 
     # ---- Files -----------------------------------------------------------------------------------
 
-    def write(self, action):
-        """Call action() in the main process; if it cannot write, all processes end."""
-        error = None
-        if self.rt.main:
-            try:
-                if self.lock and self.lock.file is not None and not self.lock.in_place():
-                    raise UserError(f"cannot write in {self.folder}: it was removed, or is "
-                                    "another run's now")
-                action()
-            except UserError as caught:
-                error = caught
-            except OSError as caught:
-                error = UserError(f"cannot write in {self.folder}: {caught.strerror}; what was "
-                                  "written before is intact")
-        failed, = all_max([int(error is not None)], self.rt)
-        if failed:
-            exit_together(error, self.rt)
-
     def append_to_log(self, record):
         self.seconds += record["seconds"]
         with open(self.log_path, "a") as file:
@@ -528,12 +279,6 @@ class Run:
         self.write(write)
         if self.lock:
             self.lock.release()
-
-
-def is_epoch(line):
-    """Is a line of the log, a dict or None, what after_epoch has written?"""
-    return line is not None and all(isinstance(line.get(name), (int, float))
-                                    for name in ("epoch", "seconds"))
 
 
 def as_line(record):
