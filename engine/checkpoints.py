@@ -320,6 +320,7 @@ def check_run(state):
                             + type(value).__name__)
     for key in ("epoch", "step"):
         check_number(key, state.get(key, 0), 0, 10 ** 9)
+    check_number("white", state.get("white", 255), 255, 65535)
     if not isinstance(state.get("data", ""), str):
         raise UserError("the fingerprint of its data is damaged")
 
