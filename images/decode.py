@@ -122,6 +122,11 @@ def states_white(image):
             and decoder_args[-1] != WHITES[-1])
 
 
+def is_deep_color(image):
+    """Is an open image's color stored in 16 bits, of which PIL reads the upper 8?"""
+    return image.mode[0] != "I" and ";16" in str(image.tile[0][3])
+
+
 def levels(image):
     """The pixels (H,W) of an open deep image, integers of any kind."""
     pixels = np.asarray(image)
@@ -151,13 +156,15 @@ def eight_bits(image, white):
 
 
 def extremes(path):
-    """(lowest, highest) level of a deep image file; None for others and for unreadable ones."""
+    """(lowest, highest) level of a deep image file, () for 16-bit color; None for other files."""
     try:
         require_file(path)
         with open(path, "rb", buffering=0) as file:
             if file.read(2) == JPEG:            # never deep, and most files of large sets
                 return None
         with opened(path) as image:
+            if is_deep_color(image):
+                return ()
             if not is_deep(image):
                 return None
             with budget.take(image.size):
@@ -168,11 +175,12 @@ def extremes(path):
 
 
 def all_extremes(paths):
-    """The `extremes` of all deep image files among these."""
+    """The `extremes` of all files with 16 bits among these, and how many have 16-bit color."""
     def part(i):
         return [pair for pair in map(extremes, paths[i::THREADS]) if pair is not None]
     with workers() as pool:                     # a task for each file costs more than most files do
-        return [pair for pairs in pool.map(part, range(THREADS)) for pair in pairs]
+        found = [pair for pairs in pool.map(part, range(THREADS)) for pair in pairs]
+    return [pair for pair in found if pair], found.count(())
 
 
 def white_level(train, test, say, white=None):
@@ -180,14 +188,17 @@ def white_level(train, test, say, white=None):
 
     train, test: Files. white: the level that is known already, of a network's own data.
     """
-    deep = all_extremes(train.paths)
+    deep, colors = all_extremes(train.paths)
     if white is None:
         highest = max((high for _, high in deep), default=WHITES[-1])
         white = next((level for level in WHITES if highest <= level), WHITES[-1])
-    deep += all_extremes(test.paths)
+    tested, more = all_extremes(test.paths)
+    deep += tested
     outside = sum(low < 0 or high > white for low, high in deep)
     if deep:
         say(f"{images_have(len(deep))} 16-bit levels; 0 to {white} becomes 0 to 255")
+    if colors + more:
+        say(f"{images_have(colors + more)} 16-bit color; 0 to 65535 becomes 0 to 255")
     if outside:
         say(f"{images_have(outside)} levels below 0 or above {white}, which become 0 or 255")
     return white

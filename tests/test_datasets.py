@@ -263,7 +263,8 @@ def test_a_missing_test_folder_is_named(cifar):
     (cifar / "test").rename(cifar / "tests")
     assert f"{cifar} has train/ and beside it images in tests:" in message("cifar10", cifar)
     (cifar / "tests").rename(cifar / ".tests")
-    assert message("cifar10", cifar) == f"there is no folder {cifar / 'test'}"
+    assert message("cifar10", cifar) == (
+        f"there are no folders of images in {cifar / 'test'}")
 
 
 def test_folders_of_cifar_have_names_in_any_case_and_training_alone_can_be_split(cifar):
@@ -500,6 +501,13 @@ def test_images_that_are_all_left_out_are_not_called_unreadable(tmp_path):
         picture().save(tmp_path / name / "x.png")
     with pytest.raises(DataError, match="has no image that can be used; .*, in another class$"):
         datasets.survey(settings("folder", tmp_path, holdout=0.2))
+
+
+@pytest.mark.parametrize("dataset", ["folder", "cifar10", "imagenet_lt"])
+def test_an_empty_path_is_refused(dataset):
+    """--data-dir=$UNSET: "there is no folder ", or the one where the command is run."""
+    with pytest.raises(DataError, match="--data-dir is empty"):
+        load(dataset, "", holdout=None if dataset == "imagenet_lt" else 0.2)
 
 
 def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch):
