@@ -141,6 +141,9 @@ def read_files(args, label, train, test, fingerprint, rt):
     if problems and args.dataset != "folder":
         label = unpublished(label)
     data = sort_classes(args.dataset, label, *splits, train.class_names, fingerprint)
+    missing = sorted(set(train.class_names) - set(data.class_names), key=natural)
+    if missing:
+        rt.print(f"Without an image to train on, so left out, also in testing: {some(missing)}.")
     return replace(data, white=white)
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from images.files import shown
+from images.files import DataError, shown
 
 THREADS = os.cpu_count() or 1
 if hasattr(os, "sched_getaffinity"):
@@ -402,13 +402,14 @@ class Stream:
 
     stream[index]: central squares, uint8 (n,3,size,size) on `device`. For training see `batches`.
     A file that cannot be decoded although it looked whole becomes a gray image, with one line that
-    names it: hours of training are worth more than one image.
+    names it: hours of training are worth more than one image. DataError if more than ten, and more
+    than one in a hundred, can no longer be opened: a disk is gone.
     """
 
     def __init__(self, files, size, device="cpu", pool=None):
         self.files, self.size, self.device = files, size, torch.device(device)
         self.pool = pool or workers()
-        self.failed = set()
+        self.failed, self.gone = set(), 0
 
     def __len__(self):
         return len(self.files)
@@ -434,6 +435,11 @@ class Stream:
                 self.failed.add(path)
                 print(f"{shown(path)} cannot be decoded ({reason(error)}); gray instead",
                       file=sys.stderr, flush=True)
+                self.gone += getattr(error, "errno", None) is not None
+                if self.gone > max(10, len(self) // 100):
+                    raise DataError(f"{self.gone} images can no longer be read, such as "
+                                    f"{shown(path)}; when the disk is there again, repeat the "
+                                    "command, for training with --resume") from None
             pixels = torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
         out.copy_(pixels.flip(2) if mirror else pixels)
 

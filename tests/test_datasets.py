@@ -398,8 +398,10 @@ def test_a_class_that_loses_all_its_images_leaves(on_disk, tmp_path, monkeypatch
         file.write_text("no image")
     if on_disk:
         monkeypatch.setattr(datasets, "total_memory", lambda: 0)
-    data = load("folder", tmp_path, skip_bad=True)
+    rt = Recorder()
+    data = load("folder", tmp_path, rt, skip_bad=True)
     assert data.class_names == ["apple pie", "c,3"] and data.counts == [6, 4]
+    assert "Without an image to train on, so left out, also in testing: Bär." in rt.printed
     assert data.test_labels.tolist() == [0, 0, 1, 1] and len(data.test_images[:]) == 4
     expected = picture(36, 40, seed=1200).resize((32, 32), Image.BICUBIC, (0, 2, 36, 38))
     assert close(data.test_images[2:3][0].permute(1, 2, 0), expected, by=5)

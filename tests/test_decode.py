@@ -540,3 +540,16 @@ def test_a_file_that_breaks_later_is_gray_and_named_once(stream_files, tmp_path,
     images = stream[torch.tensor([0, 1, 0])]
     assert (images[[0, 2]] == 128).all() and (images[1] != 128).any()
     assert capsys.readouterr().err.count("cannot be decoded") == 1
+
+
+def test_files_that_are_gone_end_it(tmp_path):
+    """A disk that is unplugged: a network trained, and judged, on gray. Ten may go; damaged ones
+    are not gone."""
+    damaged = [tmp_path / f"damaged {i}.png" for i in range(20)]
+    for path in damaged:
+        picture().save(path)
+        path.write_bytes(path.read_bytes()[:200])
+    gone = [tmp_path / f"{i}.png" for i in range(11)]
+    assert (decode.Stream(files_of(*gone[:10], *damaged), 16)[:] == 128).all()
+    with pytest.raises(files.DataError, match="^11 images can no longer be read, .* --resume$"):
+        decode.Stream(files_of(*gone), 16)[:]
