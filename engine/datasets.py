@@ -85,7 +85,9 @@ def load(args, rt):
 
 
 def with_home(args):
-    """The settings with ~ in paths replaced by the user's folder."""
+    """The settings with ~ in paths replaced by the user's folder. DataError for an empty path."""
+    if not args.data_dir:                       # an unset variable of a shell
+        raise DataError("--data-dir is empty: name the folder of the images")
     paths = {name: os.path.expanduser(getattr(args, name))
              for name in ("data_dir", "train_list", "test_list") if getattr(args, name)}
     return argparse.Namespace(**vars(args) | paths)
@@ -139,6 +141,9 @@ def read_files(args, label, train, test, fingerprint, rt):
     if problems and args.dataset != "folder":
         label = unpublished(label)
     data = sort_classes(args.dataset, label, *splits, train.class_names, fingerprint)
+    missing = sorted(set(train.class_names) - set(data.class_names), key=natural)
+    if missing:
+        rt.print(f"Without an image to train on, so left out, also in testing: {some(missing)}.")
     return replace(data, white=white)
 
 
@@ -271,7 +276,7 @@ def cifar_folder(root, num_classes, imb, kind, holdout, skip_bad):
     if test_root:
         test = list_folder(test_root)
     elif not holdout:
-        raise DataError(f"there is no folder {shown(os.path.join(root, 'test'))}")
+        raise DataError(f"there are no folders of images in {shown(os.path.join(root, 'test'))}")
     for files, folder in ((train, train_root), (test, test_root or train_root)):
         if len(files.class_names) != num_classes:
             raise DataError(f"{shown(folder)} has {len(files.class_names)} class folders, "
@@ -370,6 +375,9 @@ def own_folder(root, imb, kind, holdout):
     train, test = without_copies(train, test)
     if holdout:
         train, test = hold_out(train, holdout, train_root)
+        if len(train) and not len(test):
+            raise DataError(f"no class of {shown(train_root)} has two different images, one to "
+                            "train and one to test on, as --holdout needs")
     if imb is not None:
         train = make_tail(train, imb, kind, root)
     return train, test

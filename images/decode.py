@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from images.files import shown
+from images.files import DataError, shown
 
 THREADS = os.cpu_count() or 1
 if hasattr(os, "sched_getaffinity"):
@@ -122,6 +122,11 @@ def states_white(image):
             and decoder_args[-1] != WHITES[-1])
 
 
+def is_deep_color(image):
+    """Is an open image's color stored in 16 bits, of which PIL reads the upper 8?"""
+    return image.mode[0] != "I" and ";16" in str(image.tile[0][3])
+
+
 def levels(image):
     """The pixels (H,W) of an open deep image, integers of any kind."""
     pixels = np.asarray(image)
@@ -151,13 +156,15 @@ def eight_bits(image, white):
 
 
 def extremes(path):
-    """(lowest, highest) level of a deep image file; None for others and for unreadable ones."""
+    """(lowest, highest) level of a deep image file, () for 16-bit color; None for other files."""
     try:
         require_file(path)
         with open(path, "rb", buffering=0) as file:
             if file.read(2) == JPEG:            # never deep, and most files of large sets
                 return None
         with opened(path) as image:
+            if is_deep_color(image):
+                return ()
             if not is_deep(image):
                 return None
             with budget.take(image.size):
@@ -168,11 +175,12 @@ def extremes(path):
 
 
 def all_extremes(paths):
-    """The `extremes` of all deep image files among these."""
+    """The `extremes` of all files with 16 bits among these, and how many have 16-bit color."""
     def part(i):
         return [pair for pair in map(extremes, paths[i::THREADS]) if pair is not None]
     with workers() as pool:                     # a task for each file costs more than most files do
-        return [pair for pairs in pool.map(part, range(THREADS)) for pair in pairs]
+        found = [pair for pairs in pool.map(part, range(THREADS)) for pair in pairs]
+    return [pair for pair in found if pair], found.count(())
 
 
 def white_level(train, test, say, white=None):
@@ -180,14 +188,17 @@ def white_level(train, test, say, white=None):
 
     train, test: Files. white: the level that is known already, of a network's own data.
     """
-    deep = all_extremes(train.paths)
+    deep, colors = all_extremes(train.paths)
     if white is None:
         highest = max((high for _, high in deep), default=WHITES[-1])
         white = next((level for level in WHITES if highest <= level), WHITES[-1])
-    deep += all_extremes(test.paths)
+    tested, more = all_extremes(test.paths)
+    deep += tested
     outside = sum(low < 0 or high > white for low, high in deep)
     if deep:
         say(f"{images_have(len(deep))} 16-bit levels; 0 to {white} becomes 0 to 255")
+    if colors + more:
+        say(f"{images_have(colors + more)} 16-bit color; 0 to 65535 becomes 0 to 255")
     if outside:
         say(f"{images_have(outside)} levels below 0 or above {white}, which become 0 or 255")
     return white
@@ -391,13 +402,14 @@ class Stream:
 
     stream[index]: central squares, uint8 (n,3,size,size) on `device`. For training see `batches`.
     A file that cannot be decoded although it looked whole becomes a gray image, with one line that
-    names it: hours of training are worth more than one image.
+    names it: hours of training are worth more than one image. DataError if more than ten, and more
+    than one in a hundred, can no longer be opened: a disk is gone.
     """
 
     def __init__(self, files, size, device="cpu", pool=None):
         self.files, self.size, self.device = files, size, torch.device(device)
         self.pool = pool or workers()
-        self.failed = set()
+        self.failed, self.gone = set(), 0
 
     def __len__(self):
         return len(self.files)
@@ -423,6 +435,11 @@ class Stream:
                 self.failed.add(path)
                 print(f"{shown(path)} cannot be decoded ({reason(error)}); gray instead",
                       file=sys.stderr, flush=True)
+                self.gone += getattr(error, "errno", None) is not None
+                if self.gone > max(10, len(self) // 100):
+                    raise DataError(f"{self.gone} images can no longer be read, such as "
+                                    f"{shown(path)}; when the disk is there again, repeat the "
+                                    "command, for training with --resume") from None
             pixels = torch.full((3, self.size, self.size), 128, dtype=torch.uint8)
         out.copy_(pixels.flip(2) if mirror else pixels)
 

@@ -11,6 +11,7 @@ in two arrays, so that a million images need no million Python objects.
 images/layout.py says which folders to list, images/copies.py which files are the same image,
 images/decode.py reads them.
 """
+import codecs
 import hashlib
 import os
 import re
@@ -184,8 +185,10 @@ def subfolders(root, ignored=None):
                     folders.append(entry.name)
             elif is_image(entry.name):
                 images.append(entry.name)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise DataError(f"there is no folder {shown(root)}") from None
+    except NotADirectoryError:
+        raise DataError(f"{shown(root)} is no folder: unpack it if it is an archive") from None
     except OSError as error:
         raise DataError(f"cannot read {shown(error.filename)}: {error.strerror}") from None
     return sorted(folders, key=natural), sorted(images)
@@ -297,7 +300,7 @@ def list_file(path, root, num_classes):
     """
     try:
         with open(path, "rb") as file:
-            lines = file.read().splitlines()
+            lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise DataError(f"cannot read the list {shown(path)}: {error.strerror}") from None
     paths, labels, problems, first_line = [], [], [], {}

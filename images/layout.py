@@ -4,7 +4,8 @@ r"""Which folder of a data set is to train on, which to test on, and which folde
     root/train/<class>/**               also training, trainset, train_images, train2017, ...
     root/test/<class>/** or root/val    also testing, validation, valid, eval, ...; in any case
 
-What may mean something else is refused: the message draws what was found and says what to do.
+A test folder without class folders is not used. What may mean something else, seg_train beside
+seg_test, is refused: the message draws what was found and says what to do.
 Hidden folders and runs are passed over.
 """
 import os
@@ -38,6 +39,7 @@ def find_splits(root):
         elif has_images(os.path.join(root, name)):
             others.append(name)
     if not found:
+        refuse_pair(root, others)
         return root, None, []
     for names in found.values():
         if len(names) > 1:
@@ -48,9 +50,15 @@ def find_splits(root):
                       f"Put images to train on into {place}/train/<class>; or, if {name} is a "
                       f"class, rename it, for example to class_{name}.")
     train_root, test_root, remarks = os.path.join(root, found["train"][0]), None, []
-    for purpose in ("val", "test"):                     # test, if there are both
-        if purpose in found:
-            test_root = os.path.join(root, found[purpose][0])
+    for purpose in ("test", "val"):                     # test, if there are both
+        for name in found.get(purpose, ()):
+            folder = os.path.join(root, name)
+            if not with_images(folder):
+                remarks.append(f"{shown(folder)} has no class folders of images: it is not used.")
+            elif test_root:
+                remarks.append(f"{shown(folder)} is not used, but {shown(test_root)}.")
+            else:
+                test_root = folder
     if others and test_root and set(subfolders(train_root)[0]) & set(subfolders(test_root)[0]):
         remarks.append(f"Images in {some(others)} of {place} are not used.")
     elif others:
@@ -59,12 +67,26 @@ def find_splits(root):
                       f"If {train} is a class, rename it, for example to class_{train}; if it "
                       f"holds the images to train on, move the others into it or out of {place}; "
                       f"images to test on belong into {place}/test.")
-    if "val" in found and "test" in found:
-        remarks.append(f"{place} has {shown(found['val'][0])}/ and {shown(found['test'][0])}/: the "
-                       "first is not used.")
     if beside:
         remarks.append(f"Images in {place} itself are not used: {some(beside)}.")
     return train_root, test_root, remarks
+
+
+def refuse_pair(root, names):
+    """DataError if two folders differ only as train and test do: seg_train, seg_test."""
+    alike = {}                              # {their other words: {"train": folder, "test": folder}}
+    for name in names:
+        words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
+        others = tuple(word.casefold() for word in words if not split_of(word))
+        for word in words:
+            if split_of(word):
+                alike.setdefault(others, {})[split_of(word)] = name
+    for found in alike.values():
+        if "train" in found and len(set(found.values())) > 1:
+            refuse_layout(root, f"{shown(root)} has {some(found.values())}",
+                          "If they hold the images to train and to test on, rename them to train "
+                          f"and test; if they are classes, rename {shown(found['train'])} to a "
+                          "name without that word.")
 
 
 def check_classes(root, train_root):
@@ -99,9 +121,9 @@ def check_classes(root, train_root):
                           f"For these images alone use --data-dir {place}/{name}. If {name} is a "
                           f"class, its images belong into {shown(root)}/train/{name} and "
                           f"{shown(root)}/test/{name}.")
-    if inner[0] and all(folders == inner[0] for folders in inner):
+    if all(inner):
         remarks.append(f"Classes are {some(classes)}; folders in them count as theirs: "
-                       f"{some(sorted(inner[0]))}.")
+                       f"{some(sorted(set.union(*inner)))}.")
     return remarks
 
 

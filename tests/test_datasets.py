@@ -263,7 +263,8 @@ def test_a_missing_test_folder_is_named(cifar):
     (cifar / "test").rename(cifar / "tests")
     assert f"{cifar} has train/ and beside it images in tests:" in message("cifar10", cifar)
     (cifar / "tests").rename(cifar / ".tests")
-    assert message("cifar10", cifar) == f"there is no folder {cifar / 'test'}"
+    assert message("cifar10", cifar) == (
+        f"there are no folders of images in {cifar / 'test'}")
 
 
 def test_folders_of_cifar_have_names_in_any_case_and_training_alone_can_be_split(cifar):
@@ -397,8 +398,10 @@ def test_a_class_that_loses_all_its_images_leaves(on_disk, tmp_path, monkeypatch
         file.write_text("no image")
     if on_disk:
         monkeypatch.setattr(datasets, "total_memory", lambda: 0)
-    data = load("folder", tmp_path, skip_bad=True)
+    rt = Recorder()
+    data = load("folder", tmp_path, rt, skip_bad=True)
     assert data.class_names == ["apple pie", "c,3"] and data.counts == [6, 4]
+    assert "Without an image to train on, so left out, also in testing: Bär." in rt.printed
     assert data.test_labels.tolist() == [0, 0, 1, 1] and len(data.test_images[:]) == 4
     expected = picture(36, 40, seed=1200).resize((32, 32), Image.BICUBIC, (0, 2, 36, 38))
     assert close(data.test_images[2:3][0].permute(1, 2, 0), expected, by=5)
@@ -500,6 +503,13 @@ def test_images_that_are_all_left_out_are_not_called_unreadable(tmp_path):
         picture().save(tmp_path / name / "x.png")
     with pytest.raises(DataError, match="has no image that can be used; .*, in another class$"):
         datasets.survey(settings("folder", tmp_path, holdout=0.2))
+
+
+@pytest.mark.parametrize("dataset", ["folder", "cifar10", "imagenet_lt"])
+def test_an_empty_path_is_refused(dataset):
+    """--data-dir=$UNSET: "there is no folder ", or the one where the command is run."""
+    with pytest.raises(DataError, match="--data-dir is empty"):
+        load(dataset, "", holdout=None if dataset == "imagenet_lt" else 0.2)
 
 
 def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch):

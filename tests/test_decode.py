@@ -278,6 +278,21 @@ def test_a_pgm_file_states_its_white_level(white, tmp_path):
         assert np.abs(pixels - 255.0 * levels[0] / white).max() <= 1
 
 
+def test_color_of_16_bits_is_said(tmp_path):
+    """Color of 12 bits in 16 that becomes black without a word. PIL cannot write it."""
+    def chunk(kind, content):
+        return (struct.pack(">I", len(content)) + kind + content
+                + struct.pack(">I", zlib.crc32(kind + content)))
+    (tmp_path / "x.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", 1, 1, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(struct.pack(">B3H", 0, 4095, 0, 65535)))
+        + chunk(b"IEND", b""))
+    assert np.asarray(decode.read_image(tmp_path / "x.png")).tolist() == [[[15, 0, 255]]]
+    color, said = files_of(tmp_path / "x.png"), []
+    assert decode.white_level(color, color, said.append) == 65535
+    assert said == ["2 images have 16-bit color; 0 to 65535 becomes 0 to 255"]
+
+
 def test_a_deep_tiff_whose_0_is_white_is_no_negative(tmp_path):
     """Radiographs are saved so; PIL turns them over in 8 bits only."""
     levels, eight = deep_ramp(4095)
@@ -525,3 +540,16 @@ def test_a_file_that_breaks_later_is_gray_and_named_once(stream_files, tmp_path,
     images = stream[torch.tensor([0, 1, 0])]
     assert (images[[0, 2]] == 128).all() and (images[1] != 128).any()
     assert capsys.readouterr().err.count("cannot be decoded") == 1
+
+
+def test_files_that_are_gone_end_it(tmp_path):
+    """A disk that is unplugged: a network trained, and judged, on gray. Ten may go; damaged ones
+    are not gone."""
+    damaged = [tmp_path / f"damaged {i}.png" for i in range(20)]
+    for path in damaged:
+        picture().save(path)
+        path.write_bytes(path.read_bytes()[:200])
+    gone = [tmp_path / f"{i}.png" for i in range(11)]
+    assert (decode.Stream(files_of(*gone[:10], *damaged), 16)[:] == 128).all()
+    with pytest.raises(files.DataError, match="^11 images can no longer be read, .* --resume$"):
+        decode.Stream(files_of(*gone), 16)[:]

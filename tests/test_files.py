@@ -110,6 +110,13 @@ def test_a_list_file_names_its_bad_lines(line, tmp_path):
     assert len(found.problems) == 1 and "line 3" in found.problems[0]
 
 
+def test_a_list_may_begin_with_a_mark_of_its_encoding(tmp_path):
+    """The first image of a list from Windows, which cannot be found."""
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfa.jpg 0\r\nb.jpg 1\r\n")
+    assert files.list_file(tmp_path / "list.txt", "/root", 3).paths.tolist() == [
+        b"/root/a.jpg", b"/root/b.jpg"]
+
+
 def test_a_list_file_names_what_it_lists_twice(tmp_path):
     """One image as two classes."""
     (tmp_path / "list.txt").write_text("a.jpg 0\nb.jpg 1\na.jpg 1\n")

@@ -48,7 +48,39 @@ def test_of_val_and_test_the_second_is_used_and_that_is_said(tmp_path):
     write_files(tmp_path, folders("train") | folders("Val", n=2) | folders("test", n=3))
     names, trained, tested, remarks = load(tmp_path)
     assert (trained, tested) == (8, 6)
-    assert remarks == [f"{tmp_path} has Val/ and test/: the first is not used."]
+    assert remarks == [f"{tmp_path / 'Val'} is not used, but {tmp_path / 'test'}."]
+
+
+@pytest.mark.parametrize("test", [{"test": 2}, {"test": 0}, {"test/cat": 0, "test/dog": 0}])
+def test_a_folder_without_classes_to_test_on_is_not_used_and_that_is_said(test, tmp_path):
+    """test/ without labels, as contests have it: val/ that is passed over, a --holdout that is
+    refused though nothing else is there."""
+    remark = f"{tmp_path / 'test'} has no class folders of images: it is not used."
+    write_files(tmp_path, folders("train") | test)
+    assert "--holdout 0.2" in refusal(tmp_path)
+    assert load(tmp_path, 0.25) == (["cat", "dog"], 6, 2, [remark])
+    write_files(tmp_path, folders("val", n=3))
+    assert load(tmp_path) == (["cat", "dog"], 8, 6, [remark])
+
+
+@pytest.mark.parametrize("train, test", [
+    ("seg_train", "seg_test"), ("images_train", "images_val"), ("Train (1)", "Test (1)"),
+    ("01_train", "02_test"), ("MyTrain", "MyValidation"), ("train_32x32", "test_32x32")])
+@pytest.mark.parametrize("inner", ["", "/again"])
+def test_splits_of_longer_names_are_refused_with_advice_that_works(train, test, inner, tmp_path):
+    """Two classes, seg_train and seg_test, told apart to 100 %."""
+    write_files(tmp_path, folders(train + inner, test + inner))
+    assert f"rename them to train and test; if they are classes, rename {train} to" in refusal(
+        tmp_path, 0.25)
+    if not inner:
+        os.rename(tmp_path / train, tmp_path / "train")
+        os.rename(tmp_path / test, tmp_path / "test")
+        assert load(tmp_path) == (["cat", "dog"], 8, 8, [])
+
+
+def test_classes_may_have_train_and_test_in_their_names(tmp_path):
+    write_files(tmp_path, {"train station": 4, "test tube": 4, "train_val": 4, "bullet-train": 4})
+    assert len(load(tmp_path, 0.25)[0]) == 4
 
 
 @pytest.mark.parametrize("layout, place", [
@@ -123,6 +155,19 @@ def test_fewer_than_two_classes_are_refused(layout, tmp_path):
     assert "so fewer than two classes:" in text and "/<class>/*.jpg" in text
 
 
+def test_what_is_no_folder_is_named(tmp_path):
+    """An archive that is not unpacked: "there is no folder" of a name that is there."""
+    (tmp_path / "x.zip").touch()
+    assert refusal(tmp_path / "x.zip") == (
+        f"{tmp_path / 'x.zip'} is no folder: unpack it if it is an archive")
+
+
+def test_a_share_of_single_images_is_refused(tmp_path):
+    """A folder that has images to test on, told that it has none, with no word of --holdout."""
+    write_files(tmp_path, folders("", n=1))
+    assert "two different images, one to train and one to test on" in refusal(tmp_path, 0.5)
+
+
 def test_a_drawing_is_short(tmp_path):
     """A thousand folders on the screen, after which nobody sees the advice."""
     write_files(tmp_path, {f"train/{k}/{i}": 1 for k in range(9) for i in range(9)} | {"cat": 1})
@@ -179,13 +224,17 @@ def test_a_run_among_the_images_is_no_class(place, tmp_path):
 
 
 def test_folders_in_classes_count_as_theirs_and_that_is_said_where_it_may_be_wrong(tmp_path):
-    """cat/2020/x.jpg that is lost; splits of unusual names that become classes without a word."""
-    write_files(tmp_path / "years", {"cat/2020/may": 2, "cat/2021": 2, "dog/2021": 4})
+    """cat/2020/x.jpg that is lost; splits of unusual names, or groups of classes, that become
+    classes without a word."""
+    write_files(tmp_path / "years", {"cat/2020/may": 2, "cat/2021": 2, "dog": 4})
     assert load(tmp_path / "years", 0.25) == (["cat", "dog"], 6, 2, [])
     write_files(tmp_path / "splits", folders("first", "second"))
     names, *_, remarks = load(tmp_path / "splits", 0.25)
     assert names == ["first", "second"]
     assert remarks == ["Classes are first, second; folders in them count as theirs: cat, dog."]
+    write_files(tmp_path / "groups", {"animal/cat": 4, "animal/dog": 4, "plant/tree": 4})
+    assert load(tmp_path / "groups", 0.25)[3] == [
+        "Classes are animal, plant; folders in them count as theirs: cat, dog, tree."]
 
 
 def test_unicode_forms_of_a_name_are_one_class(tmp_path):
