@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         options, rest = super().parse_known_args(*args, **kwargs)
         for name, value in vars(options).items():
             if value == "":
-                self.error(f"{flag(name)} is empty: give it a value, or leave it out")
+                raise UserError(f"{flag(name)} is empty: give it a value, or leave it out")
             if isinstance(value, str):
                 value = ",".join(map(os.path.expanduser, value.split(",")))
                 setattr(options, name, value)
