@@ -18,6 +18,8 @@ try:
     import matplotlib.pyplot as plt
 except ImportError:
     raise UserError("pictures need a package: pip install matplotlib") from None
+except ValueError as error:                 # of MPLBACKEND, or a matplotlibrc
+    raise UserError(f"matplotlib's settings: {' '.join(str(error).split())[:200]}") from None
 # Names are drawn as they are: a "$" in one begins no formula, which might not be a valid one.
 matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})
 warnings.filterwarnings("ignore", "Glyph .* missing from")      # drawn as a box

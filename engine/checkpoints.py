@@ -125,6 +125,7 @@ EXAMPLES = {
                     "avg": {"": 0.0}, "ema": {"": 0.0}, "per_class": {"": [0.0]},
                     "training_images": {"": {"": 0.0}}},
 }
+MEND = "put back a copy of it, or remove it and --resume writes it again"
 MEASURED = 0.0, None, {"": (0.0, [0.0])}        # of an epoch: a number, or a head's accuracies
 
 
@@ -158,11 +159,11 @@ def read_json(folder, name):
                         "continue it with --resume")
     data = parse(read_bytes(path), path)
     if data is None:
-        raise UserError(f"{path} is damaged: it holds no JSON object; put back a copy of it")
+        raise UserError(f"{path} is damaged: it holds no JSON object; {MEND}")
     for key, example in EXAMPLES[name].items():
         if key in data and not is_like(data[key], example):
-            raise UserError(f"{path} is damaged: its {key!r} cannot be {data[key]!r:.50}; put back "
-                            "a copy of it")
+            raise UserError(f"{path} is damaged: its {key!r} cannot be {data[key]!r:.50}; "
+                            + MEND)
     return data
 
 
@@ -439,6 +440,7 @@ def upgrade_config(config):
         upgraded |= dict(tokens=1 if alone else 2, distill="none" if alone else "hard")
     for name, value in config.items():
         if name not in DROPPED:
-            value = NEW_VALUES[name].get(value, value) if name in NEW_VALUES else value
+            if name in NEW_VALUES and is_like(value, ("", True)):      # no list from a damaged file
+                value = NEW_VALUES[name].get(value, value)
             upgraded[RENAMED.get(name, name)] = value
     return upgraded

@@ -144,11 +144,12 @@ def load_network(path, norm=None, size=None):
             ValueError) as error:                               # known names, odd values or shapes
         text = one_line(f"{type(error).__name__}: {error}", 200)
         raise UserError(f"{name} holds no network that is known here ({text})") from None
-    network.weights = weights_digest(network.net)
+    names = None
     if network.config:
         network.unfinished = unfinished(state, path)
     else:
-        network.class_names = foreign_names(state, path, network.num_classes)
+        names = network.class_names = foreign_names(state, path, network.num_classes)
+    network.weights = weights_digest(network.net, names)
     if network.net.img_size > LARGEST:
         raise UserError(f"{name} is damaged: it takes images of {network.net.img_size} px")
     if norm is not None:
@@ -219,9 +220,12 @@ class WithoutChanges(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def weights_digest(net):
-    """16 hexadecimal digits that change with any weight."""
-    digest = hashlib.sha256()
+def weights_digest(net, names=None):
+    """16 hexadecimal digits that change with any weight, and with names of a file from elsewhere.
+
+    A list beside a file can be corrected while a student is learning: that is another teacher.
+    """
+    digest = hashlib.sha256("\n".join(names or ()).encode(errors="backslashreplace"))
     for key, tensor in net.state_dict().items():
         digest.update(key.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -14,7 +14,7 @@ from engine import runtime
 from engine.checkpoints import (is_like, load_checkpoint, read_json, read_log_lines, upgrade_config)
 from engine.evaluation import COLUMNS, table
 from engine.lock import Lock, held
-from engine.networks import check_origin
+from engine.networks import check_origin, teacher_files
 from engine.runtime import UserError, all_max, exit_together
 from engine.settings import NOT_RESUMED, defaults, flag
 
@@ -46,6 +46,7 @@ class PastRun:
         self.overwrite = args.overwrite and not self.restarted
         runtime.trains = True
         self.lock, self.over = None, False
+        self.check_sources(args)
         self.own(args, wait)
         if self.over or self.overwrite:
             return
@@ -59,6 +60,16 @@ class PastRun:
                             "from: --overwrite starts it again, --out names another folder")
 
     # ---- Whose folder it is ----------------------------------------------------------------------
+
+    def check_sources(self, args):
+        """UserError if the run would replace the network that it builds on."""
+        own = [os.path.realpath(path) for path in (self.folder, self.checkpoint, self.previous)]
+        for name in ("teacher", "finetune"):
+            path = getattr(args, name, None)
+            for file in teacher_files(path) if path else []:
+                if os.path.realpath(file) in own:
+                    raise UserError(f"the run and its {flag(name)} cannot share the folder "
+                                    f"{self.folder}: --out names another")
 
     def own(self, args, wait):
         """Lock the folder until `finish`, unless its run is over. The main process finds out.
@@ -112,6 +123,8 @@ class PastRun:
         """
         if not self.finished or self.overwrite:
             return False
+        if not os.path.exists(os.path.join(self.folder, "config.json")):
+            return False                                    # --resume writes it again
         if read_json(self.folder, "result.json")["epochs"] < args.epochs:
             return False
         config = read_json(self.folder, "config.json")
@@ -193,7 +206,7 @@ class PastRun:
         complete = [line["epoch"] for line in self.log] == list(range(self.start_epoch))
         if not complete and not any(text.endswith(LACKS) for text in self.forced):
             if not args.force:
-                raise UserError(f"{self.log_path} does not have a line for each of the "
+                raise UserError(f"{self.log_path} does not have one line for each of the "
                                 f"{self.start_epoch} epochs that the checkpoint has: put back a "
                                 "copy of it, or --resume --force goes on with the lines it has")
             self.forced = [*self.forced, f"after epoch {self.start_epoch}: {LACKS}"]
@@ -250,7 +263,7 @@ class PastRun:
             return False
         result = read_json(self.folder, "result.json")
         rows = {name: r for name, r in result.items()
-                if isinstance(r, dict) and set(COLUMNS) <= r.keys()}
+                if is_like(r, {"": 0.0}) and set(COLUMNS) <= r.keys()}
         self.rt.print(f"{self.folder} is finished ({epochs} epochs); its result:\n"
                       + table(rows, title))
         picture = os.path.join(self.folder, "summary.png")

@@ -242,8 +242,12 @@ def setup(device="auto", amp="auto"):
     """Runtime of this process; joins torchrun's process group. UserError for a missing device."""
     if "TORCHELASTIC_RUN_ID" in os.environ:         # torchrun's child
         end_with_parent()
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    try:
+        rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    except ValueError:
+        raise UserError("RANK, WORLD_SIZE and LOCAL_RANK of the environment are numbers that "
+                        "torchrun sets: unset them") from None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (":" in device and world > 1):
@@ -259,7 +263,11 @@ def setup(device="auto", amp="auto"):
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend)
+        try:
+            dist.init_process_group(backend)
+        except ValueError as error:                 # set by a cluster, or left in the environment
+            raise UserError(f"WORLD_SIZE is {world}, but this process has no group: begin it by "
+                            f"torchrun, or unset WORLD_SIZE ({one_line(error)[:200]})") from None
     if amp == "auto":
         amp = "bf16" if has_bf16(device) else "none"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]

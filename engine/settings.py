@@ -63,6 +63,17 @@ class Parser(argparse.ArgumentParser):
         super().__init__(usage="python %(prog)s [--flag value ...]", description=description,
                          formatter_class=formatter, allow_abbrev=False)
 
+    def parse_known_args(self, *args, **kwargs):
+        """Shells expand "~" neither after a "=" nor after a comma; "$X" may be empty."""
+        options, rest = super().parse_known_args(*args, **kwargs)
+        for name, value in vars(options).items():
+            if value == "":
+                raise UserError(f"{flag(name)} is empty: give it a value, or leave it out")
+            if isinstance(value, str):
+                value = ",".join(map(os.path.expanduser, value.split(",")))
+                setattr(options, name, value)
+        return options, rest
+
 
 def add_run_flags(parser):
     """The flags that both training scripts have."""

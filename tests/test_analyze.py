@@ -445,6 +445,13 @@ def test_a_text_table_may_lack_cells():
 
 # ---- Outputs that cannot be written --------------------------------------------------------------
 
+def test_settings_that_matplotlib_does_not_know(runs):
+    """A traceback about somebody's MPLBACKEND."""
+    process = subprocess.run([sys.executable, "analyze.py", "curves", str(runs["vit"])], cwd=ROOT,
+                             env=os.environ | {"MPLBACKEND": "x"}, capture_output=True, text=True)
+    assert process.stderr.startswith("error: matplotlib's settings: ") and process.returncode == 2
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--out", "{tmp}/none/x.png"], "there is no folder {tmp}/none"),
     (["--csv", "{tmp}/none/x.csv"], "there is no folder {tmp}/none"),

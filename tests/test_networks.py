@@ -558,6 +558,15 @@ def test_a_list_of_names_beside_a_file_orders_its_outputs(tmp_path):
     torch.testing.assert_close(outputs(found, x)[0], expected, rtol=0, atol=1e-9)
 
 
+def test_other_names_make_another_teacher(tmp_path):
+    """A list that is corrected while a student is learning, and a student of two teachers."""
+    path, hashes = save(tmp_path, resnet32_state(3), "x.pth"), set()
+    for names in ("abc", "acb", "abc"):
+        (tmp_path / "x.classes.txt").write_text("\n".join(names))
+        hashes.add(networks.load_network(path).weights)
+    assert len(hashes) == 2
+
+
 @pytest.mark.parametrize("text", [b"a\nb\n", b"a\nb\nb\n", b"", b"\xff\xfe", b"a\nb\nc\nd"])
 def test_a_list_of_other_names_is_refused(tmp_path, text):
     """An IndexError in predict for too few; a class that can never be predicted for one twice."""

@@ -52,6 +52,16 @@ def test_devices_that_are_not_there(device, words):
         runtime.setup(device)
 
 
+@pytest.mark.parametrize("world, words", [("2", "begin it by torchrun"), ("x", "unset them")])
+def test_a_clusters_variables_without_a_group(world, words, monkeypatch):
+    """torch's traceback about a rendezvous."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UserError, match=words):
+        runtime.setup("cpu")
+
+
 # ---- Seeds ---------------------------------------------------------------------------------------
 
 def test_step_seeds_replay_and_differ_in_every_part_of_the_key():

@@ -24,6 +24,16 @@ def parsed(*flags):
     return parser.parse_args(flags)
 
 
+def test_paths_of_flags_are_those_that_were_meant(monkeypatch):
+    """A folder called "~"; --finetune "$RUN" without a RUN, and training from scratch."""
+    monkeypatch.setenv("HOME", "/home/me")
+    args = train_student.parse(["--out=~/run", "--teacher=a,~/b", "--finetune", "x~"])
+    assert (args.out, args.teacher, args.finetune) == ("/home/me/run", "a,/home/me/b", "x~")
+    for name in ("--finetune", "--out", "--teacher"):
+        with pytest.raises(UserError, match=f"{name} is empty"):
+            train_student.parse([name, ""])
+
+
 # ---- Tables and recipes --------------------------------------------------------------------------
 
 def test_a_run_has_the_table_changed_by_its_row_changed_by_flags():

@@ -66,7 +66,7 @@ def test_a_teacher_that_is_none(nothing_left, tiny_cifar, student_run, refused):
     flags = [*STUDENT, "--data-dir", tiny_cifar, "--teacher"]
     assert "not a readable checkpoint" in refused(train_student, *flags, "text.pt")
     assert "is not a teacher" in refused(train_student, *flags, student_run)
-    assert "a name is empty" in refused(train_student, *flags, "")
+    assert "--teacher is empty" in refused(train_student, *flags, "")
 
 
 def test_a_teacher_of_other_classes(nothing_left, teacher_run, refused, monkeypatch):

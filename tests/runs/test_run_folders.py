@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import analyze
 import train_student
 import train_teacher
+from conftest import script
 from engine import run_folder, runtime
 from engine.checkpoints import UserError
 from engine.lock import Lock
@@ -125,6 +127,52 @@ def test_a_student_in_its_teachers_folder(waiting_student, refused):
     flags[-1] = str(folder)
     assert "cannot share the folder" in refused(train_student, *flags)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["teacher", "finetune"])
+@pytest.mark.parametrize("spelling", ["{}/", "{}/last.pt", "other.pt,{}", "link"])
+def test_a_run_does_not_replace_what_it_builds_on(name, spelling, shared_run, tmp_path, refused):
+    """--overwrite with the teacher's folder as --out: the teacher is gone for ever."""
+    module, flags, made = shared_run("student")
+    folder = tmp_path / "run"
+    shutil.copytree(made, folder)
+    (tmp_path / "link").symlink_to(folder)
+    path = str(tmp_path / "link") if spelling == "link" else spelling.format(folder)
+    before = contents(folder)
+    error = refused(module, *flags, f"--{name}={path}", "--out", str(folder), "--overwrite")
+    assert f"the run and its --{name} cannot share the folder" in error
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_lost_text_file_is_written_again(name, shared_run, tmp_path, refused):
+    """A finished run that no command can mend: each names the other, or itself."""
+    module, flags, made = shared_run("student")
+    folder = tmp_path / "run"
+    shutil.copytree(made, folder)
+    (folder / name).unlink()
+    assert "--resume continues it" in refused(module, *flags, "--out", str(folder))
+    train(module, *flags, "--out", str(folder), "--resume")
+    assert read(folder, name).keys() == read(made, name).keys()
+    assert read(folder, "result.json")["avg"] == read(made, "result.json")["avg"]
+
+
+@pytest.mark.parametrize("name, change", [
+    ("config.json", {"format": None, "stem": ["x"], "policy": {}}),
+    ("result.json", {"note": dict.fromkeys(("overall", "head", "mid", "tail"), "x")})])
+def test_a_finished_run_whose_files_were_edited(name, change, shared_run, tmp_path, monkeypatch,
+                                                capsys):
+    """A traceback for what nobody reads."""
+    module, flags, made = shared_run("student")
+    folder = tmp_path / "run"
+    shutil.copytree(made, folder)
+    edited = read(folder, name) | change
+    edited = {key: value for key, value in edited.items() if value is not None}
+    (folder / name).write_text(json.dumps(edited))
+    with suppress(SystemExit):
+        script(module, monkeypatch, *flags, "--out", str(folder))
+    said = capsys.readouterr()
+    assert "is finished" in said.out or said.err.startswith("error: ")
 
 
 def test_a_restarted_worker_waits_for_the_old_one(unfinished, owner, monkeypatch, capsys):
@@ -299,7 +347,7 @@ def test_a_damaged_log_is_found_before_training(damage, unfinished, refused, ste
         (folder / "log.jsonl").write_bytes(log)
     before = contents(folder)
     error = refused(module, *flags, "--resume")
-    assert "log.jsonl does not have a line for each of the 2 epochs" in error
+    assert "log.jsonl does not have one line for each of the 2 epochs" in error
     assert contents(folder) == before and not steps_done
     train(module, *flags, "--resume", "--force", "--beta", "0.99")      # says both
     assert "the log lacks epochs" in read(folder, "result.json")["forced"][1]
