@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 import data_lt
-from engine.checkpoints import read_json, read_log
+from engine.records import read_json, read_log
 from engine.datasets import describe, load_data
 from engine.evaluation import COLUMNS
 from engine.networks import (Mirrored, load_network, load_teacher, match_classes, short_name,

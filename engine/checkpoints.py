@@ -1,15 +1,14 @@
-r"""Files of a run: written atomically, read without running code from them.
+r"""Checkpoints: written atomically, read without running code from them.
 
 A file is written under a temporary name of its own, flushed to disk and then renamed, so that at
 any moment either the new file or the one before is there, and whole. A link is replaced by the
-file; what it leads to is left alone. JSON files are checked when they are read. Checkpoints are
-read with weights_only=True, which unpickles tensors and plain values only. Settings of runs made by
-earlier versions get today's names in one place, `upgrade_config`.
+file; what it leads to is left alone. Checkpoints are read with weights_only=True, which unpickles
+tensors and plain values only. Settings of runs made by earlier versions get today's names in one
+place, `upgrade_config`.
 """
 import argparse
 import glob
 import io
-import json
 import math
 import os
 import re
@@ -70,149 +69,11 @@ def sync_folder(path):
             os.close(folder)
 
 
-def save_json(path, data):
-    """Write plain values as JSON, atomically; NaN becomes null."""
-    text = json.dumps(null_for_nan(data), indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def save_checkpoint(path, previous=None, **state):
     """Write a dict of tensors and plain values, atomically; the old file becomes `previous`."""
     contents = io.BytesIO()
     torch.save(state, contents)     # into memory: on a full disk torch.save has no clear error
     write_atomically(path, lambda file: file.write(contents.getbuffer()), previous)
-
-
-# ---- JSON ----------------------------------------------------------------------------------------
-
-def null_for_nan(data):
-    """The same values with None for NaN, which JSON lacks: accuracies of what was not measured."""
-    if isinstance(data, dict):
-        return {key: null_for_nan(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [null_for_nan(value) for value in data]
-    if isinstance(data, float) and math.isnan(data):
-        return None
-    return data
-
-
-def nan_for_null(read):
-    """The way back, json's object_hook: NaN for null in lists and in accuracies.
-
-    A dict is one of accuracies if it has "overall". Elsewhere null stays None.
-    """
-    restored = {}
-    for key, value in read.items():
-        if isinstance(value, list):
-            value = [math.nan if x is None else x for x in value]
-        elif value is None and "overall" in read:
-            value = math.nan
-        restored[key] = value
-    return restored
-
-
-LARGEST_JSON = 2 ** 28          # bytes; a log of 1,400 epochs has half a million
-
-
-# What the fields of these files are that this project reads again: an example of each, in a tuple
-# several. The values of an example's dict or list are alike.
-EXAMPLES = {
-    "config.json": {"dataset": "", "epochs": 0, "seed": 0, "counts": [0], "classes": [""],
-                    "groups": {"": [0]}, "versions": {"": ""}},
-    "result.json": {"dataset": "", "recipe": "", "method": "", "model": "", "command": "",
-                    "hardware": "", "date": "", "teacher": ("", None), "epochs": 0, "seed": 0,
-                    "imb": 0.0, "seconds": 0.0, "cls": {"": 0.0}, "dist": {"": 0.0},
-                    "avg": {"": 0.0}, "ema": {"": 0.0}, "per_class": {"": [0.0]},
-                    "training_images": {"": {"": 0.0}}},
-}
-MEND = "put back a copy of it, or remove it and --resume writes it again"
-MEASURED = 0.0, None, {"": (0.0, [0.0])}        # of an epoch: a number, or a head's accuracies
-
-
-def is_like(value, example):
-    """Is a value of the same kind as the example, down to its numbers and texts?"""
-    if isinstance(example, tuple):
-        return any(is_like(value, each) for each in example)
-    if isinstance(example, dict):
-        inner, = example.values()
-        return isinstance(value, dict) and all(is_like(each, inner) for each in value.values())
-    if isinstance(example, list):
-        return isinstance(value, list) and all(is_like(each, example[0]) for each in value)
-    if isinstance(example, float):
-        return isinstance(value, (int, float))
-    return isinstance(value, type(example))
-
-
-class Fields(dict):
-    """A JSON object of a run's file, `source`; asking for what it lacks is a UserError."""
-    source = ""
-
-    def __missing__(self, key):
-        raise UserError(f"{self.source} has no {key!r}: it is damaged, or of another program")
-
-
-def read_json(folder, name):
-    """A run's config.json or result.json, a dict. UserError if there is none, or it is damaged."""
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        raise UserError(f"{folder} has no {name}: it is no run folder, or its run is not finished; "
-                        "continue it with --resume")
-    data = parse(read_bytes(path), path)
-    if data is None:
-        raise UserError(f"{path} is damaged: it holds no JSON object; {MEND}")
-    for key, example in EXAMPLES[name].items():
-        if key in data and not is_like(data[key], example):
-            raise UserError(f"{path} is damaged: its {key!r} cannot be {data[key]!r:.50}; "
-                            + MEND)
-    return data
-
-
-def read_log(folder):
-    """The epochs of a run, a list of one dict each. UserError if there are none, or damaged ones.
-
-    Half a line at the end, of an epoch that is just being written or of a writer that was killed,
-    is left out with a line on stderr.
-    """
-    path = os.path.join(folder, "log.jsonl")
-    log = read_log_lines(path)
-    if log and log[-1] is None:
-        print(f"{path}: its last line is damaged and left out", file=sys.stderr, flush=True)
-        log.pop()
-    if None in log:
-        raise UserError(f"{path} is damaged in line {log.index(None) + 1}: mend or remove the line")
-    if not log:
-        raise UserError(f"{folder} has no log.jsonl with an epoch in it: name the folder of a run")
-    return log
-
-
-def read_log_lines(path):
-    """The lines of a log.jsonl, a dict for each, None for one that is no epoch's."""
-    text = read_bytes(path) if os.path.exists(path) else b""
-    if not text:
-        return []
-    records = [parse(line, path) for line in text.removesuffix(b"\n").split(b"\n")]
-    return [record if record and is_like(record, {"": MEASURED}) else None for record in records]
-
-
-def read_bytes(path):
-    """A JSON file's bytes. UserError for what cannot be one."""
-    if not os.path.isfile(path) or os.path.getsize(path) > LARGEST_JSON:
-        raise UserError(f"{path} is no file of a run: not a regular file, or too large for one")
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def parse(text, path):
-    """JSON (bytes) as Fields of this path; None if it is no object."""
-    def restore(read):
-        fields = Fields(nan_for_null(read))
-        fields.source = path
-        return fields
-    try:
-        data = json.loads(text, object_hook=restore)
-    except (ValueError, RecursionError):
-        return None
-    return data if isinstance(data, dict) else None
 
 
 # ---- Reading checkpoints -------------------------------------------------------------------------
@@ -440,7 +301,7 @@ def upgrade_config(config):
         upgraded |= dict(tokens=1 if alone else 2, distill="none" if alone else "hard")
     for name, value in config.items():
         if name not in DROPPED:
-            if name in NEW_VALUES and is_like(value, ("", True)):      # no list from a damaged file
+            if name in NEW_VALUES and isinstance(value, (str, bool)):   # no list of a damaged file
                 value = NEW_VALUES[name].get(value, value)
             upgraded[RENAMED.get(name, name)] = value
     return upgraded

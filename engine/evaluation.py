@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import augment
 import data_lt
-from engine.checkpoints import read_json
+from engine.records import read_json
 from engine.runtime import all_sum, share_buffers
 
 COLUMNS = ("overall", "head", "mid", "tail")

@@ -11,10 +11,11 @@ import sys
 import time
 
 from engine import runtime
-from engine.checkpoints import (is_like, load_checkpoint, read_json, read_log_lines, upgrade_config)
+from engine.checkpoints import load_checkpoint, upgrade_config
 from engine.evaluation import COLUMNS, table
 from engine.lock import Lock, held
 from engine.networks import check_origin, teacher_files
+from engine.records import is_like, read_json, read_log_lines
 from engine.runtime import UserError, all_max, exit_together
 from engine.settings import NOT_RESUMED, defaults, flag
 

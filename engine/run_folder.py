@@ -12,7 +12,6 @@ epoch, step, rank), so on a CPU a resumed run ends bit for bit where the uninter
 a GPU, whose kernels add in any order, it is the same only statistically.
 """
 import glob
-import json
 import math
 import os
 import platform
@@ -28,10 +27,11 @@ import torch
 from tqdm import tqdm
 
 from engine import runtime
-from engine.checkpoints import (is_like, load_weights, null_for_nan, remove_temporaries,
-                                save_checkpoint, save_json, write_atomically)
+from engine.checkpoints import (load_weights, remove_temporaries, save_checkpoint,
+                                write_atomically)
 from engine.evaluation import COLUMNS, group_by_count
 from engine.past_run import FORMAT, PastRun
+from engine.records import as_line, is_like, save_json
 from engine.runtime import UserError, all_max, all_sum, barrier, gather
 
 TIMED = (3, 13)     # the steps between which the time left is estimated
@@ -279,11 +279,6 @@ class Run(PastRun):
         self.write(write)
         if self.lock:
             self.lock.release()
-
-
-def as_line(record):
-    """An epoch's record as a line of log.jsonl."""
-    return json.dumps(null_for_nan(record)) + "\n"
 
 
 def restore(part, state, path):

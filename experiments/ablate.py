@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import train_student
 import train_teacher
 from engine import runtime
-from engine.checkpoints import read_json, read_log
+from engine.records import read_json, read_log
 from engine.evaluation import COLUMNS
 from engine.runtime import UserError, end_with_parent, watched_signals
 from engine.settings import CARRIED, as_flags, flag, resolve_data

@@ -22,7 +22,8 @@ import shlex
 import statistics
 import sys
 
-from engine.checkpoints import read_json, read_log, write_atomically
+from engine.checkpoints import write_atomically
+from engine.records import read_json, read_log
 from engine.runtime import UserError, run_main
 
 HEADS, GROUPS = ("cls", "dist", "ema"), ("overall", "head", "mid", "tail")

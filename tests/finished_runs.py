@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import augment
 import vit
-from engine.checkpoints import save_checkpoint, save_json
+from engine.checkpoints import save_checkpoint
+from engine.records import save_json
 from engine.datasets import load_data
 from engine.evaluation import (COLUMNS, evaluate_student, evaluate_teacher, student_input,
                                teacher_input, teacher_summary, token_cosine)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from engine import checkpoints
+from engine import checkpoints, records
 from engine.checkpoints import load_checkpoint, save_checkpoint, upgrade_config, write_atomically
 from engine.runtime import UserError
 
@@ -54,7 +54,7 @@ def test_a_full_disk_ends_in_one_line_with_the_last_checkpoint_intact(tmp_path):
     before = path.read_bytes()
     code = f"""
 import resource, torch
-from engine import checkpoints, runtime
+from engine import checkpoints, records, runtime
 for limit in (1_000, 100_000, 1_000_000):           # bytes of a file at which the disk is full
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, 1_000_000))
     state = dict(model=dict(w=torch.zeros(10 ** 6)))
@@ -138,9 +138,9 @@ def test_accuracies_that_nothing_was_measured_for_are_null_in_files(tmp_path):
     """NaN, which no other JSON reader understands; None for an accuracy, NaN for a setting."""
     result = {"teacher": None, "seed": 0, "avg": {"overall": 50.0, "tail": math.nan},
               "per_class": {"avg": [1.0, math.nan]}}
-    checkpoints.save_json(tmp_path / "result.json", result)
+    records.save_json(tmp_path / "result.json", result)
     assert "NaN" not in (tmp_path / "result.json").read_text()
-    read = checkpoints.read_json(tmp_path, "result.json")
+    read = records.read_json(tmp_path, "result.json")
     assert read["teacher"] is None and read["avg"]["overall"] == 50
     assert math.isnan(read["avg"]["tail"]) and math.isnan(read["per_class"]["avg"][1])
 
@@ -148,7 +148,7 @@ def test_accuracies_that_nothing_was_measured_for_are_null_in_files(tmp_path):
 def test_a_log_is_a_list_of_epochs(tmp_path):
     """One line read as a whole file, or accuracies of a class without test images as None."""
     (tmp_path / "log.jsonl").write_text('{"epoch": 0}\n{"avg": {"overall": 1, "tail": null}}\n')
-    first, second = checkpoints.read_log(tmp_path)
+    first, second = records.read_log(tmp_path)
     assert first == {"epoch": 0} and math.isnan(second["avg"]["tail"])
 
 
@@ -158,7 +158,7 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, folder):
     (tmp_path / "a file").write_text("text")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "log.jsonl").write_text("")
-    for read in (lambda path: checkpoints.read_json(path, "result.json"), checkpoints.read_log):
+    for read in (lambda path: records.read_json(path, "result.json"), records.read_log):
         with pytest.raises(UserError) as error:
             read(tmp_path / folder)
         assert str(tmp_path / folder) in one_line(error)
@@ -192,7 +192,7 @@ def test_damaged_json_is_refused_in_one_line(name, content, tmp_path):
         content = json.dumps(good | content).encode()
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
-        checkpoints.read_json(tmp_path, name)
+        records.read_json(tmp_path, name)
     assert f"{tmp_path / name} is damaged" in one_line(error) and len(str(error.value)) < 400
 
 
@@ -201,13 +201,13 @@ def test_good_json_is_read_as_it_is(tmp_path):
     more = {"forced": ["x"], "date": "2026-01-01", "new": [{"a": None}], "imb": 1, "seed": 0}
     for name, good in (("result.json", RESULT | more), ("config.json", CONFIG | more)):
         (tmp_path / name).write_text(json.dumps(good))
-        assert checkpoints.read_json(tmp_path, name) == good
+        assert records.read_json(tmp_path, name) == good
 
 
 def test_what_a_damaged_file_lacks_is_named_in_one_line(tmp_path):
     """KeyError: 'avg', from somewhere in a figure."""
     (tmp_path / "result.json").write_text('{"epochs": 3, "cls": {"overall": 1.0}}')
-    result = checkpoints.read_json(tmp_path, "result.json")
+    result = records.read_json(tmp_path, "result.json")
     for read in (lambda: result["avg"], lambda: result["cls"]["tail"]):
         with pytest.raises(UserError, match="result.json has no '(avg|tail)'") as error:
             read()
@@ -225,8 +225,8 @@ def test_what_is_no_file_is_not_read(kind, tmp_path):
         else:
             with open(tmp_path / name, "wb") as file:
                 file.truncate(10 ** 12)
-    for read in (lambda: checkpoints.read_json(tmp_path, "result.json"),
-                 lambda: checkpoints.read_log(tmp_path)):
+    for read in (lambda: records.read_json(tmp_path, "result.json"),
+                 lambda: records.read_log(tmp_path)):
         with pytest.raises(UserError, match="no file of a run") as error:
             read()
         one_line(error)
@@ -237,7 +237,7 @@ def test_what_is_no_file_is_not_read(kind, tmp_path):
 def test_a_torn_last_line_of_a_log_is_left_out_and_said(end, tmp_path, capsys):
     """A traceback in every figure of a run that was killed while it wrote, or is just writing."""
     (tmp_path / "log.jsonl").write_bytes(b'{"epoch": 0, "drw": false, "cosine": null}\n' + end)
-    assert checkpoints.read_log(tmp_path) == [{"epoch": 0, "drw": False, "cosine": None}]
+    assert records.read_log(tmp_path) == [{"epoch": 0, "drw": False, "cosine": None}]
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "last line" in error
 
@@ -248,7 +248,7 @@ def test_a_damaged_line_within_a_log_is_refused_with_its_number(line, tmp_path):
     """An epoch that is missing in a curve without a word."""
     (tmp_path / "log.jsonl").write_text(f'{{"epoch": 0}}\n{line}\n{{"epoch": 2}}\n')
     with pytest.raises(UserError, match="log.jsonl is damaged in line 2") as error:
-        checkpoints.read_log(tmp_path)
+        records.read_log(tmp_path)
     one_line(error)
 
 

@@ -12,7 +12,7 @@ import train_student
 import train_teacher
 from conftest import script
 from engine import runtime
-from engine.checkpoints import save_json
+from engine.records import save_json
 from engine.datasets import load_data
 from engine.networks import load_network, load_teacher
 from tiny_runs import STUDENT, checkpoint, read, records, train
