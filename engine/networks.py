@@ -159,6 +159,8 @@ def load_network(path, norm=None, size=None):
         set_size(network, size, name)
     network.what += (f", {network.num_classes} classes, {network.net.img_size} px, "
                      f"{norm or normalisation_of(network.net)} normalisation")
+    if network.unfinished:
+        network.what += f", not finished: {network.unfinished}"
     return network
 
 

@@ -676,8 +676,10 @@ def test_whether_a_run_is_finished(tmp_path, epoch, epochs, result, words):
         save_checkpoint(tmp_path / "run" / "last.pt", **state, epoch=epoch)
     if result:
         (tmp_path / "run" / "result.json").write_text("{}")
-    found = networks.load_network(str(tmp_path / "run")).unfinished
+    network = networks.load_network(str(tmp_path / "run"))
+    found = network.unfinished
     assert not found if not words else words in found
+    assert ("not finished" in network.what) == bool(words)  # eval says so too
     alone = networks.load_network(str(tmp_path / "run" / "last.pt")).unfinished
     assert bool(alone) == (epoch is not None and epochs is not None and epoch < epochs)
 
