@@ -20,7 +20,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 
-from engine.runtime import UserError
+from engine.runtime import UserError, one_line
 from images.files import class_name
 
 
@@ -215,11 +215,6 @@ def check_number(key, value, low, high):
                         f"to {high:g}")
 
 
-def one_line(value, longest=50):
-    """The beginning of a value as text without line breaks."""
-    return " ".join(str(value).split())[:longest]
-
-
 def check_tensors(weights, what):
     """UserError for weights (a dict) that are no plain tensors with numbers, or too large.
 
@@ -251,7 +246,7 @@ def load_weights(model, weights, what):
     try:
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, ValueError, TypeError) as error:      # TypeError: there are none
-        raise UserError(f"{what} does not fit the network: {one_line(error, 200)}") from None
+        raise UserError(f"{what} does not fit the network: {one_line(error)}") from None
     for key, own in model.state_dict().items():
         tensor, dtype = weights.get(key, own), own.dtype        # old files lack BatchNorm's counts
         if tensor.is_floating_point() != dtype.is_floating_point:

@@ -13,7 +13,6 @@ deep images is known (images/decode.py). What fits into the memory budget is hel
 on the training device; other images are streamed from disk. All files that cannot be used are
 listed before training starts.
 """
-import argparse
 import functools
 import math
 import os
@@ -60,7 +59,6 @@ def load_data(args, rt):
 
 def load(args, rt):
     """load_data for one process."""
-    args = with_home(args)
     dataset, root, imb, kind = args.dataset, args.data_dir, args.imb, args.imb_type
     if dataset not in DATASETS:
         raise DataError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
@@ -82,15 +80,6 @@ def load(args, rt):
         last_loaded.clear()
         last_loaded[key] = read().to(rt.device)
     return last_loaded[key]
-
-
-def with_home(args):
-    """The settings with ~ in paths replaced by the user's folder. DataError for an empty path."""
-    if not args.data_dir:                       # an unset variable of a shell
-        raise DataError("--data-dir is empty: name the folder of the images")
-    paths = {name: os.path.expanduser(getattr(args, name))
-             for name in ("data_dir", "train_list", "test_list") if getattr(args, name)}
-    return argparse.Namespace(**vars(args) | paths)
 
 
 def find_files(args, imb):
@@ -425,7 +414,6 @@ class Survey:
 
 def survey(args):
     """Survey of a user's own folder. DataError if no image in it can be read."""
-    args = with_home(args)
     return survey_folder(args.data_dir, args.imb, args.imb_type, args.holdout)
 
 

@@ -38,9 +38,8 @@ from torch.overrides import TorchFunctionMode
 
 import resnet
 import vit
-from engine.checkpoints import (are_names, check_tensors, is_run, load_checkpoint, load_weights,
-                                one_line)
-from engine.runtime import UserError
+from engine.checkpoints import are_names, check_tensors, is_run, load_checkpoint, load_weights
+from engine.runtime import UserError, one_line
 from images.files import shown
 
 NORMALISATIONS = {  # mean and standard deviation of the pixels that a network was trained on
@@ -142,7 +141,7 @@ def load_network(path, norm=None, size=None):
         network = run_network(state, name) if is_run(state) else foreign_network(state, name)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
             ValueError) as error:                               # known names, odd values or shapes
-        text = one_line(f"{type(error).__name__}: {error}", 200)
+        text = one_line(f"{type(error).__name__}: {error}")
         raise UserError(f"{name} holds no network that is known here ({text})") from None
     names = None
     if network.config:

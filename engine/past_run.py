@@ -163,7 +163,13 @@ class PastRun:
             raise UserError(f"{self.folder} was begun by an older version of this project: it can "
                             "be evaluated, not resumed; --overwrite starts it again")
         old = state["config"] | {"processes": state.get("world", self.rt.world)}
-        changes = self.changes(old, args, NOT_RESUMED)
+        if ("method" in old) != hasattr(args, "method"):
+            kinds = ("student", "teacher") if "method" in old else ("teacher", "student")
+            raise UserError(f"{self.checkpoint} is a {kinds[0]}'s, not a {kinds[1]}'s: --out names "
+                            "another folder")
+        # A teacher is its weights, which are compared later, under whatever path it is given.
+        free = (*NOT_RESUMED, "teacher") if state.get("teachers") else NOT_RESUMED
+        changes = self.changes(old, args, free)
         if changes:
             self.force(args, changes)
             self.start_step = 0         # the steps of a half-done epoch may be others now

@@ -296,7 +296,7 @@ def restore(part, state, path):
         else:
             part.load_state_dict(state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this run: {runtime.one_line(error)[:200]}") from None
+        raise UserError(f"{path} does not fit this run: {runtime.one_line(error)}") from None
 
 
 def part_state(part):

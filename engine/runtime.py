@@ -161,9 +161,9 @@ def end_with_parent():
         LIBC.prctl(1, signal.SIGTERM)               # PR_SET_PDEATHSIG
 
 
-def one_line(error):
-    """An exception's text on one line, or its kind if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(value, longest=200):
+    """The beginning of a value's or an exception's text on one line; its kind if it has none."""
+    return " ".join(str(value).split())[:longest] or type(value).__name__
 
 
 def hard_exit(code=0):
@@ -267,7 +267,7 @@ def setup(device="auto", amp="auto"):
             dist.init_process_group(backend)
         except ValueError as error:                 # set by a cluster, or left in the environment
             raise UserError(f"WORLD_SIZE is {world}, but this process has no group: begin it by "
-                            f"torchrun, or unset WORLD_SIZE ({one_line(error)[:200]})") from None
+                            f"torchrun, or unset WORLD_SIZE ({one_line(error)})") from None
     if amp == "auto":
         amp = "bf16" if has_bf16(device) else "none"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]

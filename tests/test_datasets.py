@@ -505,26 +505,6 @@ def test_images_that_are_all_left_out_are_not_called_unreadable(tmp_path):
         datasets.survey(settings("folder", tmp_path, holdout=0.2))
 
 
-@pytest.mark.parametrize("dataset", ["folder", "cifar10", "imagenet_lt"])
-def test_an_empty_path_is_refused(dataset):
-    """--data-dir=$UNSET: "there is no folder ", or the one where the command is run."""
-    with pytest.raises(DataError, match="--data-dir is empty"):
-        load(dataset, "", holdout=None if dataset == "imagenet_lt" else 0.2)
-
-
-def test_a_tilde_is_the_users_folder(tmp_path, monkeypatch):
-    """--data-dir=~/x, which the shell leaves as it is: a folder called ~."""
-    make_folder(tmp_path / "pictures")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    args = settings("folder", "~/pictures")
-    assert datasets.load_data(args, Recorder()).counts == [6, 5, 4]
-    assert datasets.survey(args).images == 15 and args.data_dir == "~/pictures"
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.txt").write_text("")
-    with pytest.raises(DataError, match=f"the list {tmp_path}/train.txt is empty"):
-        load("imagenet_lt", tmp_path, train_list="~/train.txt", test_list="~/test.txt")
-
-
 # ---- Imbalance -----------------------------------------------------------------------------------
 
 IMBALANCE_80 = {"train/a": 160, "train/b": 20, "train/c": 2, "test/a": 1, "test/b": 1, "test/c": 1}
