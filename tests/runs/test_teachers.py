@@ -152,6 +152,25 @@ def test_a_run_does_not_go_on_by_another_teacher(teacher, tiny_cifar, tmp_path, 
     assert "the teacher's weights" in read(tmp_path / "run", "result.json")["forced"][0]
 
 
+def test_a_teacher_is_the_same_under_another_path(teacher, tiny_cifar, tmp_path):
+    """The run refused because the teacher was moved, or is named through a link."""
+    folder, _ = teacher
+    flags = [*STUDENT, "--data-dir", tiny_cifar, "--out", tmp_path / "run", "--save-every", "1"]
+    with killed_at(1, 0):
+        train(train_student, *flags, "--teacher", folder)
+    folder.rename(tmp_path / "moved")
+    train(train_student, *flags, "--teacher", tmp_path / "moved", "--resume")
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_teachers_checkpoint_is_no_students(teacher, tiny_cifar, tmp_path, refused):
+    """A list of thirty settings that have changed."""
+    folder, _ = teacher
+    (folder / "result.json").unlink()
+    flags = [*STUDENT, "--data-dir", tiny_cifar, "--teacher", "none.pt", "--out", folder]
+    assert "is a teacher's, not a student's" in refused(train_student, *flags, "--resume")
+
+
 def test_a_run_of_before_teachers_had_identities_goes_on(teacher, tiny_cifar, tmp_path):
     """Refused, for want of what it could not know."""
     folder, _ = teacher
