@@ -37,7 +37,7 @@ LIST_NAMES = {
     "inat18": ("iNaturalist18_train.txt", "iNaturalist18_val.txt"),
 }
 PUBLISHED_COUNTS = {"imagenet_lt": (115_846, 50), "inat18": (437_513, 3)}   # train; test per class
-last_loaded = {}        # {what defines it: LongTailData}, at most one
+last_loaded = {}        # {what defines it: LongTailData}, of one data set
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -74,12 +74,17 @@ def load(args, rt):
         train, test, label = find_files(args, imb)
         fingerprint = train.fingerprint(root) + test.fingerprint(root)
         read = functools.partial(read_files, args, label, train, test, fingerprint, rt)
-    key = (dataset, os.path.abspath(root), imb, kind, args.holdout, args.skip_bad,
-           image_sizes(args), fingerprint, getattr(args, "white", None), rt.device)
-    if key not in last_loaded:
+    key = (dataset, os.path.abspath(root), imb, kind, args.holdout, image_sizes(args), fingerprint,
+           rt.device)
+    white = getattr(args, "white", None)
+    if (key, args.skip_bad, white) not in last_loaded:
         last_loaded.clear()
-        last_loaded[key] = read().to(rt.device)
-    return last_loaded[key]
+        data = read().to(rt.device)
+        # Without --skip-bad nothing was bad: with it, and by the level found, it is the same data.
+        for skip_bad in (args.skip_bad, True):
+            for level in (white, data.white):
+                last_loaded[key, skip_bad, level] = data
+    return last_loaded[key, args.skip_bad, white]
 
 
 def find_files(args, imb):

@@ -238,7 +238,7 @@ def schedule_text(args, drw=True):
     parts = f"warm-up {args.warmup_epochs:g}"
     if drw:
         parts += f", {max(0, args.epochs - args.drw_epoch) or 'none'} from --drw-epoch on"
-    return f"{args.epochs} epochs ({parts})"
+    return f"{args.epochs} epoch{'s' if args.epochs > 1 else ''} ({parts})"
 
 
 def fit_to_folder(row, survey, largest_size):

@@ -173,6 +173,9 @@ def test_images_are_read_once_for_teacher_and_student_but_again_when_they_change
     first = load("cifar10", cifar, imb=4)
     again = load("cifar10", cifar, imb=4, img_size=224)         # CIFAR is not resized when read
     assert again is first and len(reads) == 2                   # training and test
+    analysed = load("cifar10", cifar, imb=4, skip_bad=True, white=first.white)
+    assert analysed is first and len(reads) == 2                # as the picture of a run asks
+    assert load("cifar10", cifar, imb=4, white=255) is not first
     assert load("cifar10", cifar, imb=2).counts[-1] == 6
     Image.new("RGB", (32, 32)).save(cifar / "test" / "kind1" / "9.png")
     assert len(load("cifar10", cifar, imb=2).test_labels) == 21
