@@ -39,7 +39,7 @@ from engine.datasets import describe
 from engine.evaluation import (predicted, table, tables as result_tables, teacher_summary,
                                teacher_summary_text)
 from engine.networks import NORMALISATIONS, load_network, short_name, teacher_files
-from engine.runtime import Runtime, UserError, run_main, setup
+from engine.runtime import Runtime, UserError, one_line, run_main, setup
 from engine.settings import Parser, check_ranges
 from images.files import class_name, shown
 
@@ -65,7 +65,7 @@ def command_eval(options, rt):
         title = f"{short_name(path)} on {data.label}"
         picture = drawing.as_png(run_figures.confusion_matrix(confusion, data, title))
     except Exception as error:                  # without the package, or whatever it is
-        rt.print(f"no confusion matrix: {' '.join(str(error).split())}")
+        rt.print(f"no confusion matrix: {one_line(error)}")
         return
     rt.print(tables.write(confusion_path(out), picture))
 

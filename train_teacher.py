@@ -317,7 +317,7 @@ def new_network(args, data, rt):
         try:
             net.eval()(torch.zeros(1, 3, args.img_size, args.img_size))
         except (RuntimeError, AssertionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:90]
+            reason = runtime.one_line(error, 90)
             raise UserError(f"{args.arch} cannot take {args.img_size} px ({reason}); try a larger "
                             "--img-size") from None
     return net.to(rt.device, memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ import torch
 import augment
 from analysis.tables import as_csv, as_json, write
 from engine.evaluation import student_input
-from engine.runtime import UserError
+from engine.runtime import UserError, one_line
 
 try:
     import matplotlib
@@ -19,7 +19,7 @@ try:
 except ImportError:
     raise UserError("pictures need a package: pip install matplotlib") from None
 except ValueError as error:                 # of MPLBACKEND, or a matplotlibrc
-    raise UserError(f"matplotlib's settings: {' '.join(str(error).split())[:200]}") from None
+    raise UserError(f"matplotlib's settings: {one_line(error)}") from None
 # Names are drawn as they are: a "$" in one begins no formula, which might not be a valid one.
 matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False})
 warnings.filterwarnings("ignore", "Glyph .* missing from")      # drawn as a box

@@ -425,7 +425,7 @@ def set_size(network, size, name):
             raise ValueError(f"from 1 to {LARGEST} px are possible")
         net(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError) as error:
-        text = " ".join(str(error).split())[:90]
+        text = one_line(error, 90)
         raise UserError(f"{name}: {network.what} cannot take {size} px ({text})") from None
     net.img_size = size
 
