@@ -75,7 +75,7 @@ class PastRun:
     def own(self, args, wait):
         """Lock the folder until `finish`, unless its run is over. The main process finds out.
 
-        UserError if another process trains there, or, with `wait`, this process's own student.
+        UserError if another process trains there.
         """
         patience = RESTART if self.restarted else 0
         if wait:
@@ -89,9 +89,6 @@ class PastRun:
                 return
             self.check_writable()
             mine = held.get(os.path.realpath(self.folder))      # of an earlier Run
-            if mine and wait:
-                raise UserError(f"student and teacher cannot share the folder {self.folder}: "
-                                "--out names another")
             lock = mine or Lock(self.folder)
             if mine or lock.take():
                 self.lock = lock
