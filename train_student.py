@@ -81,7 +81,8 @@ CPU = dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_b
 SHAPES = dict(model="micro", stem="conv", epochs=30, lr=2e-3, warmup_epochs=2, drw_epoch=15,
               eval_every=10)
 LARGE = dict(epochs=1400, batch=2048, lr=5e-4, drw_epoch=1200, mix_drw=True, crop="loader")
-OURS = CPU | dict(stem="conv", lr=1e-3, distill="soft", logit_adjustment=True, beta=0.0)
+OURS = CPU | dict(stem="conv", lr=1e-3, distill="soft", logit_adjustment=True, beta=0.0,
+                  smoothing=0.0)
 RECIPES = {
     "paper": {"cifar10": {}, "cifar100": {}, "imagenet_lt": LARGE,
               "inat18": LARGE | dict(epochs=1000, drw_epoch=900),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from resnet import CosineClassifier, resnet32, resnet50
+from resnet import CosineClassifier, FastNet, make, resnet32, resnet50
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -231,3 +231,79 @@ def test_cosine_classifier_gradient():
     model(x)[:, 0].sum().backward()
     zeros = torch.zeros(2, dtype=torch.float64)
     torch.testing.assert_close((x.grad * x).sum(1), zeros, rtol=0, atol=1e-12)
+
+
+# ---- FastNet ----
+
+def written_out(state, x, blocks):
+    """FastNet's logits in evaluation mode, from its state dict, in plain functions."""
+    def layer(x, conv, norm, pool):
+        x = F.conv2d(x, state[f"{conv}.weight"], padding=1)
+        if pool:
+            x = F.max_pool2d(x, 2)
+        gain = state[f"{norm}.weight"] / (state[f"{norm}.running_var"] + 1e-5).sqrt()
+        x = (x - state[f"{norm}.running_mean"][:, None, None]) * gain[:, None, None]
+        x = x + state[f"{norm}.bias"][:, None, None]
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2                # GELU
+
+    x = F.conv2d(normalise(x, CIFAR_MEAN, CIFAR_STD), state["stem.weight"], state["stem.bias"])
+    x = x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    for b in range(blocks):
+        x = layer(x, f"blocks.{b}.conv1", f"blocks.{b}.bn1", pool=True)
+        x = layer(x, f"blocks.{b}.conv2", f"blocks.{b}.bn2", pool=False)
+    return x.flatten(2).max(dim=2).values / 2 @ state["fc.weight"].T + state["fc.bias"]
+
+
+@pytest.mark.parametrize("size, widths", [(16, [64, 128]), (32, [64, 128, 256]),
+                                          (64, [64, 128, 256, 256])])
+def test_fastnet_is_its_written_out_form(size, widths):
+    """A pooling or BatchNorm in another place, a missing block, logits that are not halved."""
+    torch.manual_seed(0)
+    net = randomise_batchnorm(FastNet(7, img_size=size)).double().eval()
+    assert [block.conv2.out_channels for block in net.blocks] == widths
+    x = torch.rand(3, 3, size, size, dtype=torch.float64)
+    torch.testing.assert_close(net(x), written_out(net.state_dict(), x, len(widths)))
+
+
+def test_fastnets_stem_whitens_the_patches_of_the_images():
+    """Components that are correlated or of another scale; a stem that training changes.
+
+    The covariance of the whitened 2x2 patches is the identity but for the 5e-4 that bounds the
+    gain of directions which the images hardly use.
+    """
+    torch.manual_seed(0)
+    images = F.interpolate(torch.rand(40, 3, 9, 9), size=16, mode="bicubic").clamp(0, 1)
+    net = FastNet(5, img_size=16)
+    net.whiten(images)
+    out = net.stem(normalise(images, CIFAR_MEAN, CIFAR_STD)).double()   # (40,24,15,15)
+    torch.testing.assert_close(out[:, 12:], -out[:, :12])
+    white = out[:, :12].transpose(0, 1).flatten(1)                      # (12, patches)
+    covariance = white @ white.T / white.shape[1]
+    patches = F.unfold(normalise(images, CIFAR_MEAN, CIFAR_STD).double(), 2)
+    patches = patches.transpose(0, 1).flatten(1)                        # (12, patches)
+    variance = torch.linalg.eigvalsh(patches @ patches.T / patches.shape[1])
+    expected = torch.diag(variance / (variance + 5e-4))
+    torch.testing.assert_close(covariance, expected, atol=1e-4, rtol=0)
+    net(images).sum().backward()
+    assert net.stem.weight.grad is None and net.stem.bias.grad is None
+    assert net.blocks[0].conv1.weight.grad.abs().sum() > 0
+
+
+def test_fastnets_convolutions_begin_by_passing_their_input_on():
+    """Dirac kernels in the wrong channels, or ones that normal initialisation overwrites."""
+    net = FastNet(5)
+    x = torch.randn(2, 24, 8, 8)
+    out = net.blocks[0].conv1(x)                                        # 24 -> 64 channels
+    torch.testing.assert_close(out[:, :24], x)
+    assert out[:, 24:].abs().amax() > 0
+    x = torch.randn(2, 64, 8, 8)
+    torch.testing.assert_close(net.blocks[0].conv2(x), x)
+
+
+def test_fastnet_takes_a_cosine_classifier_and_a_name():
+    """LDAM on FastNet: cosine logits, whose size the halved features must not change."""
+    net = make("fast", 4, cosine=True).eval()
+    logits, features = net(torch.rand(2, 3, 32, 32), return_features=True)
+    assert features.shape == (2, 256) and isinstance(net.classifier, CosineClassifier)
+    cosine = F.normalize(features) @ F.normalize(net.fc.weight, dim=0)
+    torch.testing.assert_close(logits, 30 * cosine)
