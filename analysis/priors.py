@@ -13,7 +13,7 @@ from engine.evaluation import accuracies, predicted, table
 from engine.runtime import UserError, one_line
 from images.files import class_name, shown, some
 
-TRAIN, EQUAL = "as frequent as in training", "equally frequent"
+TRAIN, EQUAL = "the training frequencies", "equal frequencies"
 
 
 def test_prior(spec, data):
@@ -47,8 +47,9 @@ def read_frequencies(path):
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [(i, row) for i, row in enumerate(csv.reader(file), 1) if any(row)]
     except (OSError, ValueError, csv.Error) as error:                   # ValueError: not UTF-8
-        raise UserError(f"--test-prior {shown(path)}: {one_line(error)}; it is uniform, train, or "
-                        "a CSV file of lines class,frequency") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"--test-prior {shown(path)}: {reason}; it is uniform, train, or a CSV "
+                        "file of lines class,frequency") from None
     found = {}
     for place, (i, row) in enumerate(rows):
         try:
@@ -83,14 +84,14 @@ def assumed_prior(config):
     if "method" not in config:                                          # a teacher
         if config["loss"] in ("la", "vs", "paco"):
             return 0.0, f"{EQUAL} (the log prior in its loss)"
-        return (0.0, f"about {EQUAL} (re-weighted)") if reweighted else (1.0, TRAIN)
+        return (0.0, f"about {EQUAL} (re-weighting)") if reweighted else (1.0, TRAIN)
     if config.get("logit_adjustment"):
         return 0.0, f"{EQUAL} (logit adjustment)"
     if config["method"] == "vit-crt":
         return 0.0, f"{EQUAL} (its classifier saw class-balanced batches)"
     if config.get("distill", "none") == "none" or not reweighted:
         return 1.0, TRAIN
-    return 0.5, f"between (CLS: {TRAIN}; DIST: about {EQUAL}, re-weighted)"
+    return 0.5, f"between, CLS {TRAIN}, DIST about {EQUAL} (re-weighting)"
 
 
 def adjusted(logits, p, counts, exponent):
@@ -112,7 +113,7 @@ def weighted_accuracies(classes, labels, p, groups):
     right, given = classes == labels, classes >= 0
     right = torch.bincount(labels[right], weights[labels[right]], minlength=K)
     answers = torch.bincount(classes[given], weights[labels[given]], minlength=K)
-    return accuracies(right, answers, p, groups)
+    return accuracies(right, answers, p, groups, skewed=True)
 
 
 def prior_text(spec, p, config, logits, labels, data):
@@ -132,8 +133,7 @@ def prior_text(spec, p, config, logits, labels, data):
         exponent, words = assumed
         classes = adjusted(logits, p, data.counts, exponent)
         rows["adjusted"] = weighted_accuracies(classes, labels, weights, data.groups)
-        text = (f"adjusted: logits + ln(prior) - ln(what the training made it expect: classes "
-                f"{words})")
+        text = f"adjusted: logits + ln(prior) - ln(what training made it expect: {words})"
     if share < 1 - 1e-9:
         text += f"; {100 * (1 - share):.1f} % of the prior is of classes without test images"
     return (f"test images weighted to the class frequencies --test-prior {shown(spec)}\n"

@@ -262,7 +262,8 @@ def wilson(right, total, z=1.96):
         return math.nan, math.nan
     p, n = right / total, total
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return tuple(100 * (p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    ends = [(p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+    return max(0.0, 100 * ends[0]), min(100.0, 100 * ends[1])           # but for rounding
 
 
 def bootstrap(answers, labels, groups, resamplings=1000, share=0.95):
@@ -272,7 +273,9 @@ def bootstrap(answers, labels, groups, resamplings=1000, share=0.95):
     the resamplings lie between low and high. Images are resampled with replacement within their
     class, which is all for "overall". The means over classes, "balanced", "macro_f1" and the groups
     that have test images, take their classes with replacement as well: how far they would scatter
-    with other classes of the kind. It says nothing about other seeds or training images.
+    with other classes of the kind. Resampling makes nothing of images that are all right, or all
+    wrong: then the interval is Wilson's, of all images of the group. It says nothing about other
+    seeds or training images.
     """
     rng, K = np.random.default_rng(0), sum(map(len, groups.values()))
     order = np.argsort(labels.numpy(), kind="stable")               # class after class
@@ -295,6 +298,11 @@ def bootstrap(answers, labels, groups, resamplings=1000, share=0.95):
         for name, classes in tested.items():
             found[name].append(recall[rng.choice(classes, len(classes))].mean())
 
-    def percentile(q):
-        return {name: float(100 * np.quantile(values, q)) for name, values in found.items()}
-    return percentile((1 - share) / 2), percentile((1 + share) / 2)
+    low, high = ({name: float(100 * np.quantile(values, q)) for name, values in found.items()}
+                 for q in ((1 - share) / 2, (1 + share) / 2))
+    right = np.bincount(labels[answers == labels], minlength=K)
+    together = dict.fromkeys(("overall", "balanced", "macro_f1"), every) | tested
+    for name, classes in together.items():
+        if right[classes].sum() in (0, n[classes].sum()):
+            low[name], high[name] = wilson(int(right[classes].sum()), int(n[classes].sum()))
+    return low, high

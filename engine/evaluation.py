@@ -129,17 +129,17 @@ def count_answers(classes, labels, num_classes):
     return right, torch.bincount(classes[classes >= 0], minlength=num_classes)
 
 
-def accuracies(right, answers, total, groups):
+def accuracies(right, answers, total, groups, skewed=None):
     """Right answers, answers and test images of each class (K,) -> accuracies in percent.
 
     Counts may be weighted. A class without test images is NaN and left out of its group, of
-    balanced accuracy and macro F1, which only a test set that is not balanced has; so is a group of
-    such classes. predicted_classes: how many classes are answered at all.
+    balanced accuracy and macro F1; so is a group of such classes. skewed: are there these two?
+    None: if the test set is not balanced. predicted_classes: how many classes are answered at all.
     """
     recall, _, f1 = class_scores(right, answers, total)
     tested = total > 0
     out = {"overall": round(float(100 * right.sum() / total.sum()), 3)}
-    if total.min() != total.max():
+    if skewed or (skewed is None and total.min() != total.max()):
         out["balanced"] = round(float(recall[tested].mean()), 3)
         out["macro_f1"] = round(float(f1[tested].mean()), 3)
     for name, classes in groups.items():

@@ -71,7 +71,7 @@ def test_eval_says_how_sure_to_be():
     labels, groups = torch.tensor([0, 1]), {"head": [0], "mid": [1], "tail": []}
     text = accuracy.uncertainty_text(logits, labels, groups)
     assert "mean confidence 75.0 %, expected calibration error 25.0 points" in text
-    assert "head 100.0 to 100.0, mid 0.0 to 0.0" in text and "binary" not in text
+    assert "head 20.7 to 100.0, mid 0.0 to 79.3" in text and "binary" not in text
     assert "binary cross-entropy" in accuracy.uncertainty_text(logits, labels, groups, binary=True)
 
 

@@ -66,6 +66,8 @@ def test_weighted_accuracies_equal_a_loop_over_images():
         f1.append(200 * precision * recall / (precision + recall))
     assert result["macro_f1"] == pytest.approx(sum(f1) / 3, abs=1e-3)
     assert [result[name] for name in GROUPS] == [50, 50, 100]
+    uniform = torch.full((3,), 1 / 3, dtype=torch.double)
+    assert "macro_f1" in priors.weighted_accuracies(classes, labels, uniform, GROUPS)
     assert result["balanced"] == pytest.approx(200 / 3, abs=1e-3)
 
 
@@ -115,9 +117,11 @@ def test_both_rows_are_shown():
     labels = torch.tensor([0] * 10 + [1])                               # class 2 has none
     logits = torch.tensor([[1.0, 0.0, 0.0]] * 6 + [[0.0, 0.5, 0.0]] * 5)
     p = priors.test_prior("train", DATA)
-    text = priors.prior_text("train", p, dict(loss="la", beta=0.0, epochs=3), logits, labels, DATA)
+    config = dict(loss="la", beta=0.0, epochs=3)
+    text = priors.prior_text("train", p, config, logits, labels, DATA)
     title, head, first, second, last = text.splitlines()
-    assert "train" in title and head.split()[:3] == ["prior", "balanced", "overall"]
+    assert "train" in title and first.startswith("unadjusted")
+    assert head.split()[:3] == ["prior", "balanced", "overall"]
     assert float(first.split()[2]) == pytest.approx(100 * (0.7 * 0.6 + 0.2) / 0.9, abs=0.051)
     assert float(second.split()[2]) == pytest.approx(100 * 0.7 / 0.9, abs=0.051)
     assert "10.0 % of the prior is of classes without test images" in last

@@ -230,7 +230,7 @@ def test_overall_scatters_as_the_binomial():
         half = 100 * 1.96 * (p * (1 - p) / n) ** 0.5
         assert low[name] == pytest.approx(100 * p - half, abs=0.7)
         assert high[name] == pytest.approx(100 * p + half, abs=0.7)
-    assert (low["mid"], high["mid"]) == (100, 100)
+    assert (low["mid"], high["mid"]) == quantities.wilson(400, 400)     # not 100 to 100
     assert low["overall"] < 100 * 700 / 1800 < high["overall"]
     width = 2 * 1.96 * (400 * 0.25 + 1000 * 0.09) ** 0.5        # in images
     assert (high["overall"] - low["overall"]) / 100 * 1800 == pytest.approx(width, rel=0.1)
