@@ -14,7 +14,7 @@ from html import escape
 
 from analysis import accuracy, drawing, figures, run_figures
 from engine.datasets import describe
-from engine.evaluation import COLUMNS
+from engine.evaluation import TITLES, columns
 from engine.networks import short_name
 from engine.runtime import UserError
 from images.files import DataError, visible
@@ -82,7 +82,8 @@ def result_rows(results):
     rows = []
     for head, name in names.items():
         row = {"prediction of": name}
-        rows.append(row | {f"{column} %": round(results[head][column], 1) for column in COLUMNS})
+        rows.append(row | {f"{TITLES.get(column, column)} %": round(results[head][column], 1)
+                           for column in columns(results)})
     return rows
 
 

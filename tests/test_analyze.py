@@ -45,8 +45,10 @@ def test_eval_prints_and_writes_the_runs_own_accuracies(name, runs, tmp_path, mo
     assert [int(row["training images"]) for row in rows][::9] == [24, 6]
     for head in heads:
         assert [float(row[head]) for row in rows] == result["per_class"][head]
-    assert "95 % of 1,000 resamplings of the test images: overall" in out
+    assert "resamplings of the test images, for the means of their classes too: overall" in out
     assert "expected calibration error" in out
+    hits = round(6 * result["per_class"]["avg"][9] / 100)
+    assert printed["class9"][:3] == ["6", "6", str(hits)]           # images: train, test, right
     if name == "teacher":
         clean = result["training_images"]["clean"]
         assert f"clean {clean['accuracy']:.1f} % right, entropy {clean['entropy']:.2f}" in out
@@ -69,7 +71,7 @@ def test_eval_says_how_sure_to_be():
     labels, groups = torch.tensor([0, 1]), {"head": [0], "mid": [1], "tail": []}
     text = accuracy.uncertainty_text(logits, labels, groups)
     assert "mean confidence 75.0 %, expected calibration error 25.0 points" in text
-    assert "head 100.0 to 100.0, mid 0.0 to 0.0" in text and "binary" not in text
+    assert "head 20.7 to 100.0, mid 0.0 to 79.3" in text and "binary" not in text
     assert "binary cross-entropy" in accuracy.uncertainty_text(logits, labels, groups, binary=True)
 
 
