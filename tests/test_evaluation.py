@@ -104,6 +104,20 @@ def test_a_student_of_one_token_predicts_with_it():
     assert list(heads) == ["cls", "avg"] and heads["avg"] is heads["cls"]
 
 
+def test_student_and_teacher_are_combined_by_their_probabilities():
+    """The mean of logits, or of log-probabilities, which loud logits decide whatever they say."""
+    student = torch.tensor([[0.1, 3.0, 0.0]])               # p about (0.05, 0.90, 0.05)
+    teacher = torch.tensor([[30.0, 10.0, 29.5]])            # p about (0.62, 0.00, 0.38), loud
+    p = student[0].double().softmax(0) / 2 + teacher[0].double().softmax(0) / 2
+    logits = evaluation.combined(student, teacher)
+    assert logits.exp()[0].tolist() == pytest.approx(p.tolist(), rel=1e-5)
+    assert logits.argmax() == 1 and (student + teacher).argmax() == 0
+    for bad in (math.nan, math.inf, -math.inf):
+        lost = teacher.index_fill(1, torch.tensor([2]), bad)
+        assert evaluation.predicted(evaluation.combined(student, lost)).tolist() == [-1]
+        assert evaluation.predicted(evaluation.combined(lost, student)).tolist() == [-1]
+
+
 def test_every_head_has_its_own_accuracy():
     """CLS's accuracies under DIST's name, or the mean's under either."""
     cls_logits, dist_logits = torch.tensor([[9.0, 8, 0, 0]]), torch.tensor([[0.0, 8, 0, 9]])
