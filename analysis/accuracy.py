@@ -5,7 +5,7 @@ import augment
 from analysis import quantities
 from analysis.predict import Predictor
 from engine.evaluation import (evaluate, evaluate_student, evaluate_teacher, predicted,
-                               student_input, teacher_input)
+                               student_input)
 
 
 def accuracies(network, args, data, rt):
@@ -36,22 +36,17 @@ def class_rows(results, data):
 
 
 @torch.no_grad()
-def test_logits(network, args, data, rt, batch=500):
+def test_logits(network, data, rt, batch=500):
     """Logits (N,K) of a Network's prediction on the test set, on the CPU."""
     model, logits = Predictor(network), []
     for index in torch.arange(len(data.test_labels), device=rt.device).split(batch):
-        x = augment.to_float(data.test_images[index])
-        if network.kind == "student":
-            x = student_input(x, args.img_size, args.eval_crop)
-        else:
-            x = teacher_input(x, network.net.img_size)
         with rt.autocast():
-            logits.append(model(x).float().cpu())
+            logits.append(model(augment.to_float(data.test_images[index])).float().cpu())
     return torch.cat(logits)
 
 
 def uncertainty_text(logits, labels, groups, binary=False):
-    """Error bars and calibration of logits (N,K) with labels (N,), two lines for people.
+    """Error bars and confidence of logits (N,K) with labels (N,), two lines for people.
 
     binary: the loss was a binary cross-entropy for each class, so that a softmax was never learned.
     """
@@ -59,10 +54,8 @@ def uncertainty_text(logits, labels, groups, binary=False):
     right = predicted(logits) == labels
     low, high = quantities.bootstrap(right, labels, groups)
     ranges = ", ".join(f"{name} {low[name]:.1f} to {high[name]:.1f}" for name in low)
-    error = quantities.calibration_error(confidence, right)
     text = (f"95 % of 1,000 resamplings of the test images: {ranges}\n"
-            f"mean confidence {100 * confidence.mean():.1f} %, expected calibration error "
-            f"{100 * error:.1f} points")
+            f"mean confidence {100 * confidence.mean():.1f} %")
     if binary:
         text += ", by the softmax; it was trained by a binary cross-entropy for each class"
     return text
@@ -76,3 +69,26 @@ def confusion(predicted, labels, num_classes):
     K = num_classes
     predicted, labels = predicted[predicted >= 0], labels[predicted >= 0]
     return torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
+
+
+def confusion_rows(confusion, class_names):
+    """A row for each two classes of which the one is taken for the other, the most frequent first.
+
+    confusion (K,K): see above. "images": how many of the class's "of" test images.
+    """
+    totals, wrong = confusion.sum(dim=1).tolist(), confusion.clone().fill_diagonal_(0)
+    rows = []
+    for label, answer in wrong.nonzero().tolist():
+        n = int(wrong[label, answer])
+        rows.append({"class": class_names[label], "taken for": class_names[answer], "images": n,
+                     "of": totals[label], "%": round(100 * n / totals[label], 1)})
+    return sorted(rows, key=lambda row: (-row["images"], -row["%"]))
+
+
+def confusions_text(rows, n=5):
+    """The most frequent confusions, a line for people."""
+    if not rows:
+        return "no test image is taken for another class"
+    pairs = [f"{row['class']} for {row['taken for']} ({row['images']} of {row['of']})"
+             for row in rows[:n]]
+    return "most often taken for another class: " + ", ".join(pairs)
