@@ -68,17 +68,10 @@ def long_tailed_indices(labels, counts):
     return np.concatenate(kept)
 
 
-def head_mid_tail(dataset, counts):
-    """{"head": [class numbers], "mid": ..., "tail": ...} of classes in descending count.
-
-    The published split where `dataset` has one for this many classes; else by training images:
-    head > 100, mid 20 to 100, tail < 20 (a group may be empty).
-    """
-    head, mid, tail = PUBLISHED_GROUPS.get(dataset, (0, 0, 0))
-    if head + mid + tail != len(counts):
-        head = sum(n > 100 for n in counts)
-        mid = sum(20 <= n <= 100 for n in counts)
-    classes = list(range(len(counts)))
+def published_groups(dataset):
+    """{"head": [class numbers], "mid": ..., "tail": ...} of classes in descending count."""
+    head, mid, tail = PUBLISHED_GROUPS[dataset]
+    classes = list(range(head + mid + tail))
     return {"head": classes[:head], "mid": classes[head:head + mid], "tail": classes[head + mid:]}
 
 
@@ -135,7 +128,7 @@ class LongTailData:
     test_labels: torch.Tensor
     class_names: list
     counts: list                    # training images per class
-    groups: dict                    # see head_mid_tail
+    groups: dict                    # of class numbers: head, mid, tail
     class_ids: list = None          # the data set's own number of each class; None: 0..K-1
     fingerprint: str = ""           # changes with the data
     white: int = 65535              # level of deep images that is white, see images/decode.py
@@ -182,4 +175,4 @@ def load_shapes(imb=100, kind="exp"):
     test_x, test_y = shapes.draw_shapes([shapes.SHAPES_TEST] * len(names), split=1)
     y, test_y = torch.from_numpy(y), torch.from_numpy(test_y)
     return LongTailData("shapes", "shapes", x, y, test_x, test_y, names, counts,
-                        head_mid_tail("shapes", counts), fingerprint=f"{counts} {len(test_y)}")
+                        published_groups("shapes"), fingerprint=f"{counts} {len(test_y)}")

@@ -388,11 +388,13 @@ def run_student(args, rt, prepare=None, wait=False, **replacements):
     rt.print(f"Student ({args.recipe} recipe): {args.method} {args.model} ({args.img_size} px, "
              f"patch {args.patch_size}), {schedule_text(args)} on {describe(data, args)}")
     results = train(args, data, net, teacher, rt, run, **replacements)
+    results = evaluation.with_teacher(results, net, teacher, data, args.img_size, args.eval_crop,
+                                      rt)
     run.finish(results, method=args.method, model=args.model, teacher=args.teacher)
-    text = evaluation.final_table(results, args.method, data, args.teacher)
-    rt.print(f"\n{text}\nRun folder: {args.out}")
+    rt.print(f"\n{evaluation.final_table(results, args.method, data)}\nRun folder: {args.out}")
     if rt.main:
         draw_summary(args.out)
+    rt.print(evaluation.advice(results, args.out, args.teacher, args.epochs, args.holdout))
 
 
 def draw_summary(folder):

@@ -15,6 +15,7 @@ augmented, mixed images. That makes DeiT-LT's distillation out-of-distribution. 
 script says how right and how sure it is on both kinds of images. Output: runs/teacher_.../
 """
 import os
+import shlex
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -27,9 +28,9 @@ from engine.datasets import describe, load_data, print_data_summary, survey
 from engine.networks import NORMALISATIONS, build_teacher
 from engine.run_folder import Run
 from engine.runtime import UserError
-from engine.settings import (Interval, Parser, Setting, add_run_flags, add_settings, defaults,
-                             fill_settings, fit_to_folder, flag, pick_recipe, resolve_data,
-                             run_name, schedule_text)
+from engine.settings import (DATA_SETTINGS, Interval, Parser, Setting, add_run_flags, add_settings,
+                             as_flags, defaults, fill_settings, fit_to_folder, flag, pick_recipe,
+                             resolve_data, run_name, schedule_text)
 from engine.training import FiniteScaler, cosine_lr, set_lr
 from images.policies import color_jitter
 from sam import SAM, frozen_batchnorm_statistics
@@ -361,10 +362,16 @@ def teacher_folder(flags, rt, train=True):
 def main():
     args = parse()
     rt = runtime.setup(args.device, args.amp)
+    changed = [name for name in (*DATA_SETTINGS, "data_dir")
+               if getattr(args, name) != getattr(parse([]), name)]
+    data_flags = as_flags(args, changed)
     resolve(args, rt)
     if args.resume and not os.path.exists(args.out):
         rt.print(f"There is nothing to resume in {args.out}: beginning")
     run_teacher(args, rt)
+    student = shlex.join(["python", "train_student.py", *data_flags, "--teacher", args.out])
+    rt.print(f"Train a student under it: {student}\n"
+             f"Or use it alone: {evaluation.predict_command(args.out)}")
 
 
 if __name__ == "__main__":

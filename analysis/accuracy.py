@@ -5,14 +5,19 @@ import augment
 from analysis import quantities
 from analysis.predict import Predictor
 from engine.evaluation import (evaluate, evaluate_student, evaluate_teacher, predicted,
-                               student_input)
+                               student_input, with_teacher)
 
 
 def accuracies(network, args, data, rt):
-    """{head: accuracies} of a Network on the test set, see engine.evaluation.evaluate."""
-    if network.kind == "student":
-        return evaluate_student(network.net, data, args.img_size, args.eval_crop, rt)
-    return evaluate_teacher(network.net, data, rt)
+    """{head: accuracies} of a Network on the test set, see engine.evaluation.evaluate.
+
+    Of a student with a teacher also the rows of engine.evaluation.with_teacher.
+    """
+    if network.kind == "teacher":
+        return evaluate_teacher(network.net, data, rt)
+    results = evaluate_student(network.net, data, args.img_size, args.eval_crop, rt)
+    return with_teacher(results, network.net, network.teacher, data, args.img_size, args.eval_crop,
+                        rt)
 
 
 def head_combinations(net, args, data, rt):

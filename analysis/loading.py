@@ -16,14 +16,15 @@ from torch import nn
 import data_lt
 from engine.records import read_json, read_log
 from engine.datasets import describe, load_data
-from engine.evaluation import COLUMNS
+from engine.evaluation import COLUMNS, SKEWED_COLUMNS
 from engine.networks import (Mirrored, joined, load_network, match_classes, match_each_other,
                              short_name, teacher_files)
 from engine.runtime import UserError
 from images.files import shown
 
 # Settings that say which data to use; the command line's replace those of a run.
-DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir", "holdout", "train_list", "test_list")
+DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir", "holdout", "train_list", "test_list",
+              "groups")
 
 
 # ---- What a run says of itself -------------------------------------------------------------------
@@ -54,7 +55,7 @@ def are_accuracies(value):
     """Accuracies of a head in percent, overall at least?"""
     if not isinstance(value, dict) or "overall" not in value:
         return False
-    return all(is_percent(value[column]) for column in COLUMNS if column in value)
+    return all(is_percent(value[column]) for column in SKEWED_COLUMNS if column in value)
 
 
 def are_class_accuracies(value):

@@ -14,7 +14,7 @@ from html import escape
 
 from analysis import accuracy, drawing, figures, run_figures
 from engine.datasets import describe
-from engine.evaluation import COLUMNS
+from engine.evaluation import TITLES, columns
 from engine.networks import short_name
 from engine.runtime import UserError
 from images.files import DataError, visible
@@ -77,12 +77,17 @@ def why(error):
 
 
 def result_rows(results):
-    """A row for each head of a student with both tokens; for other networks, one row."""
+    """A row for each head of a student with both tokens, and for its teacher and both together, if
+    they are there; for other networks, one row.
+    """
     names = drawing.NAMES if "dist" in results else {"avg": "the network"}
     rows = []
-    for head, name in names.items():
-        row = {"prediction of": name}
-        rows.append(row | {f"{column} %": round(results[head][column], 1) for column in COLUMNS})
+    for head in results:
+        if head not in names and head not in TITLES:
+            continue                                        # CLS, where it is all of the student
+        row = {"prediction of": names.get(head) or TITLES[head]}
+        rows.append(row | {f"{TITLES.get(column, column)} %": round(results[head][column], 1)
+                           for column in columns(results)})
     return rows
 
 

@@ -9,7 +9,7 @@ from io import StringIO
 
 from analysis.loading import run_result
 from engine.checkpoints import write_atomically
-from engine.evaluation import COLUMNS
+from engine.evaluation import TITLES, columns
 from engine.networks import short_name
 from engine.runtime import UserError
 from images.files import shown, visible
@@ -77,20 +77,23 @@ def write(path, content):
 
 def print_runs(folders, rt):
     """A markdown table with a line for each finished run; the others are named on stderr."""
-    columns = ["run", "data", *COLUMNS, "epochs", "seed", "minutes", "hardware", "date", "command"]
-    rt.print(markdown(columns))
-    rt.print(markdown(["---"] * len(columns)))
+    results = {}
     for folder in folders:
         if not os.path.exists(os.path.join(folder, "result.json")):
             print(f"{shown(folder)}: no finished run", file=sys.stderr)
             continue
         try:
-            result = run_result(folder, "dataset", "imb", "avg", "epochs", "seed", "seconds",
-                                "hardware", "command")
+            results[folder] = run_result(folder, "dataset", "imb", "avg", "epochs", "seed",
+                                         "seconds", "hardware", "command")
         except UserError as error:
             print(visible(str(error)), file=sys.stderr)
-            continue
-        accuracies = [result["avg"][column] for column in COLUMNS]
+    shown_columns = columns({folder: result["avg"] for folder, result in results.items()})
+    names = ["run", "data", *(TITLES.get(column, column) for column in shown_columns), "epochs",
+             "seed", "minutes", "hardware", "date", "command"]
+    rt.print(markdown(names))
+    rt.print(markdown(["---"] * len(names)))
+    for folder, result in results.items():
+        accuracies = [result["avg"].get(column, math.nan) for column in shown_columns]
         rt.print(markdown([
             code(short_name(folder)),
             plain(f"{result['dataset']}, imb {result['imb']:g}"),

@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from data_lt import (DATASETS, LISTS, LongTailData, head_mid_tail, load_shapes, long_tailed_counts,
+from data_lt import (DATASETS, LISTS, LongTailData, load_shapes, long_tailed_counts,
                      long_tailed_indices)
+from engine.groups import group_classes, groups_text
 from engine.runtime import barrier
 from images.copies import without_copies
 from images.decode import Stream, check, read_all, sides, white_level
@@ -84,7 +85,10 @@ def load(args, rt):
         for skip_bad in (args.skip_bad, True):
             for level in (white, data.white):
                 last_loaded[key, skip_bad, level] = data
-    return last_loaded[key, args.skip_bad, white]
+    data = last_loaded[key, args.skip_bad, white]
+    if getattr(args, "groups", None):
+        return replace(data, groups=group_classes(dataset, data.counts, args.groups))
+    return data
 
 
 def find_files(args, imb):
@@ -164,7 +168,7 @@ def sort_classes(dataset, label, train, test, class_names, fingerprint=None):
     counts = counts[ids].tolist()
     return LongTailData(
         dataset, label, x, torch.from_numpy(number[y]), test_x, torch.from_numpy(number[test_y]),
-        [class_names[k] for k in ids], counts, head_mid_tail(dataset, counts), ids.tolist(),
+        [class_names[k] for k in ids], counts, group_classes(dataset, counts), ids.tolist(),
         fingerprint or f"{counts} {len(test_y)}")
 
 
@@ -483,12 +487,10 @@ def print_data_summary(data, args, rt):
     tests = torch.bincount(data.test_labels.cpu(), minlength=data.num_classes).tolist()
     untested = [name for name, n in zip(data.class_names, tests) if n == 0]
     coarse = sum(0 < n < 10 for n in tests)
-    head, mid, tail = (len(data.groups[group]) for group in ("head", "mid", "tail"))
     sentences = [
         f"{describe(data, args)}, the largest '{data.class_names[0]}', the smallest "
         f"'{data.class_names[-1]}'; {len(data.test_labels):,} images to test on.",
-        f"Groups by training images: head (more than 100) {head} classes, mid (20 to 100) {mid}, "
-        f"tail (fewer than 20) {tail}.",
+        groups_text(data.counts, data.groups),
     ]
     if untested:
         sentences.append("Without a test image, so without an accuracy: "

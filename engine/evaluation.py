@@ -1,20 +1,25 @@
 r"""What networks predict, and how often they are right.
 
 A student's prediction is the mean of its heads' logits. Accuracies: overall is plain top-1; head,
-mid and tail are means of their classes' recalls. Test sets are balanced unless a user's own is not.
+mid and tail are means of their classes' recalls. Published test sets are balanced. Of one that is
+not, balanced is the mean of all classes' recalls, which is shown first, and macro F1 the mean of
+
+    F1_k = 2 precision_k recall_k / (precision_k + recall_k) = 2 right_k / (answers_k + images_k)
 """
 import math
-import os
+import shlex
 
 import torch
 import torch.nn.functional as F
 
 import augment
 import data_lt
-from engine.records import read_json
+from engine.groups import groups_text, has_published_groups, split_by_count
 from engine.runtime import all_sum, share_buffers
 
-COLUMNS = ("overall", "head", "mid", "tail")
+COLUMNS = ("overall", "head", "mid", "tail")                            # of a balanced test set
+SKEWED_COLUMNS = ("balanced", *COLUMNS, "macro_f1")                     # of another
+TITLES = {"macro_f1": "macro F1", "teacher_avg": "teacher", "avg+teacher": "avg + teacher"}
 
 
 # ---- What a network is given ---------------------------------------------------------------------
@@ -81,38 +86,74 @@ def entropy(logits):
 
 # ---- How often that is right ---------------------------------------------------------------------
 
-@torch.no_grad()
-def evaluate(predict, images, labels, groups, rt, batch=500):
-    """Accuracy of every head on a test set, over all processes, each image counted once.
+def evaluate(predict, images, labels, groups, rt):
+    """Accuracies of every head on a test set, over all processes, each image counted once.
 
     predict: float images (B,3,H,W) in [0,1] -> {head: logits (B,K)}. images uint8 (N,3,H,W),
-    labels (N,). Returns {head: {"overall", "head", "mid", "tail": percent, "per_class": [K]}}.
+    labels (N,). Returns {head: accuracies}, see there.
     """
-    num_classes = sum(map(len, groups.values()))
+    mine, found = answers(predict, images, labels, rt)
+    return {head: count_accuracies(classes, mine, labels, groups, rt)
+            for head, classes in found.items()}
+
+
+@torch.no_grad()
+def answers(predict, images, labels, rt, batch=500):
+    """What every head says of this process's images: (their labels (n,), {head: classes (n,)}).
+
+    predict, images, labels: see evaluate. Class -1: see predicted.
+    """
     mine = torch.arange(len(labels), device=labels.device)[rt.rank::rt.world]
-    correct = {}                                            # head -> correct images by class (K,)
+    found = {}
     for index in mine.split(batch):
         with rt.autocast():
             heads = predict(augment.to_float(images[index]))
         for head, logits in heads.items():
-            right = (predicted(logits) == labels[index]).double()
-            counts = torch.bincount(labels[index], right, minlength=num_classes)
-            correct[head] = correct.get(head, 0) + counts
-    total = torch.bincount(labels, minlength=num_classes).cpu()
-    return {head: accuracies(all_sum(counts, rt).cpu(), total, groups)
-            for head, counts in correct.items()}
+            found.setdefault(head, []).append(predicted(logits))
+    return labels[mine], {head: torch.cat(classes) for head, classes in found.items()}
 
 
-def accuracies(correct, total, groups):
-    """Correct and all test images of each class (K,) -> accuracies in percent.
-
-    A class without test images is NaN and left out of its group; so is a group of such classes.
+def count_accuracies(classes, mine, labels, groups, rt):
+    """Accuracies of one head: its classes (n,) for this process's images, which have labels `mine`
+    (n,), of all test images with labels (N,).
     """
-    recall = 100 * correct / total
-    out = {"overall": round(float(100 * correct.sum() / total.sum()), 3)}
+    num_classes = sum(map(len, groups.values()))
+    counts = all_sum(torch.stack(count_answers(classes, mine, num_classes)), rt).cpu()  # (2,K)
+    total = torch.bincount(labels, minlength=num_classes).cpu()
+    return accuracies(*counts, total, groups)
+
+
+def count_answers(classes, labels, num_classes):
+    """(right (K,), answers (K,)): how often each class is predicted rightly, and at all."""
+    right = torch.bincount(labels[classes == labels], minlength=num_classes)
+    return right, torch.bincount(classes[classes >= 0], minlength=num_classes)
+
+
+def accuracies(right, answers, total, groups):
+    """Right answers, answers and test images of each class (K,) -> accuracies in percent.
+
+    Counts may be weighted. A class without test images is NaN and left out of its group, of
+    balanced accuracy and macro F1, which only a test set that is not balanced has; so is a group of
+    such classes. predicted_classes: how many classes are answered at all.
+    """
+    recall, _, f1 = class_scores(right, answers, total)
+    tested = total > 0
+    out = {"overall": round(float(100 * right.sum() / total.sum()), 3)}
+    if total.min() != total.max():
+        out["balanced"] = round(float(recall[tested].mean()), 3)
+        out["macro_f1"] = round(float(f1[tested].mean()), 3)
     for name, classes in groups.items():
         out[name] = round(float(recall[classes].nanmean()), 3)
-    return out | {"per_class": [round(float(r), 2) for r in recall]}
+    return out | {"predicted_classes": int((answers > 0).sum()),
+                  "per_class": [round(float(r), 2) for r in recall]}
+
+
+def class_scores(right, answers, total):
+    """Recall, precision and F1 of each class in percent, (K,) each, of its right answers, answers
+    and test images. Recall is NaN without test images, precision without answers; F1 without both.
+    """
+    right = right.double()
+    return 100 * right / total, 100 * right / answers, 200 * right / (answers + total)
 
 
 def evaluate_student(net, data, img_size, eval_crop, rt):
@@ -133,6 +174,54 @@ def evaluate_teacher(net, data, rt):
     def predict(x):
         return {"avg": net(teacher_input(x, net.img_size))}
     return evaluate(predict, data.test_images, data.test_labels, data.groups, rt)
+
+
+def with_teacher(results, net, teacher, data, img_size, eval_crop, rt):
+    """A student's results with a row of its teacher before, and of both together behind them.
+
+    "teacher_avg": the teacher's accuracies, "avg+teacher": those of `combined`; each has a
+    "margin", half of the 95 % interval of how far its balanced accuracy is from avg's,
+    avg+teacher's from the better one's of the two. Without a teacher the results alone.
+    """
+    if teacher is None:
+        return results
+    net.eval()
+
+    def predict(x):
+        student = student_heads(net, student_input(x, img_size, eval_crop))["avg"]
+        g = teacher(teacher_input(x, teacher.img_size))
+        return {"avg": student, "teacher_avg": g, "avg+teacher": combined(student, g)}
+    labels, found = answers(predict, data.test_images, data.test_labels, rt)
+    rows = {name: count_accuracies(classes, labels, data.test_labels, data.groups, rt)
+            for name, classes in found.items()}
+    best = max(("avg", "teacher_avg"), key=lambda name: main_accuracy(rows[name]))
+    for name, other in (("teacher_avg", "avg"), ("avg+teacher", best)):
+        mine, theirs = found[name] == labels, found[other] == labels
+        total = torch.bincount(data.test_labels, minlength=data.num_classes)
+        better, worse = (all_sum(torch.bincount(labels[alone], minlength=data.num_classes), rt)
+                         for alone in (mine & ~theirs, theirs & ~mine))
+        rows[name]["margin"] = round(margin(better, worse, total), 3)
+    return {"teacher_avg": rows["teacher_avg"]} | results | {"avg+teacher": rows["avg+teacher"]}
+
+
+def margin(better, worse, total):
+    """Half of the 95 % interval of the difference of two networks' balanced accuracies, in points.
+
+    better, worse, total (K,): test images of each class of which only the one is right, only the
+    other, and all. The difference in a class is that of paired proportions, with half an image
+    added to each of the four cases (Agresti and Min, Biometrics 2005), so that classes of a few
+    images do not count as certain; classes are independent.
+    """
+    tested = total > 0
+    b, c, n = (counts[tested].double() for counts in (better, worse, total))
+    b, c, n = b + 0.5, c + 0.5, n + 2
+    variance = (b + c - (b - c).square() / n) / n.square()              # of a class's difference
+    return float(100 * 1.96 * variance.sum().sqrt() / len(n))
+
+
+def main_accuracy(result):
+    """Balanced accuracy, which overall accuracy is on a balanced test set."""
+    return result.get("balanced", result["overall"])
 
 
 @torch.no_grad()
@@ -255,7 +344,7 @@ def group_by_count(results, data):
     """
     if data.name not in data_lt.LISTS:
         return {}
-    groups, regrouped = data_lt.head_mid_tail("", data.counts), {}
+    groups, regrouped = split_by_count(data.counts, 100, 20), {}
     for head, result in results.items():
         recall = torch.tensor(result["per_class"])
         regrouped[head] = {"overall": result["overall"]}
@@ -265,19 +354,20 @@ def group_by_count(results, data):
 
 
 def tables(results, title, data):
-    """The table of results and, for the large sets, the one with groups by count, as text."""
+    """The table of results and, for the large sets, the one with groups by count, as text.
+
+    Below it what the groups of an own data set are.
+    """
     text, regrouped = table(results, title), group_by_count(results, data)
     if regrouped:
         text += f"\nby training images (> 100, 20 to 100, < 20)\n{table(regrouped, title)}"
+    if not has_published_groups(data.name, data.counts):
+        text += f"\n{groups_text(data.counts, data.groups)}"
     return text
 
 
-def final_table(results, title, data, teacher=None):
-    """A student's table, with its teacher's row if that is a finished run, and what it shows."""
-    if teacher and os.path.exists(os.path.join(teacher, "result.json")):
-        result = read_json(teacher, "result.json")
-        row = result["avg"] | {"per_class": result["per_class"]["avg"]}
-        results = results | {"teacher": row}
+def final_table(results, title, data):
+    """The table of a student's run, and what it shows."""
     text = tables(results, title, data)
     return f"{text}\n{heads_compared(results)}" if "dist" in results else text
 
@@ -295,11 +385,62 @@ def heads_compared(results):
     return "; ".join([*sentences, "avg, the mean of their logits, is the prediction"]) + "."
 
 
+def advice(results, folder, teacher, epochs, holdout):
+    """Which network of a student's finished run to use, and how: one line for its end.
+
+    results: as with_teacher returns them, of the run in `folder`. teacher: its path or None.
+    epochs, holdout: settings of the run. A difference within its 95 % interval is none.
+    """
+    name = "balanced accuracy" if "balanced" in results["avg"] else "accuracy"
+    images = "held-out images" if holdout else "test images"
+    s = main_accuracy(results["avg"])
+    if "teacher_avg" not in results:
+        return f"Use the network: {predict_command(folder)} ({name} {s:.1f} % on the {images})"
+    t, c = (main_accuracy(results[row]) for row in ("teacher_avg", "avg+teacher"))
+    margin, margin_c = (results[row]["margin"] for row in ("teacher_avg", "avg+teacher"))
+    text = f"{name} on the {images}: student {s:.1f} %, teacher {t:.1f} %"
+    if c - max(s, t) > margin_c:
+        return (f"Use both together: {predict_command(f'{folder},{teacher}')} ({text}, both "
+                f"{c:.1f} %; the difference is known to {margin_c:.1f} points)")
+    text += f"; the difference is known to {margin:.1f} points"
+    if t - s > margin:
+        return (f"Use the teacher: {predict_command(teacher)} ({text}). A longer training may let "
+                f"the student catch up: --epochs {2 * epochs}, or more --minutes.")
+    clear = "" if s - t > margin else "no clear difference: "
+    return f"Use the student: {predict_command(folder)} ({clear}{text})"
+
+
+def predict_command(path):
+    """The command that predicts with the network of this run folder."""
+    return f"python analyze.py predict --checkpoint {shlex.quote(path)} PICTURES"
+
+
+def columns(results):
+    """The columns of a table of {row name: accuracies}: more where a test set is not balanced."""
+    if any("balanced" in result for result in results.values()):
+        return SKEWED_COLUMNS
+    return COLUMNS
+
+
+def saved(result):
+    """What result.json keeps of a row of results, without its classes."""
+    return {name: result[name] for name in (*SKEWED_COLUMNS, "margin") if name in result}
+
+
 def table(results, title=""):
     """The head/mid/tail table as text, a row per entry of {row name: accuracies}."""
-    width = max([6, len(title), *map(len, results)])
-    lines = [f"{title:<{width}}" + "".join(f"{column:>9}" for column in COLUMNS)]
-    for name, result in results.items():
-        cells = [f"{'-':>9}" if math.isnan(result[c]) else f"{result[c]:9.1f}" for c in COLUMNS]
+    names = [TITLES.get(name, name) for name in results]
+    width = max([6, len(title), *map(len, names)])
+    shown = columns(results)
+    lines = [f"{title:<{width}}" + "".join(f"{TITLES.get(c, c):>9}" for c in shown)]
+    for name, result in zip(names, results.values()):
+        values = [result.get(column, math.nan) for column in shown]
+        cells = [f"{'-':>9}" if math.isnan(value) else f"{value:9.1f}" for value in values]
         lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)
+
+
+def brief(result):
+    """A row of results in a few words, for an epoch's line: 52.2 (66.4 47.6 44.2)."""
+    text = "{overall:.1f} ({head:.1f} {mid:.1f} {tail:.1f})".format(**result)
+    return f"{result['balanced']:.1f}, overall {text}" if "balanced" in result else text

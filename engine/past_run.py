@@ -12,7 +12,7 @@ import time
 
 from engine import runtime
 from engine.checkpoints import load_checkpoint, upgrade_config
-from engine.evaluation import COLUMNS, table
+from engine.evaluation import COLUMNS, advice, table
 from engine.lock import Lock, held
 from engine.networks import check_origin, teacher_files
 from engine.records import is_like, read_json, read_log_lines
@@ -274,6 +274,10 @@ class PastRun:
         if (draw and self.rt.main and os.path.exists(self.checkpoint)
                 and not os.path.exists(picture)):
             draw(self.folder)
+        compared = all("margin" in rows.get(name, {}) for name in ("teacher_avg", "avg+teacher"))
+        if draw and "avg" in rows and (compared or result.get("teacher") is None):
+            holdout = read_json(self.folder, "config.json").get("holdout")
+            self.rt.print(advice(rows, self.folder, result["teacher"], epochs, holdout))
         return True
 
     def write(self, action):

@@ -64,7 +64,8 @@ EXAMPLES = {
     "result.json": {"dataset": "", "recipe": "", "method": "", "model": "", "command": "",
                     "hardware": "", "date": "", "teacher": ("", None), "epochs": 0, "seed": 0,
                     "imb": 0.0, "seconds": 0.0, "cls": {"": 0.0}, "dist": {"": 0.0},
-                    "avg": {"": 0.0}, "ema": {"": 0.0}, "per_class": {"": [0.0]},
+                    "avg": {"": 0.0}, "ema": {"": 0.0}, "teacher_avg": {"": 0.0},
+                    "avg+teacher": {"": 0.0}, "per_class": {"": [0.0]},
                     "training_images": {"": {"": 0.0}}},
 }
 MEND = "put back a copy of it, or remove it and --resume writes it again"

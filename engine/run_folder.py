@@ -29,7 +29,7 @@ from tqdm import tqdm
 from engine import runtime
 from engine.checkpoints import (load_weights, remove_temporaries, save_checkpoint,
                                 write_atomically)
-from engine.evaluation import COLUMNS, group_by_count
+from engine.evaluation import brief, group_by_count, saved
 from engine.past_run import FORMAT, PastRun
 from engine.records import as_line, is_like, save_json
 from engine.runtime import UserError, all_max, all_sum, barrier, gather
@@ -183,7 +183,7 @@ class Run(PastRun):
         if self.rt.main:
             line = f"epoch {epoch + 1:4d}  loss {means[0]:.3f}  {speed:5.0f} images/s"
             for head, r in (results or {}).items():
-                line += "  {} {overall:.1f} ({head:.1f} {mid:.1f} {tail:.1f})".format(head, **r)
+                line += f"  {head} {brief(r)}"
             if skipped:
                 line += f"  {skipped} steps were not finite"
             self.bar.write(line)
@@ -270,7 +270,7 @@ class Run(PastRun):
                 result["forced"] = self.forced
             result |= more
             for name, r in results.items():
-                result[name] = {column: r[column] for column in COLUMNS}
+                result[name] = saved(r)
             regrouped = group_by_count(results, data)
             if regrouped:
                 result["by_count"] = regrouped

@@ -48,10 +48,10 @@ class Interval:
 
 
 # Settings of both scripts that say which images there are, and how a run goes. None: no default.
-DATA_SETTINGS = ("dataset", "imb", "imb_type", "holdout", "train_list", "test_list")
+DATA_SETTINGS = ("dataset", "imb", "imb_type", "holdout", "train_list", "test_list", "groups")
 CARRIED = (*DATA_SETTINGS, "data_dir", "seed", "device", "amp", "save_every", "compile", "skip_bad")
 NOT_RESUMED = ("out", "name", "resume", "overwrite", "force", "device", "data_dir", "compile",
-               "checkpointing", "save_every", "skip_bad", "eval_every")     # free to differ
+               "checkpointing", "save_every", "skip_bad", "eval_every", "groups")   # free to differ
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,6 +90,8 @@ def add_run_flags(parser):
                       help="test on this share of each class's training images instead")
     data.add_argument("--train-list", metavar="FILE", help="large sets: lines 'path label'")
     data.add_argument("--test-list", metavar="FILE", help="the same for the test images")
+    data.add_argument("--groups", type=group_limits, metavar="A,B", help="own data: head has more "
+                      "than A training images, tail fewer than B [thirds]")
     data.add_argument("--skip-bad", action="store_true",
                       help="list unusable images and continue without them [list and stop]")
     run = parser.add_argument_group("run")
@@ -116,6 +118,18 @@ def save_interval(text):
     number = float(text.removesuffix("m"))
     if not 0 < number < math.inf or not (text.endswith("m") or text.isdecimal()):
         raise ValueError
+    return text
+
+
+def group_limits(text):
+    """argparse type: "100,20", two whole numbers, the larger one first; returned as it is."""
+    try:
+        above, below = map(int, text.split(","))
+    except ValueError:
+        above, below = 0, 0
+    if not 1 <= below <= above:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not A,B: two numbers of training "
+                                         "images, the larger first, as in 100,20")
     return text
 
 
@@ -171,6 +185,8 @@ def resolve_data(args):
     if args.dataset not in data_lt.LISTS and (args.train_list or args.test_list):
         raise UserError("--train-list and --test-list are for --dataset "
                         + " or ".join(data_lt.LISTS))
+    if args.groups and args.dataset not in ("folder", *data_lt.LISTS):
+        raise UserError(f"--groups is for your own data: {args.dataset} has published groups")
     if args.dataset in data_lt.LISTS and args.imb is not None:
         raise UserError(f"--imb: {args.dataset} is as imbalanced as its lists")
     if args.holdout is not None:

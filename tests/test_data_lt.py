@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import data_lt
+from engine.groups import group_classes
 from data_lt import DataError
 from images import shapes
 
@@ -62,19 +63,10 @@ def test_published_groups_do_not_depend_on_the_imbalance():
     for imb in (1, 50, 100):
         for dataset in ("cifar10", "shapes"):
             counts = data_lt.long_tailed_counts(5000, 10, imb)
-            groups = data_lt.head_mid_tail(dataset, counts)
+            groups = group_classes(dataset, counts)
             assert groups == {"head": [0, 1, 2], "mid": [3, 4, 5, 6], "tail": [7, 8, 9]}
-        groups = data_lt.head_mid_tail("cifar100", data_lt.long_tailed_counts(500, 100, imb))
+        groups = group_classes("cifar100", data_lt.long_tailed_counts(500, 100, imb))
         assert groups == {"head": [*range(36)], "mid": [*range(36, 71)], "tail": [*range(71, 100)]}
-
-
-def test_other_sets_are_grouped_by_training_images():
-    """More than 100 is head, 20 to 100 mid, fewer than 20 tail; also for a CIFAR name with another
-    number of classes."""
-    expected = {"head": [0, 1], "mid": [2, 3], "tail": [4, 5]}
-    assert data_lt.head_mid_tail("folder", [500, 101, 100, 20, 19, 1]) == expected
-    assert data_lt.head_mid_tail("cifar10", [500, 101, 100, 20, 19, 1]) == expected
-    assert data_lt.head_mid_tail("folder", [50, 20]) == {"head": [], "mid": [0, 1], "tail": []}
 
 
 # ---- Which images --------------------------------------------------------------------------------

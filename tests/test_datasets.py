@@ -598,7 +598,7 @@ def test_the_summary_of_a_folder_says_what_is_in_it(tmp_path):
     text, = rt.printed
     for words in ("train (imb 10, 28 images, 4 classes of 10 to 1), the largest 'apple pie', the "
                   "smallest 'only one'; 6 images to test on",
-                  "mid (20 to 100) 0, tail (fewer than 20) 4",
+                  "head: 1 of 10 or more; mid: 2 of 8 to 9; tail: 1 of 1 or fewer.",
                   "Without a test image, so without an accuracy: only one.",
                   "3 classes have fewer than 10 test images",
                   "at least 70 px", "32 px in patches of 8 px", "3 epochs make 84 samples",

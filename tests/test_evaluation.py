@@ -146,7 +146,7 @@ def test_evaluation_equals_a_loop_over_images():
 
     def predict(x):
         return {"avg": x.flatten(1) @ weight}
-    result = evaluation.evaluate(predict, images, labels, GROUPS, CPU, batch=4)["avg"]
+    result = evaluation.evaluate(predict, images, labels, GROUPS, CPU)["avg"]
     right = [[] for _ in range(4)]
     for image, label in zip(images, labels.tolist()):
         predicted = int((image.float().flatten() / 255 @ weight).argmax())
@@ -154,6 +154,7 @@ def test_evaluation_equals_a_loop_over_images():
     recall = [100 * sum(r) / len(r) for r in right]
     assert result["per_class"] == pytest.approx(recall, abs=0.006)
     overall = 100 * sum(map(sum, right)) / len(labels)
+    assert result["balanced"] == pytest.approx(sum(recall) / 4, abs=1e-3)
     assert result["overall"] == pytest.approx(overall, abs=1e-3)
     assert result["mid"] == pytest.approx((recall[1] + recall[2]) / 2, abs=1e-3)
 
@@ -182,8 +183,10 @@ def test_one_answer_that_is_not_finite_spoils_no_other():
 
 def test_classes_without_test_images_are_left_out_of_their_group():
     """A recall of 0 / 0 that makes a group NaN, or counts as 0."""
-    correct, total = torch.tensor([3.0, 1, 0, 0]), torch.tensor([4.0, 2, 0, 0])
-    result = evaluation.accuracies(correct, total, GROUPS)
+    right, answers = torch.tensor([3.0, 1, 0, 0]), torch.tensor([3, 2, 1, 0])
+    result = evaluation.accuracies(right, answers, torch.tensor([4, 2, 0, 0]), GROUPS)
+    assert result["balanced"] == 62.5 and result["macro_f1"] == pytest.approx(67.857)   # 6/7, 1/2
+    assert result["predicted_classes"] == 3
     assert (result["overall"], result["head"], result["mid"]) == (66.667, 75, 50)
     assert math.isnan(result["tail"]) and math.isnan(result["per_class"][2])
 
@@ -348,3 +351,120 @@ def test_tables_name_their_columns_and_show_no_nan():
     head, line = evaluation.table(rows, "vit").splitlines()
     assert head.split() == ["vit", "overall", "head", "mid", "tail"]
     assert line.split() == ["cls", "62.6", "1.0", "2.0", "-"]
+    assert evaluation.brief(rows["cls"]) == "62.6 (1.0 2.0 nan)"
+
+
+def test_a_skewed_test_set_is_shown_by_balanced_accuracy_first():
+    """70.9 %, which is always the same class; a teacher of an older run without these numbers that
+    ends the table; its row under its name in result.json."""
+    skewed = dict(overall=70.9, balanced=16.7, macro_f1=13.8, head=100, mid=0, tail=0)
+    rows = {"teacher_avg": dict(overall=50.0, head=1, mid=2, tail=3), "avg+teacher": skewed}
+    head, first, second = evaluation.table(rows, "vit").splitlines()
+    assert head.split() == ["vit", "balanced", "overall", "head", "mid", "tail", "macro", "F1"]
+    assert first.split() == ["teacher", "-", "50.0", "1.0", "2.0", "3.0", "-"]
+    assert second.split() == ["avg", "+", "teacher", "16.7", "70.9", "100.0", "0.0", "0.0", "13.8"]
+    assert evaluation.brief(skewed) == "16.7, overall 70.9 (100.0 0.0 0.0)"
+    full = skewed | {"margin": 1.5, "per_class": [1.0], "predicted_classes": 1}
+    assert evaluation.saved(full) == skewed | {"margin": 1.5}
+
+
+def test_scores_equal_a_loop_over_images():
+    """Precision over test images, recall over answers; micro F1; an image without a finite answer
+    that counts as an answer, or not as a test image; a class that is never answered left out."""
+    labels = torch.tensor([0] * 8 + [1] * 3 + [2] * 2 + [3])
+    classes = torch.tensor([0, 0, 0, 0, 0, 1, 2, -1] + [1, 0, 1] + [1, 2] + [0])
+    recall, f1 = [], []
+    for k in range(4):
+        hits = sum(int(a == b == k) for a, b in zip(classes.tolist(), labels.tolist()))
+        answered, there = (classes == k).sum().item(), (labels == k).sum().item()
+        r, p = hits / there, hits / answered if answered else 0.0
+        recall.append(100 * r)
+        f1.append(200 * r * p / (r + p) if r + p else 0.0)
+    result = evaluation.count_accuracies(classes, labels, labels, GROUPS, CPU)
+    assert result["balanced"] == pytest.approx(sum(recall) / 4, abs=1e-3)
+    assert result["macro_f1"] == pytest.approx(sum(f1) / 4, abs=1e-3)
+    assert result["per_class"] == pytest.approx(recall, abs=0.006)
+    assert result["predicted_classes"] == 3
+    right, answers = evaluation.count_answers(classes, labels, 4)
+    assert (right.tolist(), answers.tolist()) == ([5, 2, 1, 0], [7, 4, 2, 0])
+    _, precision, _ = evaluation.class_scores(right, answers, torch.bincount(labels))
+    assert precision[:3].tolist() == pytest.approx([500 / 7, 50, 50]) and precision[3].isnan()
+
+
+def test_a_balanced_test_set_keeps_its_columns():
+    """Two more columns in the tables of the published sets."""
+    labels = torch.arange(4).repeat(3)
+    result = evaluation.count_accuracies(labels, labels, labels, GROUPS, CPU)
+    assert "balanced" not in result and evaluation.columns({"avg": result}) == evaluation.COLUMNS
+    assert evaluation.main_accuracy(result) == result["overall"] == 100
+
+
+# ---- Which network to use ------------------------------------------------------------------------
+
+def test_the_teacher_and_both_together_are_measured_on_the_students_test_images():
+    """The teacher's own test set, its size or its clean labels missed; rows in another order."""
+    data = small_data()                                         # 8, 4, 2, 2 images
+    student = Student(torch.tensor([[9.0, 0, 0, 0]]), torch.tensor([[9.0, 0, 0, 0]]))
+    teacher = Teacher(torch.tensor([[0.0, 99, 0, 0]]), 16)
+    found = evaluation.evaluate_student(student, data, 32, 1.0, CPU)
+    assert evaluation.with_teacher(found, student, None, data, 32, 1.0, CPU) is found
+    rows = evaluation.with_teacher(found, student, teacher, data, 32, 1.0, CPU)
+    assert list(rows) == ["teacher_avg", "cls", "dist", "avg", "avg+teacher"]
+    assert rows["avg"] is found["avg"]
+    assert teacher.images[0].shape == (16, 3, 16, 16)
+    assert rows["teacher_avg"]["per_class"] == rows["avg+teacher"]["per_class"] == [0, 100, 0, 0]
+    # By hand: class 0 (8 images): 0 only the teacher right, 8 only the student; class 1: 4 and 0.
+    cells = [(0.5, 8.5, 10), (4.5, 0.5, 6), (0.5, 0.5, 4), (0.5, 0.5, 4)]
+    variance = sum((b + c - (b - c) ** 2 / n) / n ** 2 for b, c, n in cells)
+    expected = 100 * 1.96 * variance ** 0.5 / 4
+    assert rows["teacher_avg"]["margin"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_margin_is_that_of_resampled_test_images():
+    """Independent samples where the images are the same; a standard deviation for 1.96 of them."""
+    rng = torch.Generator().manual_seed(0)
+    n, better, worse = [400, 300], [0.2, 0.05], [0.1, 0.1]
+    draws = []
+    for size, b, c in zip(n, better, worse):
+        u = torch.rand(4000, size, generator=rng, dtype=torch.double)
+        difference = (u < b).double() - ((u >= b) & (u < b + c)).double()
+        draws.append(difference.mean(dim=1))
+    spread = 100 * 1.96 * (sum(draws) / 2).std().item()
+    counts = [torch.tensor([p * size for p, size in zip(shares, n)]) for shares in (better, worse)]
+    assert evaluation.margin(*counts, torch.tensor(n)) == pytest.approx(spread, rel=0.05)
+    one = [torch.tensor([1]), torch.tensor([0]), torch.tensor([1])]
+    assert evaluation.margin(*one) > 50                         # one image decides nothing
+
+
+def rows_of(student, teacher, both, margin=2.0):
+    rows = {"teacher_avg": teacher, "avg": student, "avg+teacher": both}
+    rows = {name: dict(overall=100 - value, balanced=value, margin=margin)
+            for name, value in rows.items()}
+    return rows
+
+
+@pytest.mark.parametrize("accuracies, use, more", [
+    ((70.1, 73.4, 73.9), "Use the teacher: python analyze.py predict --checkpoint 't x' PICTURES",
+     "--epochs 60, or more --minutes"),
+    ((73.4, 70.1, 74.0), "Use the student: python analyze.py predict --checkpoint runs/y PICTURES",
+     "known to 2.0 points"),
+    ((73.4, 72.1, 74.0), "Use the student: python", "no clear difference"),
+    ((72.1, 73.4, 74.0), "Use the student: python", "no clear difference"),
+    ((72.1, 73.4, 75.5), "Use both together: python analyze.py predict --checkpoint "
+     "'runs/y,t x' PICTURES", "both 75.5 %")])
+def test_the_last_line_says_which_network_to_use(accuracies, use, more):
+    """Accuracy where balanced accuracy decides; a difference by chance; a path that a shell cuts in
+    two; a student recommended that is worse than its teacher."""
+    line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", 30, None)
+    assert line.startswith(use) and more in line and "\n" not in line
+    assert f"balanced accuracy on the test images: student {accuracies[0]} %" in line
+    assert ("no clear difference" in line) == ("no clear difference" in more)
+    line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", 30, 0.2)
+    assert "on the held-out images" in line
+
+
+def test_a_network_without_a_teacher_is_named_alone():
+    """A teacher that there is none of; "balanced" of a test set that is balanced anyway."""
+    line = evaluation.advice({"avg": dict(overall=52.04)}, "runs/vit", None, 30, None)
+    assert line == ("Use the network: python analyze.py predict --checkpoint runs/vit PICTURES "
+                    "(accuracy 52.0 % on the test images)")

@@ -179,13 +179,13 @@ def test_any_number_of_processes_tests_every_image_once(world, monkeypatch):
     counted = []
     monkeypatch.setattr(evaluation, "all_sum", lambda tensor, rt: tensor)       # each its own part
     monkeypatch.setattr(evaluation, "accuracies",
-                        lambda correct, total, groups: counted.append(correct))
+                        lambda right, answers, total, groups: counted.append(right))
 
     def predict(x):
         return {"avg": nn.functional.one_hot((255 * x[:, 0, 0, 0]).round().long(), 4)}
     for rank in range(world):
         evaluation.evaluate(predict, images, labels, {"head": [0, 1], "mid": [2], "tail": [3]},
-                            Runtime(torch.device("cpu"), rank, world), batch=3)
+                            Runtime(torch.device("cpu"), rank, world))
     assert len(counted) == world and torch.stack(counted).sum(dim=0).tolist() == [5, 5, 5, 5]
 
 
