@@ -244,7 +244,7 @@ def parse():
 
 def load_flags(options):
     """The flags that loading.load takes."""
-    given = {name: getattr(options, name) for name in DATA_FLAGS}
+    given = {name: getattr(options, name, None) for name in DATA_FLAGS}
     given = {name: value for name, value in given.items() if value is not None}
     return dict(data_flags=given, norm=options.norm, size=options.size, mirror=options.mirror)
 

@@ -97,3 +97,17 @@ def confusions_text(rows, n=5):
     pairs = [f"{row['class']} for {row['taken for']} ({row['images']} of {row['of']})"
              for row in rows[:n]]
     return "most often taken for another class: " + ", ".join(pairs)
+
+
+def confident_mistakes(answers, confidence, data, n):
+    """(Up to) n test images with wrong answers, the surest first: their indices, and a row each.
+
+    answers, confidence (N,): the predicted classes and their probabilities. Answers of -1, none,
+    are left out.
+    """
+    wrong = ((answers != data.test_labels.cpu()) & (answers >= 0)).nonzero()[:, 0]
+    index = wrong[confidence[wrong].argsort(descending=True, stable=True)[:n]]
+    labels, names = data.test_labels.cpu()[index].tolist(), data.class_names
+    return index, [{"true": names[label], "said": names[answer], "probability": round(p, 4)}
+                   for label, answer, p in zip(labels, answers[index].tolist(),
+                                               confidence[index].tolist())]

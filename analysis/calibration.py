@@ -32,6 +32,7 @@ from engine.runtime import UserError
 from images.files import shown
 
 LOWEST, HIGHEST = 0.01, 100.0       # temperatures
+HELD_OUT = "held-out images"
 BINS = 15                           # of the calibration error and the reliability diagram
 
 
@@ -44,7 +45,6 @@ class Calibration:
     """
     temperature: float
     source: str                     # for people: "841 held-out images"
-    held_out: bool                  # was it fitted on images that the network had not seen?
     before: torch.Tensor
     after: torch.Tensor
     right: torch.Tensor             # was that class the true one (N,)?
@@ -56,13 +56,16 @@ class Calibration:
 
     @property
     def text(self):
-        """For people, one or two lines."""
+        """For people, a line or two."""
         before, after = (100 * error for error in self.errors)
-        text = (f"expected calibration error {before:.1f} points, with temperature "
-                f"{self.temperature:.3g} {after:.1f} ({BINS} bins; fitted on {self.source})")
-        if not self.held_out:
-            text += ("\nThe network knows images that it was trained on better than new ones, so "
-                     "that this temperature may be too low; --holdout keeps images to fit it on.")
+        text = (f"expected calibration error {before:.1f} points before, {after:.1f} after "
+                f"calibration by temperature {self.temperature:.3g} ({BINS} bins; fitted on "
+                f"{self.source})")
+        if after > before:
+            text += "; no better on the test set than without it"
+        if not self.source.endswith(HELD_OUT):
+            text += ("\nA network knows images of its training better than new ones: the "
+                     "temperature may be too low. Training with --holdout keeps images to fit it on.")
         return text
 
 
@@ -108,14 +111,12 @@ def calibrate(network, args, data, rt, logits):
         half, scaled = half_of(labels), torch.empty_like(logits)
         for fitted, judged in ((half, ~half), (~half, half)):
             scaled[judged] = logits[judged] / fit_temperature(logits[fitted], labels[fitted])
-        temperature, source = fit_temperature(logits, labels), f"{len(labels)} held-out images"
-        held_out = True
+        temperature, source = fit_temperature(logits, labels), f"{len(labels)} {HELD_OUT}"
     else:
         temperature, source = fit_on_training_images(network, data, rt)
-        held_out = False
         scaled = logits / temperature
-    before, after = (confidence(z) for z in (logits, scaled))
-    return Calibration(temperature, source, held_out, before, after, predicted(logits) == labels)
+    right = predicted(logits) == labels
+    return Calibration(temperature, source, confidence(logits), confidence(scaled), right)
 
 
 def confidence(logits):
