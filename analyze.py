@@ -32,7 +32,7 @@ from math import inf
 import torch
 
 import data_lt
-from analysis import accuracy, calibration, loading, tables, tensorboard
+from analysis import accuracy, calibration, loading, priors, tables, tensorboard
 from analysis.loading import DATA_FLAGS
 from analysis.predict import export, predict, prediction_text
 from engine.datasets import describe
@@ -40,7 +40,7 @@ from engine.evaluation import (predicted, table, tables as result_tables, teache
                                teacher_summary_text)
 from engine.networks import NORMALISATIONS, short_name, teacher_files
 from engine.runtime import Runtime, UserError, run_main, setup
-from engine.settings import Parser, check_ranges
+from engine.settings import Parser, check_ranges, group_limits
 from images.files import class_name, shown
 
 
@@ -50,6 +50,8 @@ def command_eval(options, rt):
     path, = options.runs
     out = output_path(options, "per_class.csv")
     network, args, data = loading.load(path, rt, **load_flags(options))
+    if options.test_prior:
+        prior = priors.test_prior(options.test_prior, data)
     rt.print(f"{path}: {network.what}; on {describe(data, args)}")
     results = accuracy.accuracies(network, args, data, rt)
     rt.print(result_tables(results, network.kind, data))
@@ -58,12 +60,17 @@ def command_eval(options, rt):
     rt.print(accuracy.uncertainty_text(logits, labels, data.groups, binary))
     calibrated = calibration.calibrate(network, args, data, rt, logits)
     rt.print(calibrated.text)
+    if options.test_prior:
+        rt.print(priors.prior_text(options.test_prior, prior, network.config, logits, labels,
+                                   data))
+    class_rows = accuracy.class_rows(results, data, predicted(logits))
+    rt.print(accuracy.class_text(class_rows))
     confusion = accuracy.confusion(predicted(logits), labels, data.num_classes)
     confused = accuracy.confusion_rows(confusion, data.class_names)
     rt.print(accuracy.confusions_text(confused))
     if network.kind == "teacher":
         rt.print(teacher_summary_text(teacher_summary(network.net, data, rt)))
-    rt.print(tables.write(out, tables.as_csv(accuracy.class_rows(results, data))))
+    rt.print(tables.write(out, tables.as_csv(class_rows)))
     if confused:
         rt.print(tables.write(confusion_path(out), tables.as_csv(confused)))
     try:
@@ -214,6 +221,9 @@ def parse():
     data.add_argument("--holdout", type=float, metavar="SHARE")
     data.add_argument("--train-list", metavar="FILE")
     data.add_argument("--test-list", metavar="FILE")
+    data.add_argument("--groups", type=group_limits, metavar="A,B")
+    data.add_argument("--test-prior", metavar="FILE", help="eval: weight the test images to these "
+                      "class frequencies, and adjust the logits: uniform, train, or a CSV file")
     network = parser.add_argument_group("network [as recognised], for files from elsewhere")
     network.add_argument("--norm", choices=NORMALISATIONS, metavar="NAME",
                          help=f"pixel statistics: {', '.join(NORMALISATIONS)}")
@@ -228,6 +238,8 @@ def parse():
                      else "name one run folder or checkpoint file, or more")
     if options.mirror and options.command not in MIRRORED:
         parser.error(f"--mirror is for {', '.join(MIRRORED)}, not for {options.command}")
+    if options.test_prior and options.command != "eval":
+        parser.error(f"--test-prior is for eval, not for {options.command}")
     if options.labels:
         options.labels = [shown(label) for label in options.labels]
     if options.classes:
@@ -244,7 +256,7 @@ def parse():
 
 def load_flags(options):
     """The flags that loading.load takes."""
-    given = {name: getattr(options, name, None) for name in DATA_FLAGS}
+    given = {name: getattr(options, name) for name in DATA_FLAGS}
     given = {name: value for name, value in given.items() if value is not None}
     return dict(data_flags=given, norm=options.norm, size=options.size, mirror=options.mirror)
 

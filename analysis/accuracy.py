@@ -1,11 +1,16 @@
 """How often a network is right on its test set, class by class, and how well it knows that."""
+import math
+
 import torch
 
 import augment
-from analysis import quantities
+from analysis import quantities, tables
 from analysis.predict import Predictor
-from engine.evaluation import (evaluate, evaluate_student, evaluate_teacher, predicted,
+from engine.evaluation import (COLUMNS, SKEWED_COLUMNS, TITLES, class_scores, count_answers,
+                               evaluate, evaluate_student, evaluate_teacher, predicted,
                                student_input, with_teacher)
+
+FEW_CLASSES = 30        # that a table in a terminal shows one by one
 
 
 def accuracies(network, args, data, rt):
@@ -31,13 +36,50 @@ def head_combinations(net, args, data, rt):
     return evaluate(predict, data.test_images, data.test_labels, data.groups, rt)
 
 
-def class_rows(results, data):
-    """A row per class: its training images, and every head's accuracy in percent."""
+def class_rows(results, data, answers=None):
+    """A row per class: its training images, and every head's accuracy, its recall, in percent.
+
+    With the predicted classes of the test images, answers (N,), also how many of its test images
+    are right, the 95 % interval of that, precision and F1, which are NaN where nothing is answered,
+    or tested.
+    """
     rows = []
     for k, name in enumerate(data.class_names):
         row = {"class": name, "training images": data.counts[k]}
         rows.append(row | {head: result["per_class"][k] for head, result in results.items()})
+    if answers is None:
+        return rows
+    labels = data.test_labels.cpu()
+    total = torch.bincount(labels, minlength=data.num_classes)
+    right, given = count_answers(answers, labels, data.num_classes)
+    scores = torch.stack(class_scores(right, given, total), dim=1).tolist()             # (K,3)
+    for row, n, hits, (recall, precision, f1) in zip(rows, total.tolist(), right.tolist(), scores):
+        low, high = quantities.wilson(hits, n)
+        row |= {"test images": n, "right": hits, "recall": round(recall, 2),
+                "recall low": round(low, 2), "recall high": round(high, 2),
+                "precision": round(precision, 2), "F1": round(f1, 2)}
     return rows
+
+
+def class_text(rows):
+    """The rows of a few classes as a table; else a line that says where they are.
+
+    rows: of class_rows, with answers.
+    """
+    if len(rows) > FEW_CLASSES:
+        few = sum(0 < row["test images"] < 100 for row in rows)
+        return (f"{few} of {len(rows)} classes have fewer than 100 test images: per_class.csv has "
+                "the 95 % interval of each class's recall")
+    lines = []
+    for row in rows:
+        low, high = row["recall low"], row["recall high"]
+        interval = "-" if math.isnan(low) else f"{low:.1f} to {high:.1f}"
+        scores = {name: "-" if math.isnan(row[name]) else round(row[name], 1)
+                  for name in ("recall", "precision", "F1")}
+        lines.append({"class": row["class"], "training images": row["training images"],
+                      "test images": row["test images"], "right": row["right"]} | scores
+                     | {"95 % of recall": interval})
+    return tables.as_text(lines)
 
 
 @torch.no_grad()
@@ -56,10 +98,14 @@ def uncertainty_text(logits, labels, groups, binary=False):
     binary: the loss was a binary cross-entropy for each class, so that a softmax was never learned.
     """
     confidence = logits.softmax(dim=1).amax(dim=1).nan_to_num()     # (N,); 0 if not finite
-    right = predicted(logits) == labels
-    low, high = quantities.bootstrap(right, labels, groups)
-    ranges = ", ".join(f"{name} {low[name]:.1f} to {high[name]:.1f}" for name in low)
-    text = (f"95 % of 1,000 resamplings of the test images: {ranges}\n"
+    answers = predicted(logits)
+    low, high = quantities.bootstrap(answers, labels, groups)
+    tests = torch.bincount(labels, minlength=logits.shape[1])
+    names = COLUMNS if tests.min() == tests.max() else SKEWED_COLUMNS
+    ranges = ", ".join(f"{TITLES.get(name, name)} {low[name]:.1f} to {high[name]:.1f}"
+                       for name in names if name in low)
+    text = ("95 % of 1,000 resamplings of the test images, for the means of their classes too: "
+            f"{ranges}\n"
             f"mean confidence {100 * confidence.mean():.1f} %")
     if binary:
         text += ", by the softmax; it was trained by a binary cross-entropy for each class"

@@ -8,7 +8,8 @@ r"""What the figures measure: tensors in, numbers out. Nothing here draws, print
     combinations              (ours)          one prediction out of two heads, in several ways
     loss_along                Section 3.2     how fast the loss rises around the weights
     calibration_error         (ours)          is a network right as often as it is confident?
-    bootstrap                 (ours)          how far an accuracy scatters with the test images
+    wilson                    (ours)          what a class's accuracy may be, by few test images
+    bootstrap                 (ours)          how far a mean scatters with classes and test images
 
 The figures are those of DeiT-LT (Rangwani et al., CVPR 2024, arXiv 2404.02900), whose authors
 published no code for them. Where the paper leaves a choice open, the usual definition is taken and
@@ -17,6 +18,8 @@ its source named. The entropy of Figure 3 is engine.evaluation.entropy.
 Shapes: B images of S px, H heads, N = G x G patches of P px, T = N + leading tokens (CLS, DIST),
 d features, K classes.
 """
+import math
+
 import numpy as np
 import torch
 
@@ -248,24 +251,50 @@ def calibration_error(confidence, right, bins=15):
     return float(gap.abs().sum() / len(right))
 
 
-def bootstrap(right, labels, groups, resamplings=1000, share=0.95):
+def wilson(right, total, z=1.96):
+    """95 % interval of a proportion of few images (Wilson 1927): (low, high) in percent.
+
+        (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n),      p = right / n
+
+    right, total: numbers of images. NaN without images. 2 of 3 right: 20.8 to 93.9 %.
+    """
+    if total == 0:
+        return math.nan, math.nan
+    p, n = right / total, total
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return tuple(100 * (p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+
+
+def bootstrap(answers, labels, groups, resamplings=1000, share=0.95):
     """How far accuracies would scatter on other test images: (low, high), {name: percent} each.
 
-    Every class is resampled with replacement from its own test images; `share` of the resamplings
-    lie between low and high. right, labels (N,); groups {name: class numbers}. Names: overall and
-    the groups that have test images. It says nothing about other seeds or training images.
+    answers (N,): predicted classes, -1: none. labels (N,); groups {name: class numbers}. `share` of
+    the resamplings lie between low and high. Images are resampled with replacement within their
+    class, which is all for "overall". The means over classes, "balanced", "macro_f1" and the groups
+    that have test images, take their classes with replacement as well: how far they would scatter
+    with other classes of the kind. It says nothing about other seeds or training images.
     """
     rng, K = np.random.default_rng(0), sum(map(len, groups.values()))
-    labels, right = labels.numpy(), right.numpy()
+    order = np.argsort(labels.numpy(), kind="stable")               # class after class
+    labels, answers = labels.numpy()[order], answers.numpy()[order]
     n = np.bincount(labels, minlength=K)                            # test images of each class
-    recall = np.bincount(labels, right, minlength=K) / np.maximum(n, 1)
-    hits = rng.binomial(n, recall, (resamplings, K))
-    accuracies = {"overall": hits.sum(axis=1) / n.sum()}            # (resamplings,) each
-    for name, classes in groups.items():
-        tested = [k for k in classes if n[k]]
-        if tested:
-            accuracies[name] = (hits[:, tested] / n[tested]).mean(axis=1)
+    first = np.cumsum(n) - n
+    tested = {name: [k for k in classes if n[k]] for name, classes in groups.items()}
+    tested = {name: classes for name, classes in tested.items() if classes}
+    every = sum(tested.values(), [])
+    found = {name: [] for name in ("overall", "balanced", "macro_f1", *tested)}
+    for _ in range(resamplings):
+        drawn = answers[first[labels] + (rng.random(len(labels)) * n[labels]).astype(int)]
+        right = np.bincount(labels[drawn == labels], minlength=K)
+        given = np.bincount(drawn[drawn >= 0], minlength=K)
+        recall, f1 = right / np.maximum(n, 1), 2 * right / np.maximum(given + n, 1)
+        found["overall"].append(right.sum() / n.sum())
+        classes = rng.choice(every, len(every))
+        found["balanced"].append(recall[classes].mean())
+        found["macro_f1"].append(f1[classes].mean())
+        for name, classes in tested.items():
+            found[name].append(recall[rng.choice(classes, len(classes))].mean())
 
     def percentile(q):
-        return {name: float(100 * np.quantile(a, q)) for name, a in accuracies.items()}
+        return {name: float(100 * np.quantile(values, q)) for name, values in found.items()}
     return percentile((1 - share) / 2), percentile((1 + share) / 2)

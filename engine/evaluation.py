@@ -399,14 +399,15 @@ def advice(results, folder, teacher, epochs, holdout):
     t, c = (main_accuracy(results[row]) for row in ("teacher_avg", "avg+teacher"))
     margin, margin_c = (results[row]["margin"] for row in ("teacher_avg", "avg+teacher"))
     text = f"{name} on the {images}: student {s:.1f} %, teacher {t:.1f} %"
+    interval = "95 % interval of the difference: +-"
     if c - max(s, t) > margin_c:
         return (f"Use both together: {predict_command(f'{folder},{teacher}')} ({text}, both "
-                f"{c:.1f} %; the difference is known to {margin_c:.1f} points)")
-    text += f"; the difference is known to {margin:.1f} points"
+                f"{c:.1f} %; {interval}{margin_c:.1f})")
+    text += f"; {interval}{margin:.1f}"
     if t - s > margin:
         return (f"Use the teacher: {predict_command(teacher)} ({text}). A longer training may let "
                 f"the student catch up: --epochs {2 * epochs}, or more --minutes.")
-    clear = "" if s - t > margin else "no clear difference: "
+    clear = "" if s - t > margin else "no clear difference; "
     return f"Use the student: {predict_command(folder)} ({clear}{text})"
 
 

@@ -45,8 +45,10 @@ def test_eval_prints_and_writes_the_runs_own_accuracies(name, runs, tmp_path, mo
     assert [int(row["training images"]) for row in rows][::9] == [24, 6]
     for head in heads:
         assert [float(row[head]) for row in rows] == result["per_class"][head]
-    assert "95 % of 1,000 resamplings of the test images: overall" in out
+    assert "resamplings of the test images, for the means of their classes too: overall" in out
     assert "expected calibration error" in out
+    hits = round(6 * result["per_class"]["avg"][9] / 100)
+    assert printed["class9"][:3] == ["6", "6", str(hits)]           # images: train, test, right
     if name == "teacher":
         clean = result["training_images"]["clean"]
         assert f"clean {clean['accuracy']:.1f} % right, entropy {clean['entropy']:.2f}" in out

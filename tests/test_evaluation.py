@@ -447,7 +447,7 @@ def rows_of(student, teacher, both, margin=2.0):
     ((70.1, 73.4, 73.9), "Use the teacher: python analyze.py predict --checkpoint 't x' PICTURES",
      "--epochs 60, or more --minutes"),
     ((73.4, 70.1, 74.0), "Use the student: python analyze.py predict --checkpoint runs/y PICTURES",
-     "known to 2.0 points"),
+     "+-2.0)"),
     ((73.4, 72.1, 74.0), "Use the student: python", "no clear difference"),
     ((72.1, 73.4, 74.0), "Use the student: python", "no clear difference"),
     ((72.1, 73.4, 75.5), "Use both together: python analyze.py predict --checkpoint "

@@ -218,24 +218,61 @@ def test_the_calibration_error_of_known_cases():
     assert quantities.calibration_error(torch.ones(4), torch.zeros(4, dtype=torch.bool)) == 1
 
 
-def test_the_bootstrap_is_as_wide_as_the_binomial():
+def test_overall_scatters_as_the_binomial():
     """Resampled labels (too wide), other percentiles: n images scatter by sqrt(p (1 - p) / n)."""
-    labels = torch.arange(4).repeat_interleave(torch.tensor([400, 400, 100, 0]))
-    right = torch.zeros(900, dtype=torch.bool)
-    right[:200] = right[400:800] = right[800:810] = True        # 50 %, 100 %, 10 %
-    low, high = quantities.bootstrap(right, labels, {"head": [0], "mid": [1, 3], "tail": [2]})
-    for name, p, n in (("head", 0.5, 400), ("tail", 0.1, 100)):
+    labels = torch.arange(4).repeat_interleave(torch.tensor([400, 400, 1000, 0]))
+    answers = torch.full((1800,), -1)
+    answers[:200], answers[400:800], answers[800:900] = 0, 1, 2         # 50 %, 100 %, 10 %
+    shuffled = torch.randperm(1800, generator=torch.Generator().manual_seed(0))
+    low, high = quantities.bootstrap(answers[shuffled], labels[shuffled],
+                                     {"head": [0], "mid": [1, 3], "tail": [2]})
+    for name, p, n in (("head", 0.5, 400), ("tail", 0.1, 1000)):         # one class each
         half = 100 * 1.96 * (p * (1 - p) / n) ** 0.5
         assert low[name] == pytest.approx(100 * p - half, abs=0.7)
         assert high[name] == pytest.approx(100 * p + half, abs=0.7)
     assert (low["mid"], high["mid"]) == (100, 100)
-    assert low["overall"] < 100 * 610 / 900 < high["overall"]
-    width = 2 * 1.96 * (400 * 0.25 + 100 * 0.09) ** 0.5         # in images
-    assert (high["overall"] - low["overall"]) / 100 * 900 == pytest.approx(width, rel=0.1)
+    assert low["overall"] < 100 * 700 / 1800 < high["overall"]
+    width = 2 * 1.96 * (400 * 0.25 + 1000 * 0.09) ** 0.5        # in images
+    assert (high["overall"] - low["overall"]) / 100 * 1800 == pytest.approx(width, rel=0.1)
+
+
+def test_means_over_classes_scatter_with_classes_and_images():
+    """Images only, which for a few classes of many images is far too sure; classes only; the F1 of
+    other answers than those that were drawn.
+
+    C classes of n images: variance (variance of p between classes + mean of p (1 - p) / n) / C.
+    """
+    rng, n = torch.Generator().manual_seed(0), 10
+    p = torch.tensor([0.2, 0.5, 0.9] * 10)                              # of 30 classes
+    labels = torch.arange(30).repeat_interleave(n)
+    right = torch.arange(30 * n) % n < (p * n).round().long().repeat_interleave(n)
+    answers = torch.where(right, labels, -1)                            # -1: precision is 1
+    low, high = quantities.bootstrap(answers, labels, {"head": [*range(30)], "tail": []})
+    variance = (p.var(unbiased=False) + (p * (1 - p)).mean() / n) / 30
+    assert high["balanced"] - low["balanced"] == pytest.approx(
+        200 * 1.96 * variance.item() ** 0.5, rel=0.1)
+    assert high["head"] - low["head"] == pytest.approx(high["balanced"] - low["balanced"], rel=0.1)
+    f1 = (2 * p / (1 + p)).mean().item() * 100
+    assert low["macro_f1"] < f1 < high["macro_f1"] and "tail" not in low
+    assert high["overall"] - low["overall"] == pytest.approx(
+        200 * 1.96 * ((p * (1 - p)).mean().item() / 300) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("right, total, low, high", [
+    (2, 3, 20.77, 93.85), (0, 10, 0.0, 27.75), (10, 10, 72.25, 100.0), (50, 100, 40.38, 59.62)])
+def test_wilsons_interval(right, total, low, high):
+    """The normal interval, which for 0 of 10 is 0 to 0. Solved from |p - q| = z sqrt(q (1 - q) / n)
+    for the ends q, by bisection."""
+    found = quantities.wilson(right, total)
+    assert found == pytest.approx((low, high), abs=0.01)
+    for q in (found[0] / 100, found[1] / 100):
+        distance = abs(right / total - q)
+        assert distance == pytest.approx(1.96 * (q * (1 - q) / total) ** 0.5, abs=1e-6)
+    assert all(math.isnan(end) for end in quantities.wilson(0, 0))
 
 
 def test_a_group_without_test_images_has_no_range():
     """NaN, or an empty group that ends the evaluation."""
-    low, high = quantities.bootstrap(torch.tensor([True, False]), torch.tensor([0, 0]),
+    low, high = quantities.bootstrap(torch.tensor([0, -1]), torch.tensor([0, 0]),
                                      {"head": [0], "tail": [1]})
-    assert set(low) == set(high) == {"overall", "head"}
+    assert set(low) == set(high) == {"overall", "balanced", "macro_f1", "head"}

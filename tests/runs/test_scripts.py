@@ -24,7 +24,8 @@ def test_a_run_folder_holds_what_the_contract_says(student_run):
     result = read(student_run, "result.json")
     assert result.keys() == {
         "dataset", "imb", "recipe", "epochs", "seed", "command", "hardware", "seconds", "date",
-        "method", "model", "teacher", "teachers", "cls", "dist", "avg", "ema", "per_class"}
+        "method", "model", "teacher", "teachers", "teacher_avg", "cls", "dist", "avg", "ema",
+        "avg+teacher", "per_class"}
     for head in ("cls", "dist", "avg", "ema"):
         r = result[head]
         assert r.keys() == {"overall", "head", "mid", "tail"}
