@@ -293,7 +293,6 @@ def reliability(panels):
         for n, confidence, right in rows:
             left = min(int(confidence * BINS), BINS - 1) * width
             top.bar(left, 100 * right, width, align="edge", color=COLORS["cls"], edgecolor="white")
-            top.plot(confidence, 100 * confidence, ".", color=COLORS["dist"])
             bottom.bar(left, 100 * n / total, width, align="edge", color="#999999",
                        edgecolor="white")
         top.plot([0, 1], [0, 100], color="black", linewidth=1, linestyle="--")
