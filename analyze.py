@@ -21,10 +21,11 @@ r"""Look inside a trained network: the paper's figures and more, one command eac
     python analyze.py tensorboard RUN ...  the log as event files for TensorBoard
 
 RUN: a run folder, of a student or a teacher, or a checkpoint file, of this project or published
-(engine/networks.py); for eval, predict, export and report also a student and its teacher, or several
-teachers, joined by commas, as one. `...`: several make one picture. diversity, imbalance, curves, runs and tensorboard need no checkpoint. Each figure prints a
-table and writes NAME.png and, with its numbers, NAME.csv (rank: .json), into the first run's folder
-or beside the file unless --out says where. Figures need matplotlib.
+(engine/networks.py); for eval, predict, export and report also a student and its teacher, or
+several teachers, joined by commas, as one. `...`: several make one picture. diversity, imbalance,
+curves, runs and tensorboard need no checkpoint. Each figure prints a table and writes NAME.png and,
+with its numbers, NAME.csv (rank: .json), into the first run's folder or beside the file unless
+--out says where. Figures, report and summary need matplotlib, and nothing else does.
 """
 import os
 from math import inf

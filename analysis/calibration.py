@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 import augment
+from analysis.loading import is_number
 from analysis.predict import Predictor
 from analysis.quantities import calibration_error
 from engine.evaluation import balanced_sample, predicted
@@ -65,7 +66,7 @@ class Calibration:
             text += "; no better on the test set than without it"
         if not self.source.endswith(HELD_OUT):
             text += ("\nA network knows images of its training better than new ones: the "
-                     "temperature may be too low. Training with --holdout keeps images to fit it on.")
+                     "temperature may be too low. Training with --holdout keeps images for this.")
         return text
 
 
@@ -208,7 +209,7 @@ def load_temperature(path, network):
               f"`python analyze.py eval {shown(path)}` writes it", file=sys.stderr)
         return 1.0
     temperature = entry.get("temperature")
-    if not isinstance(temperature, (int, float)) or not LOWEST <= temperature <= HIGHEST:
+    if not is_number(temperature, LOWEST, HIGHEST):
         raise UserError(f"{shown(where)} is damaged: remove it, and eval writes it again")
     print(f"probabilities are calibrated by temperature {temperature:.3g}, fitted on "
           f"{shown(str(entry.get('fitted on')))}", file=sys.stderr)

@@ -222,10 +222,10 @@ def load(path, rt, data_flags=None, norm=None, size=None, mirror=False):
     """Run folder or checkpoint -> (Network in evaluation mode on rt.device, settings, data).
 
     Several joined by commas are one (engine.networks.joined), with the settings of the student, or
-    else of the first. A file from elsewhere has no settings: its data are those that `data_flags` name, else
-    CIFAR, and its test images are resized and cropped as usual for its size. norm, size: see
-    load_network. mirror: average over an image and its mirror image. data_flags: {setting: value}.
-    Raises UserError for a file that is not understood or does not fit the data.
+    else of the first. A file from elsewhere has no settings: its data are those that `data_flags`
+    name, else CIFAR, and its test images are resized and cropped as usual for its size. norm, size:
+    see load_network. mirror: average over an image and its mirror image. data_flags: {setting:
+    value}. Raises UserError for a file that is not understood or does not fit the data.
     """
     files, data_flags = teacher_files(path), data_flags or {}
     networks = [load_network(file, norm, size) for file in files]

@@ -30,6 +30,7 @@ from engine.runtime import UserError
 from images import decode, files
 
 
+ONNX = ("onnx", "onnxscript", "onnxruntime")        # packages that model.onnx needs
 UNSURE = "unsure"       # the answer where the largest probability is too small
 
 
@@ -165,8 +166,7 @@ def export(network, stem, temperature=1.0):
     save_json(f"{stem}.json", preprocessing(model.size, names, temperature, network.white))
     lines.append(f"{stem}.json: size, classes and temperature, for onnx_predict.py")
 
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime")
-               if importlib.util.find_spec(name) is None]
+    missing = [name for name in ONNX if importlib.util.find_spec(name) is None]
     if missing:
         return lines + [f"no {stem}.onnx: pip install {' '.join(missing)} for one"]
     import onnxruntime

@@ -567,8 +567,8 @@ def start_from(net, path, data, rt):
 def match_classes(network, data, what):
     """Put a Network's outputs into the order of data.class_names, and return it.
 
-    data: a data set, or another Network with names. what: the network's name in messages. Raises UserError if the classes are not the same, or if it is not
-    known which output is which class.
+    data: a data set, or another Network with names. what: the network's name in messages. Raises
+    UserError if the classes are not the same, or if it is not known which output is which class.
     """
     names, known = list(data.class_names), network.class_names
     if network.num_classes != len(names):
