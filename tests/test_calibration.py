@@ -1,4 +1,4 @@
-"""Temperatures: fitted right, on the right images, kept beside their network and used by predict."""
+"""Temperatures: fitted right, on the right images, kept beside their network, used by predict."""
 import csv
 import json
 import math
@@ -181,7 +181,7 @@ def test_a_damaged_calibration_is_refused(text, own_run, tiny_cifar, monkeypatch
 
 def test_below_the_least_probability_the_answer_is_unsure(runs, tiny_cifar, tmp_path, monkeypatch,
                                                           capsys):
-    """An answer at p < P, none at p = P; the class lost from the table; P that is no probability."""
+    """An answer at p < P, none at p = P; the class lost from the table; a P above 1."""
     rows = [predict.prediction_row("x", [0.75, 0.25], [1, 0], ["a", "b"], p)
             for p in (None, 0.75, 0.7501)]
     assert "answer" not in rows[0] and [row["class"] for row in rows] == ["b"] * 3

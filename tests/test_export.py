@@ -86,7 +86,7 @@ def test_ten_lines_of_pillow_make_the_same_images(runs, tmp_path, monkeypatch):
         with torch.no_grad():
             p = model(x[None]).softmax(dim=1)[0]
         assert f"class{int(p.argmax())}" == row["class"], name
-        assert float(p.max()) == pytest.approx(row["probability"], abs=0.01), name
+        assert float(p.max()) == pytest.approx(row["probability"], abs=0.02), name
 
 
 @needs_onnx

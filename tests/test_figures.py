@@ -431,7 +431,7 @@ def test_a_confusion_matrix_is_readable_at_any_size(K, names, numbers):
 
 def test_the_reliability_diagram_has_the_bins_of_the_error():
     """A bar at another place or height than its bin; an empty bin drawn as one that is never right.
-    Of four images, by hand: two at 0.50 of which one is right, one right at 0.95, one wrong at 1."""
+    Of four images, by hand: two at 0.50, one of them right, one right at 0.95, one wrong at 1."""
     confidence = torch.tensor([0.5, 0.5, 0.95, 1.0])
     right = torch.tensor([True, False, True, False])
     rows = calibration.reliability(confidence, right)
