@@ -72,8 +72,8 @@ def command_eval(options, rt):
     if network.kind == "teacher":
         rt.print(teacher_summary_text(teacher_summary(network.net, data, rt)))
     rt.print(tables.write(out, tables.as_csv(class_rows)))
-    if confused:
-        rt.print(tables.write(confusion_path(out), tables.as_csv(confused)))
+    table_of_pairs = tables.as_csv(confused) if confused else "class,taken for,images,of,%\n"
+    rt.print(tables.write(confusion_path(out), table_of_pairs))
     try:
         rt.print(calibration.save(path, network, calibrated))
     except UserError as error:                  # somebody else's folder: the rest is done

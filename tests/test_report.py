@@ -80,7 +80,7 @@ def quick_figures(monkeypatch):
     ("deit-lt", ["Result", "Accuracy per class", *ANSWERS, "The course of the training",
                  "How CLS and DIST diverge", "Where the tokens look", "How far the heads look",
                  "Rank of the features", "What the student trains on", "Settings"]),
-    ("teacher", ["Result", "Accuracy per class", *ANSWERS, "The course of the training",
+    ("teacher", ["Result", "Accuracy per class", *ANSWERS[:2], "The course of the training",
                  "How sure the teacher is", "Flatness of the minimum", "Settings"]),
     ("file.pth", ["Result", "Accuracy per class", *ANSWERS, "Where the tokens look",
                   "How far the heads look", "Rank of the features", "What the student trains on",
