@@ -20,11 +20,12 @@ r"""Look inside a trained network: the paper's figures and more, one command eac
     python analyze.py runs RUN ...         a line of markdown for each finished run
     python analyze.py tensorboard RUN ...  the log as event files for TensorBoard
 
-RUN: a run folder or a checkpoint file, of this project or published (engine/networks.py);
-for eval, entropy and report also several teachers joined by commas, as one. `...`: several make one
-picture. diversity, imbalance, curves, runs and tensorboard need no checkpoint. Each figure prints a
-table and writes NAME.png and, with its numbers, NAME.csv (rank: .json), into the first run's folder
-or beside the file unless --out says where. Figures need matplotlib.
+RUN: a run folder, of a student or a teacher, or a checkpoint file, of this project or published
+(engine/networks.py); for eval, predict, export and report also a student and its teacher, or
+several teachers, joined by commas, as one. `...`: several make one picture. diversity, imbalance,
+curves, runs and tensorboard need no checkpoint. Each figure prints a table and writes NAME.png and,
+with its numbers, NAME.csv (rank: .json), into the first run's folder or beside the file unless
+--out says where. Figures, report and summary need matplotlib, and nothing else does.
 """
 import os
 from math import inf
@@ -32,14 +33,14 @@ from math import inf
 import torch
 
 import data_lt
-from analysis import accuracy, loading, priors, tables, tensorboard
+from analysis import accuracy, calibration, loading, priors, tables, tensorboard
 from analysis.loading import DATA_FLAGS
 from analysis.predict import export, predict, prediction_text
 from engine.datasets import describe
 from engine.evaluation import (predicted, table, tables as result_tables, teacher_summary,
                                teacher_summary_text)
-from engine.networks import NORMALISATIONS, load_network, short_name, teacher_files
-from engine.runtime import Runtime, UserError, one_line, run_main, setup
+from engine.networks import NORMALISATIONS, short_name, teacher_files
+from engine.runtime import Runtime, UserError, run_main, setup
 from engine.settings import Parser, check_ranges, group_limits
 from images.files import class_name, shown
 
@@ -55,34 +56,36 @@ def command_eval(options, rt):
     rt.print(f"{path}: {network.what}; on {describe(data, args)}")
     results = accuracy.accuracies(network, args, data, rt)
     rt.print(result_tables(results, network.kind, data))
-    logits, labels = accuracy.test_logits(network, args, data, rt), data.test_labels.cpu()
+    logits, labels = accuracy.test_logits(network, data, rt), data.test_labels.cpu()
     binary = network.config.get("method") == "deit-iii"
     rt.print(accuracy.uncertainty_text(logits, labels, data.groups, binary))
+    calibrated = calibration.calibrate(network, args, data, rt, logits)
+    rt.print(calibrated.text)
     if options.test_prior:
         rt.print(priors.prior_text(options.test_prior, prior, network.config, logits, labels,
                                    data))
     class_rows = accuracy.class_rows(results, data, predicted(logits))
     rt.print(accuracy.class_text(class_rows))
+    confusion = accuracy.confusion(predicted(logits), labels, data.num_classes)
+    confused = accuracy.confusion_rows(confusion, data.class_names)
+    rt.print(accuracy.confusions_text(confused))
     if network.kind == "teacher":
         rt.print(teacher_summary_text(teacher_summary(network.net, data, rt)))
     rt.print(tables.write(out, tables.as_csv(class_rows)))
-    confusion = accuracy.confusion(predicted(logits), labels, data.num_classes)
+    table_of_pairs = tables.as_csv(confused) if confused else "class,taken for,images,of,%\n"
+    rt.print(tables.write(confusion_path(out), table_of_pairs))
     try:
-        from analysis import drawing, run_figures
-        title = f"{short_name(path)} on {data.label}"
-        picture = drawing.as_png(run_figures.confusion_matrix(confusion, data, title))
-    except Exception as error:                  # without the package, or whatever it is
-        rt.print(f"no confusion matrix: {one_line(error)}")
-        return
-    rt.print(tables.write(confusion_path(out), picture))
+        rt.print(calibration.save(path, network, calibrated))
+    except UserError as error:                  # somebody else's folder: the rest is done
+        rt.print(f"predict cannot use the temperature: {error}")
 
 
 def confusion_path(out):
-    """per_class.csv -> confusion.png, x_per_class.csv -> x_confusion.png, y -> y_confusion.png"""
+    """per_class.csv -> confusion.csv, x_per_class.csv -> x_confusion.csv, y -> y_confusion.csv"""
     stem = os.path.splitext(out)[0]
     if stem.endswith("per_class"):
-        return stem.removesuffix("per_class") + "confusion.png"
-    return f"{stem}_confusion.png"
+        return stem.removesuffix("per_class") + "confusion.csv"
+    return f"{stem}_confusion.csv"
 
 
 def command_heads(options, rt):
@@ -99,9 +102,10 @@ def command_heads(options, rt):
 def command_predict(options, rt):
     if not options.checkpoint:
         raise UserError("predict needs --checkpoint RUN, then images")
-    network = network_alone(options.checkpoint, options)
-    network.net.to(rt.device)
-    rows = predict(network, options.runs, rt, options.topk)
+    network = network_alone(options.checkpoint, options, rt)
+    temperature = calibration.load_temperature(options.checkpoint, network)
+    rows = predict(network, options.runs, rt, options.topk, temperature=temperature,
+                   min_probability=options.min_probability)
     for row in rows:
         rt.print(prediction_text(row))
     if options.csv:
@@ -111,7 +115,9 @@ def command_predict(options, rt):
 def command_export(options, rt):
     path, = options.runs
     stem = output_path(options, "model").removesuffix(".pt2")
-    rt.print("\n".join(export(network_alone(path, options), stem)))
+    network = network_alone(path, options, rt)
+    temperature = calibration.load_temperature(path, network)
+    rt.print("\n".join(export(network, stem, temperature)))
 
 
 def command_runs(options, rt):
@@ -189,6 +195,8 @@ def parse():
     parser.add_argument("--checkpoint", metavar="RUN", help="the same, as a flag")
     parser.add_argument("--out", metavar="FILE", help="what to write, instead of beside the run")
     parser.add_argument("--topk", type=int, default=5, metavar="N", help="predict: classes [5]")
+    parser.add_argument("--min-probability", type=float, metavar="P", help="predict: the answer is "
+                        "'unsure' below this probability, 0 to 1")
     parser.add_argument("--csv", metavar="FILE", help="predict: write the predictions here too")
     parser.add_argument("--mirror", action="store_true", help="eval, predict, export: average over "
                         "an image and its mirror image, for twice the work")
@@ -240,6 +248,8 @@ def parse():
     if options.labels and len(options.labels) != len(options.runs):
         parser.error(f"--labels needs one name for each of the {len(options.runs)} runs")
     check_ranges(options, columns=(1, 100), topk=(1, inf), seed=(0, 10 ** 9))
+    if options.min_probability is not None:
+        check_ranges(options, min_probability=(0, 1))
     if options.images is not None:
         check_ranges(options, images=(1, inf))
     return options
@@ -252,25 +262,22 @@ def load_flags(options):
     return dict(data_flags=given, norm=options.norm, size=options.size, mirror=options.mirror)
 
 
-def network_alone(path, options):
+def network_alone(path, options, rt):
     """A Network without any data."""
-    network = load_network(path, options.norm, options.size)
-    if options.mirror:
-        loading.add_mirror(network)
-    return network
+    return loading.load_alone(path, rt, options.norm, options.size, options.mirror)
 
 
 def output_path(options, name):
     """--out, or `name` in it if it is a folder; else `name` in the first run's folder, or beside a
-    file: x.pth -> x_name.
+    file: x.pth -> x_name. Of several joined by commas: with_OTHERS_name, with the first.
     """
-    path = options.runs[0]
+    path, *others = teacher_files(options.runs[0])
+    if others:
+        name = f"with_{short_name(','.join(others))}_{name}"
     if options.out and os.path.isdir(options.out):
         return os.path.join(options.out, name)
     if options.out:
         return options.out
-    if len(teacher_files(path)) > 1:
-        raise UserError(f"{path}: of several, say where the output goes by --out")
     if os.path.isdir(path):
         return os.path.join(path, name)
     return f"{os.path.splitext(path)[0]}_{name}"
@@ -280,7 +287,7 @@ def check_outputs(options):
     """UserError if the output cannot be written: now, rather than after minutes of work."""
     paths = [options.csv] if options.csv else []
     if options.command not in ("predict", "runs", "tensorboard"):
-        if options.out or os.path.exists(options.runs[0]):
+        if options.out or os.path.exists(teacher_files(options.runs[0])[0]):
             paths.append(output_path(options, options.command))
     for path in paths:
         folder = os.path.dirname(path) or "."

@@ -8,16 +8,21 @@ from analysis import quantities, tables
 from analysis.predict import Predictor
 from engine.evaluation import (COLUMNS, SKEWED_COLUMNS, TITLES, class_scores, count_answers,
                                evaluate, evaluate_student, evaluate_teacher, predicted,
-                               student_input, teacher_input)
+                               student_input, with_teacher)
 
 FEW_CLASSES = 30        # that a table in a terminal shows one by one
 
 
 def accuracies(network, args, data, rt):
-    """{head: accuracies} of a Network on the test set, see engine.evaluation.evaluate."""
-    if network.kind == "student":
-        return evaluate_student(network.net, data, args.img_size, args.eval_crop, rt)
-    return evaluate_teacher(network.net, data, rt)
+    """{head: accuracies} of a Network on the test set, see engine.evaluation.evaluate.
+
+    Of a student with a teacher also the rows of engine.evaluation.with_teacher.
+    """
+    if network.kind == "teacher":
+        return evaluate_teacher(network.net, data, rt)
+    results = evaluate_student(network.net, data, args.img_size, args.eval_crop, rt)
+    return with_teacher(results, network.net, network.teacher, data, args.img_size, args.eval_crop,
+                        rt)
 
 
 def head_combinations(net, args, data, rt):
@@ -78,38 +83,30 @@ def class_text(rows):
 
 
 @torch.no_grad()
-def test_logits(network, args, data, rt, batch=500):
+def test_logits(network, data, rt, batch=500):
     """Logits (N,K) of a Network's prediction on the test set, on the CPU."""
     model, logits = Predictor(network), []
     for index in torch.arange(len(data.test_labels), device=rt.device).split(batch):
-        x = augment.to_float(data.test_images[index])
-        if network.kind == "student":
-            x = student_input(x, args.img_size, args.eval_crop)
-        else:
-            x = teacher_input(x, network.net.img_size)
         with rt.autocast():
-            logits.append(model(x).float().cpu())
+            logits.append(model(augment.to_float(data.test_images[index])).float().cpu())
     return torch.cat(logits)
 
 
 def uncertainty_text(logits, labels, groups, binary=False):
-    """Error bars and calibration of logits (N,K) with labels (N,), two lines for people.
+    """Error bars and confidence of logits (N,K) with labels (N,), two lines for people.
 
     binary: the loss was a binary cross-entropy for each class, so that a softmax was never learned.
     """
     confidence = logits.softmax(dim=1).amax(dim=1).nan_to_num()     # (N,); 0 if not finite
     answers = predicted(logits)
-    right = answers == labels
     low, high = quantities.bootstrap(answers, labels, groups)
     tests = torch.bincount(labels, minlength=logits.shape[1])
     names = COLUMNS if tests.min() == tests.max() else SKEWED_COLUMNS
     ranges = ", ".join(f"{TITLES.get(name, name)} {low[name]:.1f} to {high[name]:.1f}"
                        for name in names if name in low)
-    error = quantities.calibration_error(confidence, right)
     text = ("95 % of 1,000 resamplings of the test images, for the means of their classes too: "
             f"{ranges}\n"
-            f"mean confidence {100 * confidence.mean():.1f} %, expected calibration error "
-            f"{100 * error:.1f} points")
+            f"mean confidence {100 * confidence.mean():.1f} %")
     if binary:
         text += ", by the softmax; it was trained by a binary cross-entropy for each class"
     return text
@@ -123,3 +120,40 @@ def confusion(predicted, labels, num_classes):
     K = num_classes
     predicted, labels = predicted[predicted >= 0], labels[predicted >= 0]
     return torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
+
+
+def confusion_rows(confusion, class_names):
+    """A row for each two classes of which the one is taken for the other, the most frequent first.
+
+    confusion (K,K): see above. "images": how many of the class's "of" test images.
+    """
+    totals, wrong = confusion.sum(dim=1).tolist(), confusion.clone().fill_diagonal_(0)
+    rows = []
+    for label, answer in wrong.nonzero().tolist():
+        n = int(wrong[label, answer])
+        rows.append({"class": class_names[label], "taken for": class_names[answer], "images": n,
+                     "of": totals[label], "%": round(100 * n / totals[label], 1)})
+    return sorted(rows, key=lambda row: (-row["images"], -row["%"]))
+
+
+def confusions_text(rows, n=5):
+    """The most frequent confusions, a line for people."""
+    if not rows:
+        return "no test image is taken for another class"
+    pairs = [f"{row['class']} for {row['taken for']} ({row['images']} of {row['of']})"
+             for row in rows[:n]]
+    return "most often taken for another class: " + ", ".join(pairs)
+
+
+def confident_mistakes(answers, confidence, data, n):
+    """(Up to) n test images with wrong answers, the surest first: their indices, and a row each.
+
+    answers, confidence (N,): the predicted classes and their probabilities. Answers of -1, none,
+    are left out.
+    """
+    wrong = ((answers != data.test_labels.cpu()) & (answers >= 0)).nonzero()[:, 0]
+    index = wrong[confidence[wrong].argsort(descending=True, stable=True)[:n]]
+    labels, names = data.test_labels.cpu()[index].tolist(), data.class_names
+    return index, [{"true": names[label], "said": names[answer], "probability": round(p, 4)}
+                   for label, answer, p in zip(labels, answers[index].tolist(),
+                                               confidence[index].tolist())]

@@ -16,6 +16,7 @@ try:
     import matplotlib
     matplotlib.use("Agg")                   # draw into files, also without a display
     import matplotlib.pyplot as plt
+    from matplotlib.colors import PowerNorm
 except ImportError:
     raise UserError("pictures need a package: pip install matplotlib") from None
 except ValueError as error:                 # of MPLBACKEND, or a matplotlibrc

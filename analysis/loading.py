@@ -17,8 +17,8 @@ import data_lt
 from engine.records import read_json, read_log
 from engine.datasets import describe, load_data
 from engine.evaluation import COLUMNS, SKEWED_COLUMNS
-from engine.networks import (Mirrored, load_network, load_teacher, match_classes, short_name,
-                             teacher_files)
+from engine.networks import (Mirrored, joined, load_network, match_classes, match_each_other,
+                             short_name, teacher_files)
 from engine.runtime import UserError
 from images.files import shown
 
@@ -221,27 +221,42 @@ def load_student(path, rt, **flags):
 def load(path, rt, data_flags=None, norm=None, size=None, mirror=False):
     """Run folder or checkpoint -> (Network in evaluation mode on rt.device, settings, data).
 
-    Several teachers joined by commas are one (engine.networks.Ensemble), with the settings of the
-    first. A file from elsewhere has no settings: its data are those that `data_flags` name, else
-    CIFAR, and its test images are resized and cropped as usual for its size. norm, size: see
-    load_network. mirror: average over an image and its mirror image. data_flags: {setting: value}.
-    Raises UserError for a file that is not understood or does not fit the data.
+    Several joined by commas are one (engine.networks.joined), with the settings of the student, or
+    else of the first. A file from elsewhere has no settings: its data are those that `data_flags`
+    name, else CIFAR, and its test images are resized and cropped as usual for its size. norm, size:
+    see load_network. mirror: average over an image and its mirror image. data_flags: {setting:
+    value}. Raises UserError for a file that is not understood or does not fit the data.
     """
     files, data_flags = teacher_files(path), data_flags or {}
-    network = load_network(files[0], norm, size)
-    args = settings_of(network, path, data_flags)
+    networks = [load_network(file, norm, size) for file in files]
+    first = next((network for network in networks if network.kind == "student"), networks[0])
+    args = settings_of(first, path, data_flags)
     data = load_data(args, rt)
-    if len(files) > 1:
-        network.net, network.what = load_teacher(path, data, rt, norm, size)
-    else:
-        match_classes(network, data, path)
+    for file, network in zip(files, networks):
+        match_classes(network, data, file)
+        if network.data and network.data != data.fingerprint and not data_flags:
+            print(f"{shown(file)}: its images have changed since it was trained; some of the test "
+                  "images may have been training images", file=sys.stderr)
+    return ready(networks, path, rt, mirror), args, data
+
+
+def load_alone(path, rt, norm=None, size=None, mirror=False):
+    """As load, but the Network alone, without any data."""
+    files = teacher_files(path)
+    networks = [load_network(file, norm, size) for file in files]
+    match_each_other(networks, files)
+    return ready(networks, path, rt, mirror)
+
+
+def ready(networks, path, rt, mirror):
+    """Networks, whose outputs are in one order, as one on rt.device."""
+    network = joined(networks, path)
     if mirror:
         add_mirror(network)
-    if network.data and network.data != data.fingerprint and not data_flags:
-        print(f"{shown(path)}: its images have changed since it was trained; some of the test "
-              "images may have been training images", file=sys.stderr)
-    network.net.to(rt.device)
-    return network, args, data
+    for net in (network.net, network.teacher):
+        if net is not None:
+            net.to(rt.device)
+    return network
 
 
 def settings_of(network, path, data_flags):
@@ -263,10 +278,12 @@ def settings_of(network, path, data_flags):
 def decoded_size(network):
     """Side of the square that a file is decoded to before its centre is cut out, pixels.
 
-    A student's run states its eval_crop; teachers are tested on the whole square; files from
+    A student's run states its eval_crop; teachers are tested on the whole square; students from
     elsewhere as is usual for their size.
     """
     side = network.net.img_size
+    if network.kind == "teacher":
+        return side
     usual = 0.875 if side > 64 and not network.config else 1.0
     return round(side / network.config.get("eval_crop", usual))
 
@@ -274,4 +291,6 @@ def decoded_size(network):
 def add_mirror(network):
     """Make a Network predict the mean over an image and its mirror image."""
     network.net = Mirrored(network.net).eval()
+    if network.teacher is not None:
+        network.teacher = Mirrored(network.teacher).eval()
     network.what = f"{network.what}; image and mirror image"

@@ -3,11 +3,12 @@ r"""Use a trained network on pictures: predictions, and files that other program
     python analyze.py predict --checkpoint runs/x pictures/*.jpg folder --topk 5 --csv classes.csv
     python analyze.py export runs/x
 
-With --mirror, both average the logits over each picture and its mirror image.
-The probabilities are the softmax of the prediction's logits: of a student, those averaged over CLS
-and DIST. They are as overconfident as the network is (`python analyze.py eval` measures it), and
-deferred re-weighting moves them towards rare classes on purpose. DeiT-III was trained by a binary
-cross-entropy, without a softmax: use its probabilities only to rank classes.
+With --mirror, both average the logits over each picture and its mirror image. `--checkpoint
+RUN,TEACHER` (or several teachers) is one network: the mean of their probabilities.
+The probabilities are the softmax of the prediction's logits (of a student, those averaged over CLS
+and DIST) divided by the temperature that `python analyze.py eval` has fitted (calibration.py).
+Without one they are as overconfident as the network is. Deferred re-weighting and logit adjustment
+move them towards rare classes on purpose.
 """
 import glob
 import importlib.util
@@ -23,23 +24,36 @@ from torch import nn
 import augment
 from analysis.loading import decoded_size
 from engine.checkpoints import write_atomically
-from engine.evaluation import student_heads
+from engine.evaluation import combined, student_heads, teacher_input
+from engine.records import save_json
 from engine.runtime import UserError
 from images import decode, files
 
 
+ONNX = ("onnx", "onnxscript", "onnxruntime")        # packages that model.onnx needs
+UNSURE = "unsure"       # the answer where the largest probability is too small
+
+
 class Predictor(nn.Module):
-    """Float images (B,3,S,S) in [0,1] -> logits (B,K) of the prediction; normalises inside."""
+    """Float images (B,3,H,W) in [0,1] -> logits (B,K) of the prediction, as in the evaluation.
+
+    Each network crops and resizes for itself and normalises inside. size: the side S of images
+    that need no resizing, of a student with a smaller teacher the student's.
+    """
 
     def __init__(self, network):
         super().__init__()
-        self.net, self.size = network.net, network.net.img_size
+        self.net, self.teacher, self.size = network.net, network.teacher, decoded_size(network)
         self.is_student = network.kind == "student"
 
     def forward(self, images):
-        if self.is_student:
-            return student_heads(self.net, images)["avg"]
-        return self.net(images)
+        if not self.is_student:
+            return self.net(teacher_input(images, self.net.img_size))
+        x = augment.center_crop(augment.resize(images, self.size), self.net.img_size)
+        logits = student_heads(self.net, x)["avg"]
+        if self.teacher is None:
+            return logits
+        return combined(logits, self.teacher(teacher_input(images, self.teacher.img_size)))
 
 
 # ---- Predictions ---------------------------------------------------------------------------------
@@ -70,33 +84,33 @@ def find_images(names):
 
 
 @torch.no_grad()
-def predict(network, names, rt, topk=5, batch=64):
+def predict(network, names, rt, topk=5, batch=64, temperature=1.0, min_probability=None):
     """Rows {"image", "class", "probability", "class 2", "probability 2", ...}, one for each image.
 
-    network: an engine.networks.Network on rt.device. names: files, folders and patterns. Images
-    that cannot be read, or of which the network says nothing finite, are named on stderr and left
-    out; UserError if none is left.
+    network: an engine.networks.Network on rt.device. names: files, folders and patterns.
+    temperature: of the probabilities. With min_probability also "answer": the class, or "unsure" if
+    its probability is lower. Images that cannot be read, or of which the network says nothing
+    finite, are named on stderr and left out; UserError if none is left.
     """
-    model, rows = Predictor(network).eval(), []
-    paths, size = find_images(names), decoded_size(network)
+    model, rows, paths = Predictor(network).eval(), [], find_images(names)
     for start in range(0, len(paths), batch):
         part = paths[start:start + batch]
         encoded = files.Files([os.fsencode(path) for path in part], None, [], white=network.white)
-        images, readable, problems = decode.read_all(encoded, size)
+        images, readable, problems = decode.read_all(encoded, model.size)
         for problem in problems:
             print(problem, file=sys.stderr)
         if not len(images):
             continue
-        x = augment.to_float(images.to(rt.device))
-        x = augment.center_crop(x, model.size)                      # (B,3,S,S) in [0,1]
+        x = augment.to_float(images.to(rt.device))                  # (B,3,S,S) in [0,1]
         with rt.autocast():
             logits = model(x).float()                               # (B,K)
         finite = logits.isfinite().all(dim=1).tolist()
-        values, classes = logits.softmax(dim=1).topk(min(topk, logits.shape[1]), dim=1)
+        probabilities = (logits / temperature).softmax(dim=1)
+        values, classes = probabilities.topk(min(topk, logits.shape[1]), dim=1)
         read = [path for path, good in zip(part, readable) if good]
         for path, known, p, k in zip(read, finite, values.tolist(), classes.tolist()):
             if known:
-                rows.append(prediction_row(path, p, k, network.class_names))
+                rows.append(prediction_row(path, p, k, network.class_names, min_probability))
             else:
                 print(f"{files.shown(path)}: what the network says of it is not finite: no class",
                       file=sys.stderr)
@@ -105,30 +119,35 @@ def predict(network, names, rt, topk=5, batch=64):
     return rows
 
 
-def prediction_row(path, probabilities, classes, class_names):
+def prediction_row(path, probabilities, classes, class_names, min_probability=None):
     """The row of one image; classes: numbers, most probable first. Without names they stay so."""
+    names = [class_names[k] if class_names else str(k) for k in classes]
     row = {"image": files.shown(path)}
-    for rank, (p, k) in enumerate(zip(probabilities, classes), 1):
+    if min_probability is not None:
+        row["answer"] = names[0] if probabilities[0] >= min_probability else UNSURE
+    for rank, (p, name) in enumerate(zip(probabilities, names), 1):
         column = "" if rank == 1 else f" {rank}"
-        row[f"class{column}"] = class_names[k] if class_names else str(k)
-        row[f"probability{column}"] = round(p, 4)
+        row[f"class{column}"], row[f"probability{column}"] = name, round(p, 4)
     return row
 
 
 def prediction_text(row):
-    """A row for people: path: cat 91.0 %, dog 5.2 %."""
-    path, *ranked = row.values()
+    """A row for people: path: cat 91.0 %, dog 5.2 %; or path: unsure (cat 41.0 %, dog 39.2 %)."""
+    path, *ranked = [value for column, value in row.items() if column != "answer"]
     pairs = zip(ranked[::2], ranked[1::2])
-    return f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs)
+    text = ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs)
+    return f"{path}: {UNSURE} ({text})" if row.get("answer") == UNSURE else f"{path}: {text}"
 
 
 # ---- Export --------------------------------------------------------------------------------------
 
-def export(network, stem):
-    """Write stem.pt2 (torch.export) and, with the package onnx, stem.onnx; returns lines of text.
+def export(network, stem, temperature=1.0):
+    """Write stem.pt2 (torch.export), stem.json and, with the package onnx, stem.onnx.
 
-    Both take float images (B,3,S,S) in [0,1], any B, and give logits (B,K). Each is read again and
-    must give the network's own logits on random images. Raises UserError if it does not.
+    Both networks take float images (B,3,S,S) in [0,1], any B, and give logits (B,K). Each is read
+    again and must give the network's own logits on random images; UserError if it does not. What
+    makes a picture such an image, and logits probabilities, is in stem.json: see `preprocessing`.
+    Returns lines of text.
     """
     model = Predictor(network).eval().cpu()
     generator = torch.Generator().manual_seed(0)
@@ -144,9 +163,10 @@ def export(network, stem):
     write_atomically(f"{stem}.pt2", lambda file: file.write(contents.getbuffer()))
     logits = torch.export.load(f"{stem}.pt2").module()(other)
     lines = [f"{stem}.pt2: {agreement(logits, expected, stem)}"]
+    save_json(f"{stem}.json", preprocessing(model.size, names, temperature, network.white))
+    lines.append(f"{stem}.json: size, classes and temperature, for onnx_predict.py")
 
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime")
-               if importlib.util.find_spec(name) is None]
+    missing = [name for name in ONNX if importlib.util.find_spec(name) is None]
     if missing:
         return lines + [f"no {stem}.onnx: pip install {' '.join(missing)} for one"]
     import onnxruntime
@@ -157,6 +177,18 @@ def export(network, stem):
     session = onnxruntime.InferenceSession(f"{stem}.onnx", providers=["CPUExecutionProvider"])
     logits = torch.from_numpy(session.run(None, {"images": other.numpy()})[0])
     return lines + [f"{stem}.onnx: {agreement(logits, expected, stem)}"]
+
+
+def preprocessing(size, class_names, temperature, white):
+    """What a program needs beside an exported network, plain values, with words for its author."""
+    return {
+        "size": size, "class_names": class_names, "temperature": temperature, "white": white,
+        "input": "images: float32 (B, 3, size, size), RGB / 255: the picture turned as its EXIF "
+                 "orientation says, on white where it is transparent; its largest central square, "
+                 "resized to size x size (PIL's bicubic)",
+        "output": "logits: float32 (B, classes); probabilities = softmax(logits / temperature)",
+        "16 bits": "levels of gray from 0 to white become 0 to 255: the upper 8 bits",
+    }
 
 
 def agreement(logits, expected, stem):

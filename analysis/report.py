@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from html import escape
 
-from analysis import accuracy, drawing, figures, run_figures
+from analysis import accuracy, calibration, drawing, figures, run_figures
 from engine.datasets import describe
-from engine.evaluation import TITLES, columns
+from engine.evaluation import TITLES, columns, predicted
 from engine.networks import short_name
 from engine.runtime import UserError
 from images.files import DataError, visible
@@ -22,6 +22,7 @@ from images.files import DataError, visible
 
 # ---- What the page of a network holds ------------------------------------------------------------
 
+SHOWN, MISTAKES = 20, 18    # confused pairs in the table, and mistakes in the picture
 HEADINGS = {    # figure -> its heading, by kind of network; figures that do not apply are left out
     "student": {"curves": "The course of the training", "diversity": "How CLS and DIST diverge",
                 "attention": "Where the tokens look", "distance": "How far the heads look",
@@ -40,15 +41,20 @@ def build(path, network, args, data, rt, labels, flags, load_flags):
     means = "Accuracy on the test set; head, mid and tail are means over the classes of a group."
     per_class = Section("Accuracy per class", "", accuracy.class_rows(results, data), folded=True)
     sections, left_out = [Section("Result", means, result_rows(results)), per_class], []
+    logits = accuracy.test_logits(network, data, rt)
+    calibrated = calibration.calibrate(network, args, data, rt, logits)
 
     def draw_classes():
         per_class.picture = drawing.as_png(run_figures.class_accuracy(results, data))
+
+    def draw_answers():
+        sections.extend(answer_sections(predicted(logits), calibrated, data))
 
     def draw(name, heading):
         figure = figures.draw(name, [path], rt, labels, flags, load_flags)
         picture = drawing.as_png(drawing.without_text(figure.figure))
         sections.append(Section(heading, figure.note, figure.table, picture, folded=True))
-    drawings = {"accuracy per class": draw_classes}
+    drawings = {"accuracy per class": draw_classes, "answers and their probabilities": draw_answers}
     for name, heading in HEADINGS[network.kind].items():
         drawings[name] = partial(draw, name, heading)
     for name, draw_section in drawings.items():
@@ -68,6 +74,33 @@ def build(path, network, args, data, rt, labels, flags, load_flags):
     return page(short_name(path), f"{network.what}; on {describe(data, args)}.", sections)
 
 
+def answer_sections(answers, calibrated, data):
+    """What is taken for what, how sure the network is, and where it is sure and wrong.
+
+    answers (N,): predicted classes of the test images. calibrated: a calibration.Calibration.
+    """
+    labels = data.test_labels.cpu()
+    confusion = accuracy.confusion(answers, labels, data.num_classes)
+    text = "A row for each true class. Below: the pairs that are confused most often."
+    sections = [Section("What is taken for what", text,
+                        accuracy.confusion_rows(confusion, data.class_names)[:SHOWN],
+                        drawing.as_png(run_figures.confusion_matrix(confusion, data)))]
+    panels = {"as trained": calibration.reliability(calibrated.before, calibrated.right),
+              f"temperature {calibrated.temperature:.3g}":
+                  calibration.reliability(calibrated.after, calibrated.right)}
+    text = ("Test images by the probability of the network's answer. Bars: how often it is right; "
+            "on the dashed line, probabilities mean what they say. " + calibrated.text)
+    sections.append(Section("What the probabilities mean", text,
+                            picture=drawing.as_png(run_figures.reliability(panels))))
+    index, rows = accuracy.confident_mistakes(answers, calibrated.after, data, MISTAKES)
+    if rows:
+        text = "Test images on which the network is wrong, those first of which it is most sure."
+        images = data.test_images[index.to(data.test_labels.device)]
+        sections.append(Section("The most confident mistakes", text, rows,
+                                drawing.as_png(run_figures.mistakes(images, rows)), folded=True))
+    return sections
+
+
 def why(error):
     """Why there is no figure, one line: what a person can put right, or which exception it was."""
     text = " ".join(str(error).split())
@@ -77,11 +110,15 @@ def why(error):
 
 
 def result_rows(results):
-    """A row for each head of a student with both tokens; for other networks, one row."""
+    """A row for each head of a student with both tokens, and for its teacher and both together, if
+    they are there; for other networks, one row.
+    """
     names = drawing.NAMES if "dist" in results else {"avg": "the network"}
     rows = []
-    for head, name in names.items():
-        row = {"prediction of": name}
+    for head in results:
+        if head not in names and head not in TITLES:
+            continue                                        # CLS, where it is all of the student
+        row = {"prediction of": names.get(head) or TITLES[head]}
         rows.append(row | {f"{TITLES.get(column, column)} %": round(results[head][column], 1)
                            for column in columns(results)})
     return rows

@@ -1,14 +1,17 @@
 r"""Figures of results: what runs say of themselves in log.jsonl and result.json, and accuracies.
 
 diversity, imbalance, curves: (logs, rt) -> drawing.Figure. logs: a list of loading.Log; no network
-is loaded. class_accuracy, confusion_matrix, summary: bare figures for eval, report and summary.
+is loaded. class_accuracy, confusion_matrix, reliability, mistakes, summary: bare figures for report
+and summary.
 """
 import textwrap
 
 import numpy as np
 
+import augment
 from analysis import drawing, student_figures
-from analysis.drawing import COLORS, NAMES, TOKENS, Figure, plt
+from analysis.calibration import BINS
+from analysis.drawing import COLORS, NAMES, TOKENS, Figure, PowerNorm, plt
 from analysis.loading import run_log, run_result
 from engine.evaluation import COLUMNS
 from engine.networks import short_name
@@ -235,25 +238,83 @@ def class_accuracy(results, data):
     return figure
 
 
-def confusion_matrix(confusion, data, title):
-    """Figure of a confusion matrix (K,K): rows truth, columns prediction, percent of each row."""
+LABELLED, NUMBERED = 60, 30      # so many classes have room for their names, and for numbers
+
+
+def confusion_matrix(confusion, data, title=""):
+    """Figure of a confusion matrix (K,K): rows truth, columns prediction, percent of each row.
+
+    Names and numbers where there is room for them; of more classes the groups.
+    """
     K = len(confusion)
     percent = 100 * confusion.double() / confusion.sum(dim=1, keepdim=True)     # NaN: no test image
-    figure, axis = plt.subplots(figsize=(7.2, 6.2), layout="constrained")
-    picture = axis.imshow(percent.numpy(), cmap="viridis", vmin=0, vmax=100)
-    figure.colorbar(picture, ax=axis, label="% of the test images of a class")
-    if K <= 30:
-        names = [drawing.short(name) for name in data.class_names]
-        axis.set_xticks(range(K), names, rotation=90)
-        axis.set_yticks(range(K), names)
-    if K <= 12:
+    side = min(4 + 0.3 * K, 11)                                                 # inches
+    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    # The root, for a few percent of a class are worth seeing, and are nearly white otherwise.
+    picture = axis.imshow(percent.numpy(), cmap="Blues", interpolation="nearest",
+                          norm=PowerNorm(0.5, 0, 100))
+    figure.colorbar(picture, ax=axis, label="% of the test images of a class", shrink=0.6)
+    edges = np.cumsum([len(group) for group in data.groups.values()])
+    for edge in edges[:-1]:
+        axis.axvline(edge - 0.5, color="#999999", linewidth=0.6)
+        axis.axhline(edge - 0.5, color="#999999", linewidth=0.6)
+    if K <= LABELLED:
+        names, size = [drawing.short(name) for name in data.class_names], 8 if K <= NUMBERED else 6
+        axis.set_xticks(range(K), names, rotation=90, fontsize=size)
+        axis.set_yticks(range(K), names, fontsize=size)
+    else:
+        middles = [sum(group) / len(group) for group in data.groups.values() if group]
+        names = [name for name, group in data.groups.items() if group]
+        axis.set_xticks(middles, names)
+        axis.set_yticks(middles, names, rotation=90, va="center")
+        axis.tick_params(length=0)
+    if K <= NUMBERED:
         for label, predicted in (percent > 0.5).nonzero().tolist():
             value = float(percent[label, predicted])
-            axis.text(predicted, label, f"{value:.0f}", ha="center", va="center", fontsize=8,
-                      color="black" if value > 60 else "white")
+            axis.text(predicted, label, f"{value:.0f}", ha="center", va="center",
+                      fontsize=8 if K <= 12 else 6, color="white" if value > 40 else "black")
     axis.set_xlabel("predicted class, most to least common")
     axis.set_ylabel("true class, most to least common")
     axis.set_title(textwrap.fill(title, 80), fontsize=10)
+    return figure
+
+
+def reliability(panels):
+    """Figure of reliability diagrams, {title: rows of analysis.calibration.reliability}.
+
+    A bar's height is how often the answers of a bin are right, the diagonal how often they should
+    be by their confidence; below, the share of the test images in each bin.
+    """
+    figure, axes = plt.subplots(2, len(panels), figsize=(4.2 * len(panels), 4.8), squeeze=False,
+                                sharex=True, sharey="row", layout="constrained",
+                                height_ratios=[3, 1])
+    for (top, bottom), (title, rows) in zip(axes.T, panels.items()):
+        total, width = sum(n for n, _, _ in rows), 1 / BINS
+        for n, confidence, right in rows:
+            left = min(int(confidence * BINS), BINS - 1) * width
+            top.bar(left, 100 * right, width, align="edge", color=COLORS["cls"], edgecolor="white")
+            bottom.bar(left, 100 * n / total, width, align="edge", color="#999999",
+                       edgecolor="white")
+        top.plot([0, 1], [0, 100], color="black", linewidth=1, linestyle="--")
+        drawing.label_axes(top, "", "", title)
+        drawing.label_axes(bottom, "probability of the answer", "")
+    axes[0, 0].set_xlim(0, 1)
+    axes[0, 0].set_ylim(0, 100)
+    axes[0, 0].set_ylabel("right, %")
+    axes[1, 0].set_ylabel("images, %")
+    return figure
+
+
+def mistakes(images, rows, columns=6):
+    """Figure of images, uint8 (n,3,H,W), each under {"true", "said", "probability"} of its row."""
+    lines = -(-len(rows) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(1.9 * columns, 2.5 * lines),
+                                squeeze=False, layout="constrained")
+    for axis in axes.flat[len(rows):]:
+        axis.set_visible(False)
+    for axis, image, row in zip(axes.flat, augment.to_float(images), rows):
+        title = f"{row['said']}\n{100 * row['probability']:.0f} %, but it is\n{row['true']}"
+        drawing.show_image(axis, image, title)
     return figure
 
 

@@ -29,7 +29,7 @@ import os
 import sys
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 import torch
@@ -66,6 +66,7 @@ class Network:
     white: int = 65535          # level of deep images that is white, see images/decode.py
     weights: str = ""           # 16 hexadecimal digits that change with any weight
     unfinished: str = None      # where a run stands that is not finished, or ""; None: not known
+    teacher: nn.Module = None   # what a student's answers are combined with, see `joined`
 
     @property
     def num_classes(self):
@@ -476,16 +477,52 @@ def load_teacher(path, data, rt, norm=None, size=None):
         if teacher.kind != "teacher":
             raise UserError(f"{file} is not a teacher: it is {teacher.what}")
         match_classes(teacher, data, f"the teacher {file}")
+    net, text = mean_of(teachers, path)
+    net.origin = [origin(*pair) for pair in zip(files, teachers)]
+    return net.to(rt.device, memory_format=torch.channels_last), text
+
+
+def mean_of(teachers, path):
+    """One network of several Networks, and which it is, for people. UserError for two sizes."""
+    if len(teachers) == 1:
+        return teachers[0].net, teachers[0].what
     sizes = sorted({teacher.net.img_size for teacher in teachers})
     if len(sizes) > 1:
         raise UserError(f"--teacher {path}: one --teacher-size for all, not {sizes} px")
-    net, text = teachers[0].net, teachers[0].what
-    if len(teachers) > 1:
-        net = Ensemble([teacher.net for teacher in teachers]).eval()
-        kinds = dict.fromkeys(teacher.what for teacher in teachers)     # each once, in order
-        text = f"the mean of {len(teachers)}, " + ", and ".join(kinds)
-    net.origin = [origin(*pair) for pair in zip(files, teachers)]
-    return net.to(rt.device, memory_format=torch.channels_last), text
+    kinds = dict.fromkeys(teacher.what for teacher in teachers)         # each once, in order
+    return (Ensemble([teacher.net for teacher in teachers]).eval(),
+            f"the mean of {len(teachers)}, " + ", and ".join(kinds))
+
+
+def joined(networks, path):
+    """Several Networks, whose outputs are in one order, as one.
+
+    Teachers become an Ensemble; with a student among them, the student's `teacher`, and answers are
+    those of both (engine.evaluation.combined). UserError for two students.
+    """
+    if len(networks) == 1:
+        return networks[0]
+    students = [network for network in networks if network.kind == "student"]
+    teachers = [network for network in networks if network.kind == "teacher"]
+    if len(students) > 1:
+        raise UserError(f"{path}: two students; name one, its teacher, or both together")
+    net, what = mean_of(teachers, path)
+    weights = "+".join(network.weights for network in networks)
+    if not students:
+        return replace(networks[0], net=net, what=what, weights=weights)
+    student, = students
+    return replace(student, teacher=net, what=f"{student.what}; with {what}", weights=weights)
+
+
+def match_each_other(networks, files):
+    """Put all Networks' outputs into the order of the first one's. UserError if that is unknown."""
+    for file, network in zip(files, networks):
+        if len(networks) > 1 and network.class_names is None:
+            raise UserError(f"{file} has no class names to compare with the others': put them "
+                            "beside it, one a line in the order of its outputs (x.pth: in "
+                            "x.classes.txt)")
+        if network is not networks[0]:
+            match_classes(network, networks[0], file)
 
 
 def origin(file, network):
@@ -530,8 +567,8 @@ def start_from(net, path, data, rt):
 def match_classes(network, data, what):
     """Put a Network's outputs into the order of data.class_names, and return it.
 
-    what: its name in messages. Raises UserError if the classes are not the same, or if it is not
-    known which output is which class.
+    data: a data set, or another Network with names. what: the network's name in messages. Raises
+    UserError if the classes are not the same, or if it is not known which output is which class.
     """
     names, known = list(data.class_names), network.class_names
     if network.num_classes != len(names):

@@ -39,8 +39,8 @@ TIMED = (3, 13)     # the steps between which the time left is estimated
 FIGURES = ("attention", "distance", "rank", "augment", "entropy", "sharpness", "diversity",
            "imbalance", "curves")
 OWN_FILES = ("result.json", "last.pt", "previous.pt", "log.jsonl", "config.json", "summary.png",
-             "per_class.csv", "confusion.png", "heads.csv", "report.html", "model.pt2",
-             "model.onnx", "events.out.tfevents.*",
+             "per_class.csv", "confusion.csv", "confusion.png", "calibration.json", "heads.csv",
+             "report.html", "model.pt2", "model.json", "model.onnx", "events.out.tfevents.*",
              *(f"{figure}.{ending}" for figure in FIGURES for ending in ("png", "csv", "json")))
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import augment
-from analysis import (drawing, loading, quantities, run_figures, student_figures, teacher_figures)
+from analysis import (calibration, drawing, loading, quantities, run_figures, student_figures,
+                      teacher_figures)
 from engine.evaluation import student_heads, teacher_input, teacher_logits, teacher_summary
 from engine.networks import load_teacher
 from engine.runtime import UserError
@@ -398,7 +399,7 @@ def test_a_log_says_which_data_it_came_from(tmp_path):
 
 def test_the_confusion_matrix_has_truth_in_rows():
     """Transposed, or in percent of the predictions: of class a's 4 images 3 are called b."""
-    data = SimpleNamespace(class_names=["a", "b", "c"])
+    data = SimpleNamespace(class_names=["a", "b", "c"], groups={"head": [0], "tail": [1, 2]})
     confusion = torch.tensor([[1, 3, 0], [0, 2, 0], [0, 0, 0]])         # c has no test image
     axis = run_figures.confusion_matrix(confusion, data, "title").axes[0]
     texts = {(text.get_position(), text.get_text()) for text in axis.texts}
@@ -407,6 +408,43 @@ def test_the_confusion_matrix_has_truth_in_rows():
     expected = torch.tensor([[25.0, 75, 0], [0, 100, 0], [math.nan] * 3], dtype=torch.double)
     assert torch.allclose(shown, expected, equal_nan=True)
     assert (axis.get_xlabel().split()[0], axis.get_ylabel().split()[0]) == ("predicted", "true")
+
+
+@pytest.mark.parametrize("K, names, numbers", [(6, True, True), (23, True, True),
+                                               (50, True, False), (200, False, False)])
+def test_a_confusion_matrix_is_readable_at_any_size(K, names, numbers):
+    """Names or numbers over one another; a picture that grows with the classes; no groups."""
+    groups = {"head": list(range(2)), "mid": [], "tail": list(range(2, K))}
+    data = SimpleNamespace(class_names=[f"class {k}" for k in range(K)], groups=groups)
+    figure = run_figures.confusion_matrix(torch.eye(K, dtype=torch.long), data)
+    axis = figure.axes[0]
+    ticks = [text.get_text() for text in axis.get_yticklabels()]
+    assert ticks == (data.class_names if names else ["head", "tail"])
+    assert len(axis.texts) == (K if numbers else 0) and max(figure.get_size_inches()) <= 12
+    if not names:
+        assert list(axis.get_yticks()) == [0.5, (2 + K - 1) / 2]        # the middles of the groups
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axis.get_yticklabels()]
+    assert all(upper.y0 >= lower.y1 - 1 for upper, lower in zip(boxes, boxes[1:]))
+    drawing.plt.close(figure)
+
+
+def test_the_reliability_diagram_has_the_bins_of_the_error():
+    """A bar at another place or height than its bin; an empty bin drawn as one that is never right.
+    Of four images, by hand: two at 0.50, one of them right, one right at 0.95, one wrong at 1."""
+    confidence = torch.tensor([0.5, 0.5, 0.95, 1.0])
+    right = torch.tensor([True, False, True, False])
+    rows = calibration.reliability(confidence, right)
+    assert [n for n, _, _ in rows] == [2, 2]
+    assert rows[0][1:] == (0.5, 0.5) and rows[1][1:] == (pytest.approx(0.975), 0.5)
+    error = sum(n / 4 * abs(p - share) for n, p, share in rows)
+    assert error == pytest.approx(quantities.calibration_error(confidence, right))
+    figure = run_figures.reliability({"before": rows, "after": rows})
+    for top in figure.axes[:2]:
+        bars = [(bar.get_x(), bar.get_height()) for bar in top.patches]
+        assert [height for _, height in bars] == [50, 50]
+        assert [x for x, _ in bars] == pytest.approx([7 / 15, 14 / 15])
+    drawing.plt.close(figure)
 
 
 def test_the_summary_shows_result_log_and_maps(networks, runs):

@@ -46,8 +46,8 @@ def test_predictions_of_files_folders_and_patterns(by_colour, tiny_cifar, tmp_pa
             image = Image.open(tiny_cifar / "test" / f"class{k}" / f"{i}.png").resize((70, 64))
             image.save(tmp_path / f"class{k} {i}.jpg")
     (tmp_path / "class3 0.jpg").write_text("no image")
-    monkeypatch.setattr(predict.predict, "__defaults__", (5, 8))            # batches of 8
-    monkeypatch.setattr(analyze, "load_network", lambda *_: by_colour)
+    monkeypatch.setattr(predict.predict, "__defaults__", (5, 8, 1.0, None))     # batches of 8
+    monkeypatch.setattr(loading, "load_network", lambda *_: by_colour)
     table = tmp_path / "p.csv"
     script(analyze, monkeypatch, "predict", "--checkpoint", "x", tmp_path, "--topk", 3,
            "--csv", table)
@@ -120,7 +120,7 @@ def test_a_network_without_class_names_predicts_numbers(by_colour, tiny_cifar):
 def test_predictions_are_those_of_the_evaluation(name, runs, tiny_cifar):
     """Another resize, crop, normalisation or head than that of the reported accuracy."""
     network, args, data = loading.load(str(runs[name]), RT)
-    logits = accuracy.test_logits(network, args, data, RT, batch=25)
+    logits = accuracy.test_logits(network, data, RT, batch=25)
     paths = [path.decode() for path in files.list_folder(tiny_cifar / "test").paths]
     rows = predict.predict(network, paths, RT, topk=10)
     reported = accuracy.accuracies(network, args, data, RT)["avg"]["overall"]

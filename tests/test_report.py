@@ -11,6 +11,7 @@ from engine.runtime import UserError
 from finished_runs import read_result, runs  # noqa: F401: a fixture
 from images.files import DataError
 
+ANSWERS = ["What is taken for what", "What the probabilities mean", "The most confident mistakes"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -76,12 +77,12 @@ def quick_figures(monkeypatch):
 
 
 @pytest.mark.parametrize("name, sections", [
-    ("deit-lt", ["Result", "Accuracy per class", "The course of the training",
+    ("deit-lt", ["Result", "Accuracy per class", *ANSWERS, "The course of the training",
                  "How CLS and DIST diverge", "Where the tokens look", "How far the heads look",
                  "Rank of the features", "What the student trains on", "Settings"]),
-    ("teacher", ["Result", "Accuracy per class", "The course of the training",
+    ("teacher", ["Result", "Accuracy per class", *ANSWERS[:2], "The course of the training",
                  "How sure the teacher is", "Flatness of the minimum", "Settings"]),
-    ("file.pth", ["Result", "Accuracy per class", "Where the tokens look",
+    ("file.pth", ["Result", "Accuracy per class", *ANSWERS, "Where the tokens look",
                   "How far the heads look", "Rank of the features", "What the student trains on",
                   "Left out"])])
 def test_a_report_holds_what_applies(name, sections, runs, tiny_cifar, quick_figures, tmp_path,

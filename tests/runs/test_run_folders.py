@@ -478,8 +478,9 @@ def test_an_overwritten_run_leaves_nothing_of_the_old_one(unfinished):
     """The old run's picture, per-class table and TensorBoard events beside the new run's result;
     or somebody's notes removed with them."""
     module, flags, folder = unfinished
-    ours = {"result.json", "summary.png", "per_class.csv", "confusion.png", "heads.csv",
-            "report.html", "model.pt2", "model.onnx", "events.out.tfevents.1.host.2.3"}
+    ours = {"result.json", "summary.png", "per_class.csv", "confusion.csv", "confusion.png",
+            "calibration.json", "heads.csv", "report.html", "model.pt2", "model.json", "model.onnx",
+            "events.out.tfevents.1.host.2.3"}
     figures = {name for name, command in analyze.COMMANDS.items()
                if command is analyze.command_figure}
     ours |= {f"{name}.{ending}" for name in figures for ending in ("png", "csv", "json")}

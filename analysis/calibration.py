@@ -1,0 +1,216 @@
+r"""Probabilities that mean something: how far confidences are from accuracies, and a temperature.
+
+    p = softmax(logits / T)                                     Guo et al. 2017, arXiv 1706.04599
+
+T > 1 makes a network less sure of itself, T < 1 surer; it changes no prediction. It is fitted by
+maximum likelihood, never on what the network is judged by:
+
+    run with --holdout   on the held-out images. They are the test images as well, so each half of
+                         them is judged with the temperature of the other half. What is kept is
+                         fitted on all.
+    other data           on clean training images, weighted so that classes are as frequent as in
+                         the test set. The network was trained on them and knows them better than
+                         new images, so that T may be too low; the test set's error tells.
+
+`python analyze.py eval` keeps it in calibration.json beside the network, with the digest of the
+weights that it is for; predict and export use it from there.
+"""
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+import augment
+from analysis.loading import is_number
+from analysis.predict import Predictor
+from analysis.quantities import calibration_error
+from engine.evaluation import balanced_sample, predicted
+from engine.networks import teacher_files
+from engine.records import is_like, parse, read_bytes, save_json
+from engine.runtime import UserError
+from images.files import shown
+
+LOWEST, HIGHEST = 0.01, 100.0       # temperatures
+HELD_OUT = "held-out images"
+BINS = 15                           # of the calibration error and the reliability diagram
+
+
+@dataclass
+class Calibration:
+    """A temperature, what it was fitted on, and the test set's confidences with it.
+
+    before, after: the largest probability of each test image (N,), without and with a temperature
+    that was not fitted on this image.
+    """
+    temperature: float
+    source: str                     # for people: "841 held-out images"
+    before: torch.Tensor
+    after: torch.Tensor
+    right: torch.Tensor             # was that class the true one (N,)?
+
+    @property
+    def errors(self):
+        """Expected calibration error before and after, in [0,1]."""
+        return tuple(calibration_error(p, self.right, BINS) for p in (self.before, self.after))
+
+    @property
+    def text(self):
+        """For people, a line or two."""
+        before, after = (100 * error for error in self.errors)
+        text = (f"expected calibration error {before:.1f} points before, {after:.1f} after "
+                f"calibration by temperature {self.temperature:.3g} ({BINS} bins; fitted on "
+                f"{self.source})")
+        if after > before:
+            text += "; no better on the test set than without it"
+        if not self.source.endswith(HELD_OUT):
+            text += ("\nA network knows images of its training better than new ones: the "
+                     "temperature may be too low. Training with --holdout keeps images for this.")
+        return text
+
+
+# ---- Fitting -------------------------------------------------------------------------------------
+
+def fit_temperature(logits, labels, weights=None):
+    """The temperature of the largest likelihood of labels (N,) by logits (N,K).
+
+    weights (N,): of the images, all alike by default. In b = 1 / T the mean log-likelihood is
+    concave, with the derivative mean(z_y - sum_k p_k z_k), p = softmax(b z): its zero is found by
+    bisection. 1 if every image is right, for then the likelihood has no largest value. Images whose
+    logits are not finite are left out.
+    """
+    w = torch.ones(len(labels)) if weights is None else weights
+    known = logits.isfinite().all(dim=1) & (w > 0)
+    z, y, w = logits[known].double(), labels[known], w[known]
+    own = z.gather(1, y[:, None])[:, 0]                                 # (N,)
+    if bool((own == z.amax(dim=1)).all()):
+        return 1.0
+    low, high = LOWEST, HIGHEST
+    for _ in range(50):
+        middle = math.sqrt(low * high)
+        p = (z / middle).softmax(dim=1)
+        if (w * (own - (p * z).sum(dim=1))).sum() > 0:          # the likelihood rises with 1 / T
+            high = middle
+        else:
+            low = middle
+    return middle
+
+
+def half_of(labels):
+    """Every second image of each class: a mask (N,)."""
+    order = labels.argsort(stable=True)
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    mask[order[::2]] = True
+    return mask
+
+
+def calibrate(network, args, data, rt, logits):
+    """The Calibration of a Network. logits (N,K): of its answers on the test set, on the CPU."""
+    labels = data.test_labels.cpu()
+    if getattr(args, "holdout", None):
+        half, scaled = half_of(labels), torch.empty_like(logits)
+        for fitted, judged in ((half, ~half), (~half, half)):
+            scaled[judged] = logits[judged] / fit_temperature(logits[fitted], labels[fitted])
+        temperature, source = fit_temperature(logits, labels), f"{len(labels)} {HELD_OUT}"
+    else:
+        temperature, source = fit_on_training_images(network, data, rt)
+        scaled = logits / temperature
+    right = predicted(logits) == labels
+    return Calibration(temperature, source, confidence(logits), confidence(scaled), right)
+
+
+def confidence(logits):
+    """The largest probability of each image, (N,K) -> (N,); 0 where logits are not finite."""
+    return logits.softmax(dim=1).amax(dim=1).nan_to_num()
+
+
+@torch.no_grad()
+def fit_on_training_images(network, data, rt, n=5000, batch=250):
+    """(temperature, what it was fitted on): (up to) n clean training images of all classes."""
+    model = Predictor(network).eval()
+    index = balanced_sample(data.train_labels.cpu(), n)
+    logits = []
+    for part in index.to(rt.device).split(batch):
+        with rt.autocast():
+            logits.append(model(augment.to_float(data.train_images[part])).float().cpu())
+    labels = data.train_labels.cpu()[index]
+    wanted = torch.bincount(data.test_labels.cpu(), minlength=data.num_classes).double()
+    weights = (wanted / torch.bincount(labels, minlength=data.num_classes))[labels]
+    source = f"{len(index)} images of its training, weighted to the classes of the test set"
+    return fit_temperature(torch.cat(logits), labels, weights), source
+
+
+def reliability(confidence, right, bins=BINS):
+    """[(images, mean confidence, share that is right)] of every bin of confidence that has images.
+
+    The bins of analysis.quantities.calibration_error.
+    """
+    b, rows = (confidence.double() * bins).long().clamp(0, bins - 1), []
+    for k in b.unique():
+        own = b == k
+        rows.append((int(own.sum()), float(confidence[own].mean()),
+                     float(right[own].double().mean())))
+    return rows
+
+
+# ---- Kept beside the network ---------------------------------------------------------------------
+
+EXAMPLE = {"": {"": (0.0, "")}}     # of what the file holds, see engine.records.is_like
+
+
+def calibration_file(path):
+    """Where the calibration of a run folder or file is kept; of several, with the first."""
+    first = teacher_files(path)[0]
+    if os.path.isdir(first):
+        return os.path.join(first, "calibration.json")
+    return f"{os.path.splitext(first)[0]}_calibration.json"
+
+
+def identity(network):
+    """What a temperature belongs to: these weights, used in this way."""
+    return f"{network.weights} {network.what}"
+
+
+def entries(where):
+    """{identity: entry} of a calibration file, empty if there is none. UserError for a damaged one.
+    """
+    if not os.path.exists(where):
+        return {}
+    found = parse(read_bytes(where), where)
+    if found is None or not is_like(found, EXAMPLE):
+        raise UserError(f"{shown(where)} is damaged: remove it, and eval writes it again")
+    return dict(found)
+
+
+def save(path, network, calibration):
+    """Keep a Network's calibration beside it; returns the file. UserError if it cannot be written.
+
+    What the file knows of the network together with others, or of its mirror images, is kept; what
+    is of other weights is removed.
+    """
+    where, before, after = calibration_file(path), *calibration.errors
+    first = network.weights.partition("+")[0]
+    kept = {key: entry for key, entry in entries(where).items() if first in key}
+    kept[identity(network)] = {
+        "temperature": calibration.temperature, "fitted on": calibration.source,
+        "calibration error before": before, "calibration error after": after}
+    save_json(where, kept)
+    return where
+
+
+def load_temperature(path, network):
+    """The temperature that eval has kept for a Network, else 1; which one is said on stderr."""
+    where = calibration_file(path)
+    entry = entries(where).get(identity(network))
+    if entry is None:
+        why = "has none for this network" if os.path.exists(where) else "is not there"
+        print(f"probabilities are not calibrated: {shown(where)} {why}; "
+              f"`python analyze.py eval {shown(path)}` writes it", file=sys.stderr)
+        return 1.0
+    temperature = entry.get("temperature")
+    if not is_number(temperature, LOWEST, HIGHEST):
+        raise UserError(f"{shown(where)} is damaged: remove it, and eval writes it again")
+    print(f"probabilities are calibrated by temperature {temperature:.3g}, fitted on "
+          f"{shown(str(entry.get('fitted on')))}", file=sys.stderr)
+    return temperature
