@@ -205,8 +205,10 @@ def parse():
     data.add_argument("--imb-type", choices=("exp", "step"), metavar="TYPE", help="exp or step")
     data.add_argument("--data-dir", metavar="DIR")
     data.add_argument("--holdout", type=float, metavar="SHARE")
+    data.add_argument("--holdout-by", metavar="GROUP")
     data.add_argument("--train-list", metavar="FILE")
     data.add_argument("--test-list", metavar="FILE")
+    data.add_argument("--columns", metavar="NAMES")
     network = parser.add_argument_group("network [as recognised], for files from elsewhere")
     network.add_argument("--norm", choices=NORMALISATIONS, metavar="NAME",
                          help=f"pixel statistics: {', '.join(NORMALISATIONS)}")

@@ -33,8 +33,8 @@ class Recorder(Runtime):
 
 
 def settings(dataset, data_dir, **changes):
-    defaults = dict(imb=None, imb_type="exp", img_size=32, holdout=None, train_list=None,
-                    test_list=None, skip_bad=False)
+    defaults = dict(imb=None, imb_type="exp", img_size=32, holdout=None, holdout_by=None,
+                    train_list=None, test_list=None, columns=None, skip_bad=False)
     return SimpleNamespace(dataset=dataset, data_dir=str(data_dir), **(defaults | changes))
 
 
@@ -244,11 +244,14 @@ def test_copies_in_the_published_cifar_stay_and_are_said(cifar, monkeypatch):
 
 def test_lists_are_compared_with_the_published_ones():
     difference = datasets.lists_difference
-    assert difference("imagenet_lt", 115_846, [50] * 1000) is None
-    assert difference("inat18", 437_513, [3] * 8142) is None
-    assert difference("inat18", 437_512, [3] * 8142) == "437,512 images to train on, not 437,513"
+    large = [115_846 - 999, *[1] * 999]
+    assert difference("imagenet_lt", large, [50] * 1000) is None
+    assert difference("inat18", [437_513 - 8141, *[1] * 8141], [3] * 8142) is None
+    expected = "437,512 images to train on, not 437,513"
+    assert difference("inat18", [437_512 - 8141, *[1] * 8141], [3] * 8142) == expected
     expected = "class 7 has 20 images to test on, not 50"
-    assert difference("imagenet_lt", 115_846, changed([50] * 1000, 7, 20)) == expected
+    assert difference("imagenet_lt", large, changed([50] * 1000, 7, 20)) == expected
+    assert difference("imagenet_lt", [500] * 200, [50] * 200) == "200 classes, not 1,000"
 
 
 # ---- What people get wrong with CIFAR ------------------------------------------------------------
@@ -652,7 +655,7 @@ def test_the_budget_is_that_of_one_process_and_its_gpu(device, processes, free, 
 # ---- Lists ---------------------------------------------------------------------------------------
 
 def test_a_listed_set_keeps_the_map_of_its_classes(tmp_path, monkeypatch):
-    """Ties out of order, a class without images that stays, a test label that is not renumbered,
+    """Ties out of order, a number without images that stays, a test label that is not renumbered,
     test images not of the size that the test crop is cut from."""
     monkeypatch.setitem(data_lt.LISTS, "imagenet_lt", ("ImageNet-LT", 5))
     counts = {"train": (4, 9, 0, 9, 1), "test": (2, 2, 0, 2, 2)}
@@ -665,16 +668,14 @@ def test_a_listed_set_keeps_the_map_of_its_classes(tmp_path, monkeypatch):
                 lines.append(f"{split}_{k}_{i}.jpg {k}")
         (tmp_path / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines) + "\n")
     rt = Recorder()
-    data = load("imagenet_lt", tmp_path, rt, eval_crop=0.875, skip_bad=True)
+    data = load("imagenet_lt", tmp_path, rt, eval_crop=0.875)
     assert data.label == "ImageNet-LT not as published"
-    assert rt.printed[0] == ("These are not the published lists of ImageNet-LT: 23 images to train "
-                             "on, not 115,846.")
+    assert rt.printed == ["These are not the published lists of ImageNet-LT: 4 classes, not 5."]
     assert data.class_ids == [1, 3, 0, 4] and data.class_names == ["1", "3", "0", "4"]
     assert data.counts == [9, 9, 4, 1]
     assert data.train_images.shape == (23, 3, 32, 32)
     assert data.test_images.shape == (8, 3, 37, 37)             # 32 / 0.875
     assert data.test_labels.tolist() == [2, 2, 0, 0, 1, 1, 3, 3]
-    assert "no image of 1 classes: 2" in rt.printed[1]
     steps = [(0, torch.arange(23))]
     one, = data.batches(steps, (0, 0, 0))
     other, = data.batches(steps, (0, 1, 0))
