@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from images.files import shown
 
 SIDE = 16           # of a thumbnail, pixels
+LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]          # of red, green, blue
 ALIKE = 0.95        # cosine of two images that look alike
 FLAT = 1.0          # levels: pictures with weaker gradients (root mean square) are like all others
 MOST = 200_000      # images; more are not compared
@@ -25,8 +26,8 @@ def thumbnails(images, chunk=1024):
     """uint8 (N,3,H,W), a tensor or a Stream -> gray thumbnails, float16 (N,SIDE,SIDE)."""
     parts = []
     for start in range(0, len(images), chunk):
-        pixels = images[start:start + chunk].float().mean(1, keepdim=True)              # (n,1,H,W)
-        parts.append(F.adaptive_avg_pool2d(pixels, SIDE)[:, 0].half().cpu())
+        colors = F.adaptive_avg_pool2d(images[start:start + chunk].float(), SIDE).cpu()
+        parts.append((colors * LUMA).sum(1).half())
     return torch.cat(parts)
 
 
@@ -117,5 +118,6 @@ def candidates(name):
     for k in range(1, len(words), 2):
         parts = [r"\d+" if i % 2 else re.escape(word) for i, word in enumerate(words)]
         parts[k] = r"(\d+)"
-        patterns.insert(0, "".join(parts))
+        end = "" if words[0] else r"[^/]*$"             # so that it is no number of a folder
+        patterns.insert(0, "".join(parts).replace(r"\-", "-") + end)
     return patterns

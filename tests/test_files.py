@@ -1,9 +1,8 @@
-"""images/files.py: which files there are, and which are held out (images/holdout.py)."""
+"""images/files.py: which files there are, and how names are shown."""
 import numpy as np
 import pytest
 
 from images import files
-from images.holdout import hold_out
 
 
 def test_names_sort_naturally_and_never_fail():
@@ -68,29 +67,3 @@ def test_classes_have_one_form(tmp_path):
     assert files.class_name("cafe\u0301\n") == files.class_name("café\\x0a") == "café\\x0a"
     (tmp_path / "a\tb" / "deeper").mkdir(parents=True)
     assert files.list_folder(tmp_path).class_names == [r"a\x09b"]
-
-
-def test_a_held_out_part_is_stratified_fixed_and_leaves_something_to_train_on():
-    """A rare class that is all in one part; another test set for another run or another place; an
-    image in both parts."""
-    def folder(root):
-        labels = np.repeat([0, 1, 2, 3], [100, 8, 2, 1])
-        paths = np.array([f"{root}/{i}".encode() for i in range(111)])
-        return files.Files(paths, labels, list("abcd"))
-    whole = folder("/root")
-    train, test = hold_out(whole, 0.2, "/root")
-    assert test.counts().tolist() == [20, 2, 1, 0] and train.counts().tolist() == [80, 6, 1, 1]
-    assert set(train.paths) | set(test.paths) == set(whole.paths)
-    assert not set(train.paths) & set(test.paths)
-    numbers = [int(path.split(b"/")[-1]) for path in test.paths.tolist()]
-    assert max(numbers[:20]) > 60 and min(numbers[:20]) < 40    # from all over the class
-
-    train, _ = hold_out(whole, 0.9, "/root")
-    assert train.counts().tolist() == [10, 1, 1, 1]
-
-    fewer = whole.keep(np.arange(111) != 50)                    # an image more or less
-    before = set(hold_out(fewer, 0.2, "/root")[1].paths)
-    after = set(test.paths)
-    assert len(before - {whole.paths[50]} - after) <= 1 and len(after - before) <= 1
-    moved = hold_out(folder("/elsewhere"), 0.2, "/elsewhere")[1]
-    assert [int(path.split(b"/")[-1]) for path in moved.paths.tolist()] == numbers
