@@ -208,7 +208,7 @@ def parse():
     data.add_argument("--holdout-by", metavar="GROUP")
     data.add_argument("--train-list", metavar="FILE")
     data.add_argument("--test-list", metavar="FILE")
-    data.add_argument("--columns", metavar="NAMES")
+    data.add_argument("--list-columns", metavar="NAMES")
     network = parser.add_argument_group("network [as recognised], for files from elsewhere")
     network.add_argument("--norm", choices=NORMALISATIONS, metavar="NAME",
                          help=f"pixel statistics: {', '.join(NORMALISATIONS)}")

@@ -24,7 +24,7 @@ from images.files import shown
 
 # Settings that say which data to use; the command line's replace those of a run.
 DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir", "holdout", "holdout_by", "train_list",
-              "test_list", "columns")
+              "test_list", "list_columns")
 
 
 # ---- What a run says of itself -------------------------------------------------------------------
@@ -251,7 +251,8 @@ def settings_of(network, path, data_flags):
         raise UserError(f"{path} knows {K} classes, neither CIFAR's 10 nor 100: name its --dataset")
     assumed = dict(dataset="cifar100" if K == 100 else "cifar10", imb=None, imb_type="exp",
                    data_dir="data", img_size=side, eval_crop=side / decoded_size(network),
-                   holdout=None, holdout_by=None, train_list=None, test_list=None, columns=None,
+                   holdout=None, holdout_by=None, train_list=None, test_list=None,
+                   list_columns=None,
                    white=network.white if network.config else None)
     # Images that have become unusable are listed and left out: there is no --skip-bad here.
     args = argparse.Namespace(**assumed | network.config | data_flags | {"skip_bad": True})

@@ -9,10 +9,10 @@ r"""Loads the data set that a run's settings name: `load_data(args, rt)` -> data
                             images (images/lists.py)
 
 `args` is any object with the attributes dataset, imb, imb_type, data_dir, img_size, holdout,
-holdout_by, train_list, test_list, columns, skip_bad and, if test images are cropped, eval_crop;
-white, if the level of deep images is known (images/decode.py). What fits into the memory budget is held as uint8 tensors
-on the training device; other images are streamed from disk. All files that cannot be used are
-listed before training starts.
+holdout_by, train_list, test_list, list_columns, skip_bad and, if test images are cropped,
+eval_crop; white, if the level of deep images is known (images/decode.py). What fits into the memory
+budget is held as uint8 tensors on the training device; other images are streamed from disk. All
+files that cannot be used are listed before training starts.
 """
 import functools
 import math
@@ -98,7 +98,7 @@ def find_files(args, imb):
         return train, test, own_name(args)
     if args.dataset in LISTS:
         return listed_set(args.dataset, args.data_dir, (args.train_list, args.test_list),
-                          args.columns, args.holdout, args.holdout_by)
+                          args.list_columns, args.holdout, args.holdout_by)
     return cifar_folder(args.data_dir, int(args.dataset.removeprefix("cifar")), imb, args.imb_type,
                         args.holdout, args.skip_bad)
 
@@ -378,7 +378,7 @@ def channels_first(images):
 def own_images(args):
     """(training Files, test Files) of a user's own images."""
     return own_folder(args.data_dir, args.imb, args.imb_type, args.holdout, args.holdout_by,
-                      (args.train_list, args.test_list), args.columns)
+                      (args.train_list, args.test_list), args.list_columns)
 
 
 def own_folder(root, imb, kind, holdout, holdout_by=None, lists=(None, None), columns=None):
@@ -474,7 +474,7 @@ class Survey:
 def survey(args):
     """Survey of a user's own folder. DataError if no image in it can be read."""
     return survey_folder(args.data_dir, args.imb, args.imb_type, args.holdout, args.holdout_by,
-                         (args.train_list, args.test_list), args.columns)
+                         (args.train_list, args.test_list), args.list_columns)
 
 
 @functools.cache

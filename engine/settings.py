@@ -49,7 +49,7 @@ class Interval:
 
 # Settings of both scripts that say which images there are, and how a run goes. None: no default.
 DATA_SETTINGS = ("dataset", "imb", "imb_type", "holdout", "holdout_by", "train_list", "test_list",
-                 "columns")
+                 "list_columns")
 CARRIED = (*DATA_SETTINGS, "data_dir", "seed", "device", "amp", "save_every", "compile", "skip_bad")
 NOT_RESUMED = ("out", "name", "resume", "overwrite", "force", "device", "data_dir", "compile",
                "checkpointing", "save_every", "skip_bad", "eval_every")     # free to differ
@@ -94,7 +94,7 @@ def add_run_flags(parser):
     data.add_argument("--train-list", metavar="FILE",
                       help="images by a list: CSV with image,label[,split], or lines 'path label'")
     data.add_argument("--test-list", metavar="FILE", help="the same for the test images")
-    data.add_argument("--columns", metavar="NAMES",
+    data.add_argument("--list-columns", metavar="NAMES",
                       help="of a CSV list: image=...,label=...,split=...,group=... [those words]")
     data.add_argument("--skip-bad", action="store_true",
                       help="list unusable images and continue without them [list and stop]")
@@ -175,14 +175,14 @@ def resolve_data(args):
     by_list = ("folder", *data_lt.LISTS)                        # or, folder, by its folders
     if args.holdout is not None and args.dataset == "shapes":
         raise UserError("--holdout is not for --dataset shapes")
-    for name in ("holdout_by", "train_list", "test_list", "columns"):
+    for name in ("holdout_by", "train_list", "test_list", "list_columns"):
         if getattr(args, name) and args.dataset not in by_list:
             raise UserError(f"{flag(name)} is for --dataset {', '.join(by_list)}")
     if args.holdout_by and args.holdout is None:
         raise UserError("--holdout-by says what --holdout keeps together: give a share too, as in "
                         "--holdout 0.2")
-    if args.dataset == "folder" and not args.train_list and (args.test_list or args.columns):
-        raise UserError("--test-list and --columns go with a --train-list")
+    if args.dataset == "folder" and not args.train_list and (args.test_list or args.list_columns):
+        raise UserError("--test-list and --list-columns go with a --train-list")
     if args.dataset in data_lt.LISTS and args.imb is not None:
         raise UserError(f"--imb: {args.dataset} is as imbalanced as its lists")
     if args.holdout is not None:

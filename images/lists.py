@@ -2,7 +2,7 @@ r"""Which image files there are, and of which class: lists of files.
 
     a table     a header, then a row for each image: image,label[,split][,group]. Columns may be in
                 any order and beside others, between commas, semicolons or tabs, and have other
-                names (--columns image=path,label=species).
+                names (--list-columns image=path,label=species).
     lines       `relative/path label`, as the lists of ImageNet-LT and iNaturalist have them
 
 Labels are names of classes, of any kind. `split` says train, val or test, in the words that
@@ -40,8 +40,8 @@ def find_listed(train_list, test_list, root, columns=None, by=None, otherwise=No
     """(training Files, test Files or None, folder that the paths are relative to).
 
     test_list: None for the test or val rows of train_list; `otherwise`: the list of test images
-    where it has no such rows. columns, by: --columns and --holdout-by. DataError as read_list's,
-    and if a list has no row for its purpose.
+    where it has no such rows. columns, by: --list-columns and --holdout-by. DataError as
+    read_list's, and if a list has no row for its purpose.
     """
     parts, base = read_list(train_list, root, "train", columns, by)
     train = part_of(parts, train_list, "train")
@@ -104,8 +104,8 @@ def read_list(path, root, whole, columns=None, by=None):
     splits = [row.split for row in rows if row.split is not None]
     if splits and not any(map(split_of, splits)):
         raise DataError(f"the list {shown(path)}: its column of splits never says train, val or "
-                        f"test, but {some(dict.fromkeys(splits))}; name another, as in --columns "
-                        "split=fold, or put these words there")
+                        f"test, but {some(dict.fromkeys(splits))}; name another, as in "
+                        "--list-columns split=fold, or put these words there")
     parts = {split: as_files(images, header, by) for split, images in good.items()}
     parts = parts or {whole: as_files([], header, by)}
     next(iter(parts.values())).problems.extend(problems)
@@ -219,16 +219,16 @@ def table_row(line, fields, header, place):
 # ---- Columns -------------------------------------------------------------------------------------
 
 def column_names(columns):
-    """{role: name of its column} of --columns, image=path,label=species; else a role's own name.
+    """{role: name of its column} of --list-columns, image=path,label=species.
 
-    DataError for other words.
+    A role that is not in it is its column's name. DataError for other words.
     """
     names = {role: role for role in ROLES}
     for text in columns.split(",") if columns else ():
         role, _, name = text.partition("=")
         if role.strip() not in ROLES or not name.strip():
-            raise DataError(f"--columns says {shown(text)!r}: it is for {', '.join(ROLES)}, as in "
-                            "image=path,label=species")
+            raise DataError(f"--list-columns says {shown(text)!r}: it is for {', '.join(ROLES)}, "
+                            "as in image=path,label=species")
         names[role.strip()] = name.strip()
     return names
 
@@ -278,4 +278,4 @@ def refuse_header(path, header, names):
                         "columns, such as image,label")
     missing = ", ".join(missing_columns(header, names))
     raise DataError(f"{place}: no column {shown(missing)} among {found}; name them, as in "
-                    "--columns image=path,label=species")
+                    "--list-columns image=path,label=species")

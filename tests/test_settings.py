@@ -249,7 +249,7 @@ def test_people_are_told_what_the_schedule_became(flags, words):
     ("--holdout 0.1 --holdout-by x", "--holdout-by is for --dataset folder"),
     ("--dataset folder --holdout-by x", "give a share too, as in --holdout 0.2"),
     ("--dataset folder --test-list x", "go with a --train-list"),
-    ("--dataset folder --columns image=x", "go with a --train-list"),
+    ("--dataset folder --list-columns image=x", "go with a --train-list"),
     ("--dataset inat18 --recipe paper --imb 10", "--imb"),
     ("--dataset inat18 --recipe paper --crop padded", "--crop loader")])
 def test_students_that_cannot_be(flags, words):
