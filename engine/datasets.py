@@ -94,7 +94,7 @@ def load(args, rt):
 def find_files(args, imb):
     """(training Files, test Files, label) of a data set of image files; nothing is decoded."""
     if args.dataset == "folder":
-        train, test = own_images(args)
+        train, test = own_folder(*own_settings(args))
         return train, test, own_name(args)
     if args.dataset in LISTS:
         return listed_set(args.dataset, args.data_dir, (args.train_list, args.test_list),
@@ -375,10 +375,10 @@ def channels_first(images):
 
 # ---- A user's own folder -------------------------------------------------------------------------
 
-def own_images(args):
-    """(training Files, test Files) of a user's own images."""
-    return own_folder(args.data_dir, args.imb, args.imb_type, args.holdout, args.holdout_by,
-                      (args.train_list, args.test_list), args.list_columns)
+def own_settings(args):
+    """What own_folder is called with."""
+    return (args.data_dir, args.imb, args.imb_type, args.holdout, args.holdout_by,
+            (args.train_list, args.test_list), args.list_columns)
 
 
 def own_folder(root, imb, kind, holdout, holdout_by=None, lists=(None, None), columns=None):
@@ -473,16 +473,15 @@ class Survey:
 
 def survey(args):
     """Survey of a user's own folder. DataError if no image in it can be read."""
-    return survey_folder(args.data_dir, args.imb, args.imb_type, args.holdout, args.holdout_by,
-                         (args.train_list, args.test_list), args.list_columns)
+    return survey_folder(args.train_list or args.data_dir, own_settings(args))
 
 
 @functools.cache
-def survey_folder(*settings):
+def survey_folder(place, settings):
     train, _ = own_folder(*settings)
     shorter_sides = sides(train)
     if len(shorter_sides) == 0:
-        lines = [f"{shown(root)} has no image that can be used", *train.problems[:1]]
+        lines = [f"{shown(place)} has no image that can be used", *train.problems[:1]]
         raise DataError("; ".join(lines))
     return Survey(len(train), int((train.counts() > 0).sum()), int(np.median(shorter_sides)))
 
