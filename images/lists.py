@@ -55,7 +55,7 @@ def find_listed(train_list, test_list, root, columns=None, by=None, otherwise=No
     else:
         column = find_column(train.columns, column_names(columns)["group"])
         if by is None and column is not None:
-            train.remarks.append(f"Of the column {train.columns[column]} no use is made: "
+            train.remarks.append(f"The column {shown(train.columns[column])} is not used: "
                                  "--holdout-by group keeps its groups on one side.")
         return train, None, base
     for split in unused:

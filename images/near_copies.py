@@ -76,8 +76,8 @@ def remark_on(train_files, test_files, pairs, root, held_out):
         return None
     i, j = pairs[0]
     line = (f"{len(pairs):,} of {len(test_files):,} test images look nearly the same as a training "
-            f"image, such as {shown(test_files.paths[i])} and {shown(train_files.paths[j])}: the "
-            "accuracy is too good for new pictures.")
+            f"image, such as {shown(test_files.paths[i])} and {shown(train_files.paths[j])}: new "
+            "pictures will do worse than these.")
     if not held_out:
         return line + " Keep what was taken together (a video, a plate, a patient) in one part."
     pattern = guess_pattern(train_files.names(root), test_files.names(root), pairs)

@@ -102,7 +102,7 @@ def test_a_column_of_groups(by, groups, tmp_path):
     content = ("group,plate,image,label\np1,7,a/0.jpg,cat\n,7,a/1.jpg,dog\np2,8,b/0.jpg,cat\n")
     _, _, files = listed(tmp_path, content, by=by)
     assert (None if files.group is None else files.group.tolist()) == groups
-    said = [f"Of the column group no use is made: --holdout-by group keeps its groups on one side."]
+    said = ["The column group is not used: --holdout-by group keeps its groups on one side."]
     assert files.remarks == (said if by is None else [])
     content = content.replace("group", "patient")
     _, _, files = listed(tmp_path, content, by="group", columns="group=patient")
