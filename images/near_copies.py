@@ -2,8 +2,8 @@ r"""Which test images look nearly like a training image: frames of one video, cr
 
 Images are compared by the gradients of 16 x 16 gray thumbnails, of which the mean over the data set
 is taken away (a vignette, a fixed background); two look alike where the cosine is above 0.95. On
-fish photographs that finds the frame beside it in the same video for 1 test image in 22, and a fish
-of another video for 1 in 1,000; a 64-bit difference hash that finds as many is wrong for as many.
+fish photographs that finds the frame beside it in the same video for 1 test image in 20, and a fish
+of another video for 1 in 500; a 64-bit difference hash that finds as many is wrong for as many.
 """
 import os
 import re
