@@ -220,8 +220,10 @@ def parse():
     data.add_argument("--imb-type", choices=("exp", "step"), metavar="TYPE", help="exp or step")
     data.add_argument("--data-dir", metavar="DIR")
     data.add_argument("--holdout", type=float, metavar="SHARE")
+    data.add_argument("--holdout-by", metavar="GROUP")
     data.add_argument("--train-list", metavar="FILE")
     data.add_argument("--test-list", metavar="FILE")
+    data.add_argument("--list-columns", metavar="NAMES")
     data.add_argument("--groups", type=group_limits, metavar="A,B")
     data.add_argument("--test-prior", metavar="FILE", help="eval: weight the test images to these "
                       "class frequencies, and adjust the logits: uniform, train, or a CSV file")

@@ -23,8 +23,8 @@ from engine.runtime import UserError
 from images.files import shown
 
 # Settings that say which data to use; the command line's replace those of a run.
-DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir", "holdout", "train_list", "test_list",
-              "groups")
+DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir", "holdout", "holdout_by", "train_list",
+              "test_list", "list_columns", "groups")
 
 
 # ---- What a run says of itself -------------------------------------------------------------------
@@ -266,7 +266,8 @@ def settings_of(network, path, data_flags):
         raise UserError(f"{path} knows {K} classes, neither CIFAR's 10 nor 100: name its --dataset")
     assumed = dict(dataset="cifar100" if K == 100 else "cifar10", imb=None, imb_type="exp",
                    data_dir="data", img_size=side, eval_crop=side / decoded_size(network),
-                   holdout=None, train_list=None, test_list=None,
+                   holdout=None, holdout_by=None, train_list=None, test_list=None,
+                   list_columns=None,
                    white=network.white if network.config else None)
     # Images that have become unusable are listed and left out: there is no --skip-bad here.
     args = argparse.Namespace(**assumed | network.config | data_flags | {"skip_bad": True})

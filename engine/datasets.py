@@ -5,13 +5,14 @@ r"""Loads the data set that a run's settings name: `load_data(args, rt)` -> data
                             test/<class>/* with the images of a class in their original order
     imagenet_lt, inat18     lists of files, lines `path label`; the images stay on disk
     folder                  a user's own: train/<class>/* and test/<class>/* (or val/), or one
-                            folder of classes and --holdout (images/layout.py)
+                            folder of classes and --holdout (images/layout.py), or a list of
+                            images (images/lists.py)
 
 `args` is any object with the attributes dataset, imb, imb_type, data_dir, img_size, holdout,
-train_list, test_list, skip_bad and, if test images are cropped, eval_crop; white, if the level of
-deep images is known (images/decode.py). What fits into the memory budget is held as uint8 tensors
-on the training device; other images are streamed from disk. All files that cannot be used are
-listed before training starts.
+holdout_by, train_list, test_list, list_columns, skip_bad and, if test images are cropped,
+eval_crop; white, if the level of deep images is known (images/decode.py). What fits into the memory
+budget is held as uint8 tensors on the training device; other images are streamed from disk. All
+files that cannot be used are listed before training starts.
 """
 import functools
 import math
@@ -28,10 +29,13 @@ from engine.groups import group_classes, groups_text
 from engine.runtime import barrier
 from images.copies import without_copies
 from images.decode import Stream, check, read_all, sides, white_level
-from images.files import (DataError, Files, hold_out, list_file, list_folder, natural, refuse,
-                          shown, some, subfolders)
-from images.layout import (better_root, check_classes, find_splits, plain, refuse_layout, split_of,
-                           with_images)
+from images.files import (DataError, Files, list_folder, natural, refuse, shown, some,
+                          subfolders)
+from images.holdout import group_names, hold_out
+from images.layout import (better_root, check_classes, find_splits, refuse_layout, renumber,
+                           split_of, with_images)
+from images.lists import find_listed
+from images.near_copies import MOST, nearly_the_same, remark_on
 
 LIST_NAMES = {
     "imagenet_lt": ("ImageNet_LT_train.txt", "ImageNet_LT_test.txt"),
@@ -94,10 +98,11 @@ def load(args, rt):
 def find_files(args, imb):
     """(training Files, test Files, label) of a data set of image files; nothing is decoded."""
     if args.dataset == "folder":
-        train, test = own_folder(args.data_dir, imb, args.imb_type, args.holdout)
-        return train, test, shown(os.path.basename(os.path.abspath(args.data_dir)))
+        train, test = own_folder(*own_settings(args))
+        return train, test, own_name(args)
     if args.dataset in LISTS:
-        return listed_set(args.dataset, args.data_dir, (args.train_list, args.test_list))
+        return listed_set(args.dataset, args.data_dir, (args.train_list, args.test_list),
+                          args.list_columns, args.holdout, args.holdout_by)
     return cifar_folder(args.data_dir, int(args.dataset.removeprefix("cifar")), imb, args.imb_type,
                         args.holdout, args.skip_bad)
 
@@ -126,7 +131,7 @@ def read_files(args, label, train, test, fingerprint, rt):
     on_disk = args.dataset in LISTS or needed > memory_budget(rt)
     white = white_level(train, test, rt.print, getattr(args, "white", None))
     train, test = replace(train, white=white), replace(test, white=white)
-    splits, problems = [], train.problems + test.problems
+    splits, kept, problems = [], [], train.problems + test.problems
     for files, size in ((train, train_size), (test, test_size)):
         if on_disk:
             good, bad = check(files, thorough=args.dataset not in LISTS)
@@ -134,6 +139,7 @@ def read_files(args, label, train, test, fingerprint, rt):
         else:
             images, good, bad = read_all(files, size, exact=args.dataset.startswith("cifar"))
         splits.append((images, files.labels[good]))
+        kept.append(files.keep(good))
         problems += bad
     refuse(problems, args.skip_bad, rt.print)
     if problems and args.dataset != "folder":
@@ -142,7 +148,24 @@ def read_files(args, label, train, test, fingerprint, rt):
     missing = sorted(set(train.class_names) - set(data.class_names), key=natural)
     if missing:
         rt.print(f"Without an image to train on, so left out, also in testing: {some(missing)}.")
+    if rt.main and not args.dataset.startswith("cifar"):
+        say_near_copies(*kept, *splits, args, rt)
     return replace(data, white=white)
+
+
+def say_near_copies(train, test, trained, tested, args, rt):
+    """Print a line if many test images look nearly like a training image.
+
+    train, test: Files; trained, tested: (images, labels) of them. Large sets on disk are left out.
+    """
+    images = [trained[0], tested[0]]
+    if isinstance(images[0], Stream):
+        images = [Stream(files, 32) for files in (train, test)]     # decoded small, so fast
+    if len(train) + len(test) <= (MOST // 4 if isinstance(images[0], Stream) else MOST):
+        pairs = nearly_the_same(images[0], trained[1], images[1], tested[1])
+        line = remark_on(train, test, pairs, args.data_dir, args.holdout)
+        if line:
+            rt.print(line)
 
 
 def sort_classes(dataset, label, train, test, class_names, fingerprint=None):
@@ -168,8 +191,15 @@ def sort_classes(dataset, label, train, test, class_names, fingerprint=None):
     counts = counts[ids].tolist()
     return LongTailData(
         dataset, label, x, torch.from_numpy(number[y]), test_x, torch.from_numpy(number[test_y]),
-        [class_names[k] for k in ids], counts, group_classes(dataset, counts), ids.tolist(),
-        fingerprint or f"{counts} {len(test_y)}")
+        [class_names[k] for k in ids], counts, group_classes(dataset, counts),
+        own_numbers(dataset, class_names, ids), fingerprint or f"{counts} {len(test_y)}")
+
+
+def own_numbers(dataset, class_names, ids):
+    """The data set's own numbers of the classes `ids`: lists name classes by theirs."""
+    if dataset in LISTS and all(name.isdecimal() for name in class_names):
+        return [int(class_names[k]) for k in ids]
+    return ids.tolist()
 
 
 def descending(counts):
@@ -349,13 +379,31 @@ def channels_first(images):
 
 # ---- A user's own folder -------------------------------------------------------------------------
 
-def own_folder(root, imb, kind, holdout):
-    """(training Files, test Files) of a folder to train on and one to test on, or of one folder.
+def own_settings(args):
+    """What own_folder is called with."""
+    return (args.data_dir, args.imb, args.imb_type, args.holdout, args.holdout_by,
+            (args.train_list, args.test_list), args.list_columns)
 
-    One folder of classes is split by `holdout`. imb: None, or the imbalance to make by leaving
-    images out. DataError for a layout that is not understood, if there is nothing to test on, or
-    for an imbalance that cannot be made.
+
+def own_folder(root, imb, kind, holdout, holdout_by=None, lists=(None, None), columns=None):
+    """(training Files, test Files) of folders to train and to test on, or of lists, or of one.
+
+    One folder of classes, or one list, is split by `holdout`, groups as `holdout_by` names them.
+    imb: None, or the imbalance to make by leaving images out. DataError for a layout or list that
+    is not understood, if there is nothing to test on, or for an imbalance that cannot be made.
     """
+    if lists[0]:
+        train, test, base = find_listed(*lists, root, columns, holdout_by)
+        train, test = split_listed(train, test, base, lists[0], holdout, holdout_by)
+    else:
+        train, test = split_folder(root, holdout, holdout_by)
+    if imb is not None:
+        train = make_tail(train, imb, kind, root)
+    return train, test
+
+
+def split_folder(root, holdout, holdout_by):
+    """own_folder's for folders."""
     train_root, test_root, remarks = find_splits(root)
     if holdout and test_root:
         raise DataError(f"{shown(root)} has images to test on in "
@@ -372,13 +420,36 @@ def own_folder(root, imb, kind, holdout):
                         "with --holdout 0.2")
     train, test = without_copies(train, test)
     if holdout:
-        train, test = hold_out(train, holdout, train_root)
-        if len(train) and not len(test):
-            raise DataError(f"no class of {shown(train_root)} has two different images, one to "
-                            "train and one to test on, as --holdout needs")
-    if imb is not None:
-        train = make_tail(train, imb, kind, root)
+        groups = group_names(train, holdout_by, root) if holdout_by else None
+        train, test = hold_out(train, holdout, train_root, groups)
+        check_held_out(train, test, train_root, groups)
     return train, test
+
+
+def split_listed(train, test, base, name, holdout, holdout_by, published=False):
+    """(training Files, test Files) of a list of this name, split by `holdout` if test is None."""
+    if holdout and test is not None:
+        raise DataError(f"{shown(name)} has images to test on: leave --holdout out")
+    if test is None and not holdout:
+        raise DataError(f"{shown(name)} has no images to test on: give it a column split that says "
+                        "train or test, or name a --test-list, or keep a part of each class for "
+                        "that with --holdout 0.2")
+    given = test if test is not None else train.keep(slice(0))
+    train, given = without_copies(train, given, keep=published)
+    if test is not None:
+        return train, given
+    groups = group_names(train, holdout_by, base) if holdout_by else None
+    train, test = hold_out(train, holdout, base, groups)
+    check_held_out(train, test, name, groups)
+    return train, test
+
+
+def check_held_out(train, test, place, groups):
+    """DataError if no class could be split."""
+    if len(train) and not len(test):
+        what = "different images" if groups is None else "groups"
+        raise DataError(f"no class of {shown(place)} has two {what}, one to train and one to test "
+                        "on, as --holdout needs")
 
 
 def make_tail(train, imb, kind, root):
@@ -396,23 +467,6 @@ def make_tail(train, imb, kind, root):
     return train.keep(np.sort(long_tailed_indices(train.labels, counts)))
 
 
-def renumber(test, class_names, test_root, train_root):
-    """Test Files with the class numbers of training; a class unknown there is a problem."""
-    known = {name: k for k, name in enumerate(class_names)}
-    alike = {plain(name): name for name in class_names}
-    problems = []
-    for name in test.class_names:
-        if name not in known:
-            line = f"class {name} of {shown(test_root)} is not in {shown(train_root)}"
-            if plain(name) in alike:
-                line += f"; if it is {alike[plain(name)]}, rename one of the two folders"
-            problems.append(line)
-    number = np.array([known.get(name, -1) for name in test.class_names])
-    labels = number[test.labels]
-    test = replace(test, labels=labels, class_names=class_names, problems=test.problems + problems)
-    return test.keep(labels >= 0)
-
-
 @dataclass
 class Survey:
     """What is in a user's own folder, before it is read."""
@@ -423,49 +477,60 @@ class Survey:
 
 def survey(args):
     """Survey of a user's own folder. DataError if no image in it can be read."""
-    return survey_folder(args.data_dir, args.imb, args.imb_type, args.holdout)
+    return survey_folder(args.train_list or args.data_dir, own_settings(args))
 
 
 @functools.cache
-def survey_folder(root, imb, kind, holdout):
-    train, _ = own_folder(root, imb, kind, holdout)
+def survey_folder(place, settings):
+    train, _ = own_folder(*settings)
     shorter_sides = sides(train)
     if len(shorter_sides) == 0:
-        lines = [f"{shown(root)} has no image that can be used", *train.problems[:1]]
+        lines = [f"{shown(place)} has no image that can be used", *train.problems[:1]]
         raise DataError("; ".join(lines))
     return Survey(len(train), int((train.counts() > 0).sum()), int(np.median(shorter_sides)))
 
 
 # ---- Lists ---------------------------------------------------------------------------------------
 
-def listed_set(dataset, root, lists):
+def listed_set(dataset, root, lists, columns=None, holdout=None, holdout_by=None):
     """(training Files, test Files, label) of two list files.
 
-    lists: their paths; None for the published name under root.
+    lists: their paths; None for the published name under root. Other lists may have other classes.
     """
-    label, num_classes = LISTS[dataset]
-    paths = [path or os.path.join(root, name) for path, name in zip(lists, LIST_NAMES[dataset])]
-    train, test = [list_file(path, root, num_classes) for path in paths]
-    missing = np.where(train.counts() == 0)[0].tolist()
-    if missing:
-        train.problems.append(f"{shown(paths[0])} has no image of {len(missing)} classes: "
-                              + some(map(str, missing)))
-    difference = lists_difference(dataset, len(train), test.counts())
+    label, _ = LISTS[dataset]
+    usual = [os.path.join(root, name) for name in LIST_NAMES[dataset]]
+    train_list = lists[0] or usual[0]
+    train, test, base = find_listed(train_list, lists[1], root, columns, holdout_by,
+                                    otherwise=None if holdout else usual[1])
+    difference = "a part is held out"
+    if not holdout:
+        difference = lists_difference(dataset, train.counts(), test.counts())
     if difference:
         train.remarks.append(f"These are not the published lists of {label}: {difference}.")
         label = unpublished(label)
-    return *without_copies(train, test, keep=not difference), label
+    train, test = split_listed(train, test, base, train_list, holdout, holdout_by,
+                               published=not difference)
+    return train, test, label
 
 
-def lists_difference(dataset, n, test_counts):
+def lists_difference(dataset, counts, test_counts):
     """What is not as in the published lists, a line of text, or None."""
+    _, num_classes = LISTS[dataset]
     published, per_class = PUBLISHED_COUNTS[dataset]
-    if n != published:
-        return f"{n:,} images to train on, not {published:,}"
+    if len(counts) != num_classes:
+        return f"{len(counts):,} classes, not {num_classes:,}"
+    if sum(counts) != published:
+        return f"{sum(counts):,} images to train on, not {published:,}"
     for k, n in enumerate(test_counts):
         if n != per_class:
             return f"class {k} has {n} images to test on, not {per_class}"
     return None
+
+
+def own_name(args):
+    """What a user's own images are called: as their list, or as their folder."""
+    path = os.path.splitext(args.train_list)[0] if args.train_list else args.data_dir
+    return shown(os.path.basename(os.path.abspath(path)))
 
 
 # ---- For people ----------------------------------------------------------------------------------

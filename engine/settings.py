@@ -48,7 +48,8 @@ class Interval:
 
 
 # Settings of both scripts that say which images there are, and how a run goes. None: no default.
-DATA_SETTINGS = ("dataset", "imb", "imb_type", "holdout", "train_list", "test_list", "groups")
+DATA_SETTINGS = ("dataset", "imb", "imb_type", "holdout", "holdout_by", "train_list", "test_list",
+                 "list_columns", "groups")
 CARRIED = (*DATA_SETTINGS, "data_dir", "seed", "device", "amp", "save_every", "compile", "skip_bad")
 NOT_RESUMED = ("out", "name", "resume", "overwrite", "force", "device", "data_dir", "compile",
                "checkpointing", "save_every", "skip_bad", "eval_every", "groups")   # free to differ
@@ -88,8 +89,13 @@ def add_run_flags(parser):
                       help="CIFAR's folder (downloaded if missing), or of your images [data]")
     data.add_argument("--holdout", type=float, metavar="SHARE",
                       help="test on this share of each class's training images instead")
-    data.add_argument("--train-list", metavar="FILE", help="large sets: lines 'path label'")
+    data.add_argument("--holdout-by", metavar="GROUP",
+                      help="keep groups whole: a regular expression for paths, or a list's column")
+    data.add_argument("--train-list", metavar="FILE",
+                      help="images by a list: CSV with image,label[,split], or lines 'path label'")
     data.add_argument("--test-list", metavar="FILE", help="the same for the test images")
+    data.add_argument("--list-columns", metavar="NAMES",
+                      help="of a CSV list: image=...,label=...,split=...,group=... [those words]")
     data.add_argument("--groups", type=group_limits, metavar="A,B", help="own data: head has more "
                       "than A training images, tail fewer than B [thirds]")
     data.add_argument("--skip-bad", action="store_true",
@@ -180,11 +186,17 @@ def resolve_data(args):
     check_ranges(args, seed=(0, 2 ** 62))
     if args.imb is None and args.dataset not in ("folder", *data_lt.LISTS):
         args.imb = 100.0
-    if args.holdout is not None and args.dataset not in ("folder", "cifar10", "cifar100"):
-        raise UserError("--holdout is for --dataset folder, cifar10 and cifar100")
-    if args.dataset not in data_lt.LISTS and (args.train_list or args.test_list):
-        raise UserError("--train-list and --test-list are for --dataset "
-                        + " or ".join(data_lt.LISTS))
+    by_list = ("folder", *data_lt.LISTS)                        # or, folder, by its folders
+    if args.holdout is not None and args.dataset == "shapes":
+        raise UserError("--holdout is not for --dataset shapes")
+    for name in ("holdout_by", "train_list", "test_list", "list_columns"):
+        if getattr(args, name) and args.dataset not in by_list:
+            raise UserError(f"{flag(name)} is for --dataset {', '.join(by_list)}")
+    if args.holdout_by and args.holdout is None:
+        raise UserError("--holdout-by says what --holdout keeps together: give a share too, as in "
+                        "--holdout 0.2")
+    if args.dataset == "folder" and not args.train_list and (args.test_list or args.list_columns):
+        raise UserError("--test-list and --list-columns go with a --train-list")
     if args.groups and args.dataset not in ("folder", *data_lt.LISTS):
         raise UserError(f"--groups is for your own data: {args.dataset} has published groups")
     if args.dataset in data_lt.LISTS and args.imb is not None:
@@ -282,7 +294,8 @@ def data_name(args):
     """What the data are, for a run's name: cifar10_imb100."""
     name = args.dataset
     if name == "folder":
-        folder = shown(os.path.basename(os.path.abspath(args.data_dir)))
+        path = os.path.splitext(args.train_list)[0] if args.train_list else args.data_dir
+        folder = shown(os.path.basename(os.path.abspath(path)))
         name = re.sub(r"[^\w.-]+", "-", folder)
     if args.imb is not None:
         name += f"_imb{args.imb:g}"
@@ -290,6 +303,8 @@ def data_name(args):
             name += "step"
     if args.holdout and args.dataset != "folder":
         name += f"_holdout{args.holdout:g}"
+    if args.holdout_by:
+        name += "_groups"
     return name
 
 

@@ -1,7 +1,7 @@
-r"""Which image files there are, and of which class: folders, and lists of files.
+r"""Which image files there are, and of which class: folders of classes.
 
-`root/<class>/**`, or a list with lines `relative/path label`. Both give a `Files`: paths and labels
-in two arrays, so that a million images need no million Python objects.
+`root/<class>/**` gives a `Files`: paths and labels in two arrays, so that a million images need no
+million Python objects. Lists of files (images/lists.py) give the same.
 
     links that lead in a circle                 followed once
     names that are not UTF-8, control codes     shown escaped, see `shown`
@@ -9,9 +9,8 @@ in two arrays, so that a million images need no million Python objects.
     a run's folder among the images             passed over
 
 images/layout.py says which folders to list, images/copies.py which files are the same image,
-images/decode.py reads them.
+images/holdout.py which are kept for testing; images/decode.py reads them.
 """
-import codecs
 import hashlib
 import os
 import re
@@ -44,6 +43,8 @@ class Files:
     white: int = 65535                                  # see images.decode.WHITES
     remarks: list = field(default_factory=list)         # lines of text that are only said
     content: np.ndarray = None      # (N,) a number that files of the same content share
+    group: np.ndarray = None        # (N,) text, of a list's column: what belongs together
+    columns: tuple = ()             # names of a list's columns
 
     def __post_init__(self):
         if self.content is None:
@@ -54,8 +55,9 @@ class Files:
 
     def keep(self, chosen):
         """The same with only the images of an index array or a mask."""
+        group = None if self.group is None else self.group[chosen]
         return replace(self, paths=self.paths[chosen], labels=self.labels[chosen],
-                       content=self.content[chosen])
+                       content=self.content[chosen], group=group)
 
     def names(self, root):
         """Paths relative to root, bytes (so that a folder may be moved)."""
@@ -231,11 +233,11 @@ def list_folder(root):
                  problems, ignored)
 
 
-def some(names):
-    """The first five names, for people: a, b, c, d, e and 7 more."""
+def some(names, most=5):
+    """The first five names, or `most`, for people: a, b, c, d, e and 7 more."""
     names = [shown(name) for name in names]
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def identity(folder):
@@ -289,69 +291,3 @@ def walk(folder, problems, ignored, elsewhere=frozenset()):
             else:
                 ending = os.path.splitext(entry.name)[1].lower()
                 ignored[ending or "without ending"] += 1
-
-
-def list_file(path, root, num_classes):
-    """Lines `relative/path label` -> Files in the lines' order, paths under root.
-
-    Labels are numbers below num_classes. Other lines are problems, and so are files listed twice
-    or outside root.
-    DataError if the list cannot be read or is empty.
-    """
-    try:
-        with open(path, "rb") as file:
-            lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read the list {shown(path)}: {error.strerror}") from None
-    paths, labels, problems, first_line = [], [], [], {}
-    folder = os.path.join(os.fsencode(root), b"")
-    for number, line in enumerate(lines, 1):
-        words = line.rsplit(None, 1)
-        if not words:
-            continue
-        image, label = words[0].lstrip(), words[-1]
-        name = os.path.normpath(image)                          # of a/../b/x.jpg: b/x.jpg
-        is_label = len(words) == 2 and label.isdigit() and len(label) < 10
-        if not is_label or int(label) >= num_classes:
-            problems.append(f"{shown(path)}, line {number}: {shown(line[:80])!r} is not a path and "
-                            f"a class from 0 to {num_classes - 1}")
-        elif os.path.isabs(name) or name.split(b"/")[0] == b"..":
-            problems.append(f"{shown(path)}, line {number}: {shown(image)} is not a path below "
-                            f"{shown(root)}")
-        elif name in first_line:
-            problems.append(f"{shown(path)}, line {number}: {shown(image)} is listed in line "
-                            f"{first_line[name]} already")
-        else:
-            first_line[name] = number
-            paths.append(folder + image)
-            labels.append(int(label))
-    if not paths and not problems:
-        raise DataError(f"the list {shown(path)} is empty: lines 'relative/path label' are "
-                        "expected")
-    names = [str(k) for k in range(num_classes)]
-    return Files(np.array(paths, dtype=np.bytes_), np.array(labels, dtype=np.int64), names,
-                 problems)
-
-
-def hold_out(files, fraction, root):
-    """Split class by class into (training, test) Files by a hash of each file's name.
-
-    The split is the same for every run. Of n images of a class, round(fraction * n) are for
-    testing, at least one, but never the last one that is left to train on. Files of the same
-    content are in one part; those that the test part has no room for are trained on. More images in
-    the folder move at most one or two of a class from one part to the other.
-    """
-    order = np.array([hashlib.sha256(name).hexdigest() for name in files.names(root)])
-    is_test = np.zeros(len(files), dtype=bool)
-    for k, n in enumerate(files.counts()):
-        members = np.where(files.labels == k)[0]
-        together = {}                                           # {content: images}
-        for i in members[order[members].argsort()]:
-            together.setdefault(files.content[i], []).append(i)
-        room = min(max(1, round(fraction * n)), n - 1)
-        for images in together.values():
-            if len(images) <= room:
-                is_test[images] = True
-                room -= len(images)
-    test = replace(files.keep(is_test), problems=[], ignored=Counter(), remarks=[])
-    return files.keep(~is_test), test

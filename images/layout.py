@@ -12,6 +12,9 @@ import os
 import re
 import unicodedata
 from collections import Counter
+from dataclasses import replace
+
+import numpy as np
 
 from images.files import DataError, shown, some, subfolders, walk
 
@@ -130,6 +133,23 @@ def check_classes(root, train_root):
 def plain(name):
     """A class's name without upper case, blanks, hyphens and underscores, in one Unicode form."""
     return re.sub(r"\\x20|[\s_-]", "", unicodedata.normalize("NFKC", name).casefold())
+
+
+def renumber(test, class_names, test_root, train_root):
+    """Test Files with the class numbers of training; a class unknown there is a problem."""
+    known = {name: k for k, name in enumerate(class_names)}
+    alike = {plain(name): name for name in class_names}
+    problems = []
+    for name in test.class_names:
+        if name not in known:
+            line = f"class {name} of {shown(test_root)} is not in {shown(train_root)}"
+            if plain(name) in alike:
+                line += f"; if it is {alike[plain(name)]}, rename one of the two folders"
+            problems.append(line)
+    number = np.array([known.get(name, -1) for name in test.class_names])
+    labels = number[test.labels]
+    test = replace(test, labels=labels, class_names=class_names, problems=test.problems + problems)
+    return test.keep(labels >= 0)
 
 
 def better_root(folder):

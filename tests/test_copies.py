@@ -9,7 +9,9 @@ from engine import datasets
 from engine.datasets import own_folder
 from image_folders import write_files
 from images import copies
-from images.files import Files, hold_out, list_file
+from images.files import Files
+from images.holdout import hold_out
+from images.lists import read_list
 
 LAYOUT = {"train/cat": 3, "train/dog": 3, "test/cat": 2, "test/dog": 2}
 
@@ -131,7 +133,7 @@ def test_a_list_names_files_of_its_folder_once(line, words, tmp_path):
     """A file under a second spelling, with a second label; files that nobody meant to read."""
     lines = ["a/0.jpg 0", "a/1.jpg 0", "b/0.jpg 0", "..c/0.jpg 0"]
     (tmp_path / "list.txt").write_text("\n".join([*lines, line]))
-    found = list_file(tmp_path / "list.txt", tmp_path, 3)
+    found = read_list(tmp_path / "list.txt", str(tmp_path), "train")[0]["train"]
     assert len(found) == 4 and len(found.problems) == 1
     assert found.problems[0].startswith(f"{tmp_path}/list.txt, line 5: ")
     assert words in found.problems[0]

@@ -33,8 +33,8 @@ class Recorder(Runtime):
 
 
 def settings(dataset, data_dir, **changes):
-    defaults = dict(imb=None, imb_type="exp", img_size=32, holdout=None, train_list=None,
-                    test_list=None, skip_bad=False)
+    defaults = dict(imb=None, imb_type="exp", img_size=32, holdout=None, holdout_by=None,
+                    train_list=None, test_list=None, list_columns=None, skip_bad=False)
     return SimpleNamespace(dataset=dataset, data_dir=str(data_dir), **(defaults | changes))
 
 
@@ -244,11 +244,14 @@ def test_copies_in_the_published_cifar_stay_and_are_said(cifar, monkeypatch):
 
 def test_lists_are_compared_with_the_published_ones():
     difference = datasets.lists_difference
-    assert difference("imagenet_lt", 115_846, [50] * 1000) is None
-    assert difference("inat18", 437_513, [3] * 8142) is None
-    assert difference("inat18", 437_512, [3] * 8142) == "437,512 images to train on, not 437,513"
+    large = [115_846 - 999, *[1] * 999]
+    assert difference("imagenet_lt", large, [50] * 1000) is None
+    assert difference("inat18", [437_513 - 8141, *[1] * 8141], [3] * 8142) is None
+    expected = "437,512 images to train on, not 437,513"
+    assert difference("inat18", [437_512 - 8141, *[1] * 8141], [3] * 8142) == expected
     expected = "class 7 has 20 images to test on, not 50"
-    assert difference("imagenet_lt", 115_846, changed([50] * 1000, 7, 20)) == expected
+    assert difference("imagenet_lt", large, changed([50] * 1000, 7, 20)) == expected
+    assert difference("imagenet_lt", [500] * 200, [50] * 200) == "200 classes, not 1,000"
 
 
 # ---- What people get wrong with CIFAR ------------------------------------------------------------
@@ -652,7 +655,7 @@ def test_the_budget_is_that_of_one_process_and_its_gpu(device, processes, free, 
 # ---- Lists ---------------------------------------------------------------------------------------
 
 def test_a_listed_set_keeps_the_map_of_its_classes(tmp_path, monkeypatch):
-    """Ties out of order, a class without images that stays, a test label that is not renumbered,
+    """Ties out of order, a number without images that stays, a test label that is not renumbered,
     test images not of the size that the test crop is cut from."""
     monkeypatch.setitem(data_lt.LISTS, "imagenet_lt", ("ImageNet-LT", 5))
     counts = {"train": (4, 9, 0, 9, 1), "test": (2, 2, 0, 2, 2)}
@@ -665,17 +668,102 @@ def test_a_listed_set_keeps_the_map_of_its_classes(tmp_path, monkeypatch):
                 lines.append(f"{split}_{k}_{i}.jpg {k}")
         (tmp_path / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines) + "\n")
     rt = Recorder()
-    data = load("imagenet_lt", tmp_path, rt, eval_crop=0.875, skip_bad=True)
+    data = load("imagenet_lt", tmp_path, rt, eval_crop=0.875)
     assert data.label == "ImageNet-LT not as published"
-    assert rt.printed[0] == ("These are not the published lists of ImageNet-LT: 23 images to train "
-                             "on, not 115,846.")
+    assert rt.printed == ["These are not the published lists of ImageNet-LT: 4 classes, not 5."]
     assert data.class_ids == [1, 3, 0, 4] and data.class_names == ["1", "3", "0", "4"]
     assert data.counts == [9, 9, 4, 1]
     assert data.train_images.shape == (23, 3, 32, 32)
     assert data.test_images.shape == (8, 3, 37, 37)             # 32 / 0.875
     assert data.test_labels.tolist() == [2, 2, 0, 0, 1, 1, 3, 3]
-    assert "no image of 1 classes: 2" in rt.printed[1]
     steps = [(0, torch.arange(23))]
     one, = data.batches(steps, (0, 0, 0))
     other, = data.batches(steps, (0, 1, 0))
     assert not torch.equal(one[1], other[1]) and torch.equal(one[2], data.train_labels)
+
+
+def write_list(root, name, counts, header="", row="{image} {label}\n"):
+    """Pictures and a list of them, n of each label of `counts`."""
+    lines = [header]
+    for label, n in counts.items():
+        for i in range(n):
+            image = f"{name}_{label}_{i}.png"
+            seed = 1000 * (name == "test") + 100 * list(counts).index(label) + i
+            picture(40, 40, seed).save(root / image)
+            lines.append(row.format(image=image, label=label))
+    (root / f"{name}.txt").write_text("".join(lines))
+    return str(root / f"{name}.txt")
+
+
+@pytest.mark.parametrize("ids", [("0", "1", "2"), ("17", "900", "5000"), ("cat", "dog", "n0144")])
+def test_a_published_name_may_have_other_lists(ids, tmp_path):
+    """Tiny-ImageNet-LT, or a subset, refused, or called ImageNet-LT; classes without an image for
+    the numbers between."""
+    lists = [write_list(tmp_path, name, dict(zip(ids, counts)))
+             for name, counts in (("train", (3, 6, 4)), ("test", (2, 2, 2)))]
+    rt = Recorder()
+    data = load("imagenet_lt", tmp_path, rt, train_list=lists[0], test_list=lists[1])
+    assert rt.printed == ["These are not the published lists of ImageNet-LT: 3 classes, not 1,000."]
+    assert data.label == "ImageNet-LT not as published" and data.counts == [6, 4, 3]
+    assert data.class_names == [ids[1], ids[2], ids[0]]
+    assert data.class_ids == ([int(ids[k]) for k in (1, 2, 0)] if ids[0].isdecimal() else [1, 2, 0])
+    assert data.test_labels.tolist() == [2, 2, 0, 0, 1, 1]
+    held = load("imagenet_lt", tmp_path, rt, train_list=lists[0], holdout=0.3)
+    assert held.counts == [4, 3, 2] and held.label == data.label
+    (tmp_path / "test.txt").write_text("test_0.png 1\n")
+    with pytest.raises(DataError, match="class 1 of .*test.txt is not in .*train.txt"):
+        load("imagenet_lt", tmp_path, train_list=write_list(tmp_path, "train", {"0": 2, "2": 3}),
+             test_list=lists[1])
+
+
+def test_own_images_may_come_by_a_table(tmp_path):
+    """A data set's name that is not its own; images of a class under another label; a list that is
+    split although it says how."""
+    path = write_list(tmp_path, "mine", {"Bär": 3, "an apple": 5}, "image;label\n",
+                      "{image};{label}\n")
+    with pytest.raises(DataError, match="mine.txt has no images to test on: .*--holdout 0.2"):
+        load("folder", "nowhere", train_list=path)
+    data = load("folder", "nowhere", train_list=path, holdout=0.3)
+    assert (data.label, data.counts, data.class_names) == ("mine", [3, 2], ["an apple", "Bär"])
+    everything = torch.cat([data.train_images, data.test_images])
+    labels = torch.cat([data.train_labels, data.test_labels]).tolist()
+    for k, (n, seed) in enumerate(((5, 100), (3, 0))):
+        for i in range(n):
+            expected = picture(40, 40, seed + i).resize((32, 32), Image.BICUBIC)
+            alike = [labels[j] for j, image in enumerate(everything)
+                     if close(image.permute(1, 2, 0), expected)]
+            assert alike == [k]
+    assert datasets.survey(settings("folder", "nowhere", train_list=path, holdout=0.3)).images == 5
+    assert load("folder", "nowhere", train_list=path, holdout=0.3, imb=3).counts == [3, 1]
+    lines = (tmp_path / "mine.txt").read_text().splitlines()
+    rows = [line + f";{'test' if i % 3 == 0 else 'train'}" for i, line in enumerate(lines[1:])]
+    rows = ["image;label;split", *rows, "gone.png;Bär;train"]
+    (tmp_path / "mine.txt").write_text("\n".join(rows))
+    with pytest.raises(DataError, match="leave --holdout out"):
+        load("folder", tmp_path, train_list=path, holdout=0.3)
+    with pytest.raises(DataError, match="gone.png: No such file"):
+        load("folder", tmp_path, train_list=path)
+    data = load("folder", tmp_path, train_list=path, skip_bad=True)
+    assert data.counts == [3, 2] and len(data.test_labels) == 3
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_near_duplicates_of_a_hold_out_are_said(on_disk, tmp_path, monkeypatch):
+    """Nine frames of ten known from training, and an accuracy that is believed; said again where
+    the frames of a video are on one side."""
+    if on_disk:
+        monkeypatch.setattr(datasets, "total_memory", lambda: 0)
+    for k in range(2):
+        (tmp_path / f"class{k}").mkdir()
+        for video in range(8):
+            for i in range(4):
+                frame = picture(64, 64, seed=100 * k + video).crop((i // 2, 0, 62, 63))
+                frame.save(tmp_path / f"class{k}" / f"v{video}_{i}.png")
+    rt = Recorder()
+    load("folder", tmp_path, rt, holdout=0.25, skip_bad=True)
+    line = rt.printed[-1]
+    assert "test images look nearly the same as a training image" in line
+    assert r"Use --holdout-by 'v(\d+)_\d+'" in line
+    rt = Recorder()
+    load("folder", tmp_path, rt, holdout=0.25, holdout_by=r"(v\d+)_", skip_bad=True)
+    assert not any("nearly the same" in line for line in rt.printed)

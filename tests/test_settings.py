@@ -113,7 +113,7 @@ def test_settings_become_flags_that_say_the_same():
 
 def data_args(**changes):
     usual = dict(dataset="cifar10", imb=100.0, imb_type="exp", holdout=None, data_dir="data",
-                 train_list=None, test_list=None, recipe="cpu", seed=0)
+                 holdout_by=None, train_list=None, test_list=None, recipe="cpu", seed=0)
     return argparse.Namespace(**usual | changes)
 
 
@@ -121,6 +121,8 @@ def data_args(**changes):
     ({}, "cifar10_imb100"), (dict(imb=2.5, imb_type="step"), "cifar10_imb2.5step"),
     (dict(holdout=0.1), "cifar10_imb100_holdout0.1"),
     (dict(dataset="folder", data_dir="/a/my fish/", imb=None, holdout=0.2), "my-fish"),
+    (dict(dataset="folder", imb=None, train_list="/a/my list.csv"), "my-list"),
+    (dict(dataset="folder", data_dir="fish", imb=None, holdout=0.2, holdout_by="x"), "fish_groups"),
     (dict(dataset="inat18", imb=None), "inat18")])
 def test_data_names(changes, name):
     """Two data sets under one name: their runs would share a folder."""
@@ -242,8 +244,12 @@ def test_people_are_told_what_the_schedule_became(flags, words):
     ("--tokens 3", "--tokens is one of 1, 2"), ("--distill soft --tau 0", "--tau must be"),
     ("--teacher-rho -1", "--rho must be"), ("--magnitude 11", "--magnitude must be"),
     ("--ema 1", "--ema must be"), ("--holdout 0.95", "--holdout must be"),
-    ("--seed -1", "--seed must be"), ("--train-list x", "--train-list and --test-list are for"),
-    ("--dataset shapes --holdout 0.1", "--holdout is for"),
+    ("--seed -1", "--seed must be"), ("--train-list x", "--train-list is for --dataset folder"),
+    ("--dataset shapes --holdout 0.1", "--holdout is not for"),
+    ("--holdout 0.1 --holdout-by x", "--holdout-by is for --dataset folder"),
+    ("--dataset folder --holdout-by x", "give a share too, as in --holdout 0.2"),
+    ("--dataset folder --test-list x", "go with a --train-list"),
+    ("--dataset folder --list-columns image=x", "go with a --train-list"),
     ("--dataset inat18 --recipe paper --imb 10", "--imb"),
     ("--dataset inat18 --recipe paper --crop padded", "--crop loader")])
 def test_students_that_cannot_be(flags, words):

@@ -12,6 +12,7 @@ import train_teacher
 from conftest import script
 from engine import runtime
 from engine.checkpoints import load_checkpoint
+from engine.datasets import last_loaded
 from image_folders import damage, deepen, make_folder, picture
 
 SHORT = "--recipe cpu --model micro --epochs 2 --drw-epoch 1 --eval-every 2 --batch 8".split()
@@ -111,6 +112,47 @@ def test_a_bad_folder_ends_before_anything_is_written(tmp_path, monkeypatch, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_from_a_table_to_predictions(tmp_path, monkeypatch, capsys):
+    """Columns that the teacher or an analysis does not know; patients on both sides after a run is
+    loaded again; the numbers of classes in place of their names."""
+    without_picture(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    rows = ["patient;file;diagnosis"]
+    for k, name in enumerate(("nevus", "Bär, brown")):
+        for i in range(24 - 8 * k):
+            picture(40, 44, seed=100 * k + i).save(tmp_path / "photos" / f"{k}_{i}.png")
+            rows.append(f'p{k}{i // 2};photos/{k}_{i}.png;"{name}"')
+    (tmp_path / "my skin.csv").write_text("\n".join(rows), encoding="utf-8-sig")
+    row = train_teacher.RECIPES["cpu"]["folder"] | dict(epochs=1, drw_epoch=1)
+    monkeypatch.setitem(train_teacher.RECIPES["cpu"], "folder", row)
+    data = ["--dataset", "folder", "--data-dir", ".", "--train-list", "my skin.csv",
+            "--list-columns", "image=file,label=diagnosis,group=patient",
+            "--holdout", "0.25", "--holdout-by", "group"]
+    script(train_student, monkeypatch, *data, "--out", "run", *SHORT)
+    out = capsys.readouterr().out
+    assert "40 images in 20 groups, of which 5 are held out: 25 to 25 % of each class." in out
+    assert "my skin (imb 1.5, 30 images, 2 classes of 18 to 12), the largest 'nevus'" in out
+    teacher, = (tmp_path / "runs").iterdir()
+    assert teacher.name.startswith("teacher_my-skin_groups_cpu")
+    for run in (tmp_path / "run", teacher):
+        state = load_checkpoint(str(run))
+        assert state["class_names"] == ["nevus", "Bär, brown"]
+        assert state["config"]["holdout_by"] == "group"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["dataset"] == "my skin"
+    last_loaded.clear()                                     # as in a process of its own
+    script(analyze, monkeypatch, "eval", "run")
+    told = capsys.readouterr()
+    assert "20 groups" in told.out and "have changed" not in told.err
+    script(analyze, monkeypatch, "predict", "--checkpoint", "run", "photos", "--csv", "p.csv")
+    assert "nevus" in (tmp_path / "p.csv").read_text()
+    with pytest.raises(SystemExit) as stopped:
+        script(train_student, monkeypatch, *data[:-1], "patient id", "--out", "no", *SHORT)
+    assert stopped.value.code == 2 and not (tmp_path / "no").exists()
+    assert "the columns of the list are patient, file, diagnosis" in capsys.readouterr().err
+
+
 def test_training_from_list_files(tmp_path, monkeypatch, capsys):
     """Teacher and student of the large sets, made small; a run that dies in an epoch continues
     with the same crops."""
@@ -125,7 +167,7 @@ def test_training_from_list_files(tmp_path, monkeypatch, capsys):
                 picture(80, 60, seed=seed).save(tmp_path / name, quality=95)
                 lines.append(f"{name} {k}")
         (tmp_path / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines) + "\n")
-    data = ["--dataset", "imagenet_lt", "--data-dir", tmp_path, "--skip-bad", "--recipe", "paper",
+    data = ["--dataset", "imagenet_lt", "--data-dir", tmp_path, "--recipe", "paper",
             *"--epochs 2 --drw-epoch 1 --batch 8 --amp none".split()]
     script(train_teacher, monkeypatch, *data, "--arch", "resnet32", "--img-size", "16", "--out",
            tmp_path / "teacher")

@@ -1,0 +1,196 @@
+r"""Which images are kept for testing, where a data set does not say.
+
+    hold_out(files, 0.2, root)              a share of each class, by a hash of each file's name
+    hold_out(files, 0.2, root, groups)      the same, but whole groups: tracks, plates, patients
+
+Frames of one video or pictures of one patient are nearly the same picture. With some of them in
+training, an accuracy says how well a network knows these again, not how well it does on new ones.
+"""
+import hashlib
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+
+from images.files import DataError, shown, some
+
+
+# ---- What belongs together -----------------------------------------------------------------------
+
+def group_names(files, by, root):
+    """The group of each image as --holdout-by says, (N,) text; "" for one that has none.
+
+    by: the column of a list that `files` were read with, or a regular expression that is searched
+    in the path relative to root; its first group, or the whole match, is the name. DataError for a
+    pattern that is none, that fits no path, or for one group of all images.
+    """
+    if files.group is not None:
+        names = files.group
+    else:
+        try:
+            pattern = re.compile(by)
+        except re.error as error:
+            raise DataError(f"--holdout-by {by!r} is no regular expression: {error}") from None
+        names = np.array([matched(pattern, os.fsdecode(name)) for name in files.names(root)])
+    example = shown(files.names(root)[0]) if len(files) else "none"
+    if not any(names):
+        columns = f"; the columns of the list are {some(files.columns)}" if files.columns else ""
+        raise DataError(f"--holdout-by {by!r} fits no image: it is searched in paths such as "
+                        f"{example}, and its first (group) is what belongs together{columns}")
+    if len(set(names)) == 1 and all(names):
+        raise DataError(f"--holdout-by {by!r} puts all images into one group, "
+                        f"{shown(names[0])!r}: its first (group) must differ between images that "
+                        f"do not belong together, in paths such as {example}")
+    return names
+
+
+def matched(pattern, path):
+    """The first group of a pattern in a path, or the whole match; "" where it does not fit."""
+    match = pattern.search(path)
+    if match is None:
+        return ""
+    return next((group for group in match.groups() if group), match.group())
+
+
+def units_of(order, content, groups):
+    """Numbers of what must stay on one side, (N,): a group, and files of the same content.
+
+    They are numbered as they first occur in `order` (N,), an order of the images.
+    """
+    first, parent = {}, list(range(len(order)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+    for i in order:
+        keys = [content[i]]
+        if groups is not None and groups[i]:
+            keys.append(str(groups[i]))
+        for key in keys:
+            parent[root(i)] = root(first.setdefault(key, i))
+    number = {}
+    units = np.empty(len(order), dtype=np.int64)
+    for i in order:
+        units[i] = number.setdefault(root(i), len(number))
+    return units
+
+
+# ---- Which part is for testing -------------------------------------------------------------------
+
+def hold_out(files, fraction, root, groups=None):
+    """Split into (training, test) Files by a hash of each file's name, or of its group's.
+
+    The split is the same for every run. Of n images of a class, round(fraction * n) are for
+    testing, at least one, but never the last one that is left to train on. Files of the same
+    content are in one part; those that the test part has no room for are trained on. More images in
+    the folder move at most one or two of a class from one part to the other.
+
+    groups (N,): see group_names. A group is in one part, with all of its classes; the shares are as
+    near to `fraction` as that allows. A class of one group is trained on.
+    """
+    names = files.names(root)
+    if groups is not None:
+        names = [os.fsencode(group) or name for group, name in zip(groups, names)]
+    # The name's hash, then the place in the list, so that equal names stay side by side.
+    order = np.array([hashlib.sha256(name).hexdigest() for name in names]).argsort(kind="stable")
+    units = units_of(order, files.content, groups)
+    counts, parts = files.counts(), composition(units, files.labels)
+    target = np.minimum(np.maximum(1, np.round(fraction * counts)), counts - 1)
+    held, is_test = np.zeros(len(counts)), np.zeros(len(parts), dtype=bool)
+    for unit, part in enumerate(parts):
+        if all(held[k] + n <= target[k] for k, n in part):
+            is_test[unit] = True
+            for k, n in part:
+                held[k] += n
+    remarks = []
+    if groups is not None:
+        improve(parts, is_test, held, counts, fraction)
+        remarks = remarks_on(files, groups, units, is_test)
+    test = replace(files.keep(is_test[units]), problems=[], ignored=Counter(), remarks=[])
+    train = replace(files, remarks=files.remarks + remarks).keep(~is_test[units])
+    return train, test
+
+
+def composition(units, labels):
+    """For each unit the classes in it and their images, a tuple of (class, n)."""
+    parts = [()] * (int(units.max()) + 1 if len(units) else 0)
+    pairs, numbers = np.unique(np.stack([units, labels], axis=1), axis=0, return_counts=True)
+    for (unit, k), n in zip(pairs.tolist(), numbers.tolist()):
+        parts[unit] += ((k, n),)
+    return parts
+
+
+def improve(parts, is_test, held, counts, fraction):
+    """Move units between the parts while that brings the shares nearer to `fraction`, in place.
+
+    Classes with few units come first. For each, a few moves at a time are tried: all that are
+    possible where up to ten units differ, else single ones and pairs.
+    """
+    of_class = [[] for _ in counts]
+    for unit, part in enumerate(parts):
+        for k, _ in part:
+            of_class[k].append(unit)
+
+    def error(k, n):
+        """Distance from the share that was asked for; worse: nothing to train or to test on."""
+        if n == counts[k]:
+            return np.inf
+        return abs(n / counts[k] - fraction) + (n == 0 and len(of_class[k]) > 1)
+
+    def gain(moved):
+        """By how much the classes' errors fall if these units change sides."""
+        change = Counter()
+        for unit in moved:
+            for k, n in parts[unit]:
+                change[k] += -n if is_test[unit] else n
+        return sum(error(k, held[k]) - error(k, held[k] + n) for k, n in change.items())
+
+    for k in sorted(range(len(counts)), key=lambda k: len(of_class[k])):
+        if len(of_class[k]) < 2:
+            continue
+        while True:
+            alike = Counter()               # two of those that are alike are enough to choose from
+            choice = []
+            for unit in of_class[k]:
+                kind = parts[unit], is_test[unit]
+                alike[kind] += 1
+                if alike[kind] <= 2 and len(choice) < 100:
+                    choice.append(unit)
+            most = len(choice) if len(choice) <= 10 else 2
+            moves = [move for size in range(1, most + 1) for move in combinations(choice, size)]
+            best = max(moves, key=gain)
+            if gain(best) < 1e-9:
+                break
+            for unit in best:
+                for other, n in parts[unit]:
+                    held[other] += -n if is_test[unit] else n
+                is_test[unit] = not is_test[unit]
+
+
+def remarks_on(files, groups, units, is_test):
+    """Lines for people on a hold-out by groups."""
+    named = np.array([bool(group) for group in groups])
+    n, held_out = len(set(groups[named])), len(set(groups[named & is_test[units]]))
+    images, tested = files.counts(), files.keep(is_test[units]).counts()
+    shares = [100 * t / n for t, n in zip(tested, images) if t]
+    remarks = [f"--holdout-by: {named.sum():,} images in {n:,} groups, of which {held_out:,} are "
+               "held out" + (f": {min(shares):.0f} to {max(shares):.0f} % of each class."
+                             if shares else ".")]
+    if n == named.sum():
+        remarks.append("--holdout-by: every image is a group of its own, so nothing is kept "
+                       "together; is that the part of the name that was meant?")
+    if not named.all():
+        example = shown(files.paths[np.argmin(named)])
+        remarks.append(f"--holdout-by: {(~named).sum():,} images are in no group, each by itself: "
+                       f"the first is {example}.")
+    single = [name for k, name in enumerate(files.class_names)
+              if images[k] and len(set(units[files.labels == k])) == 1]
+    if single:
+        remarks.append("Of one group each, so only trained on, not tested: "
+                       f"{some(single, most=50)}.")
+    return remarks
