@@ -14,8 +14,6 @@ The LDAM teacher sees weak augmentation only, crop and flip; the student will gi
 augmented, mixed images. That makes DeiT-LT's distillation out-of-distribution. At the end the
 script says how right and how sure it is on both kinds of images. Output: runs/teacher_.../
 """
-import os
-
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +22,7 @@ import data_lt
 import losses
 from engine import evaluation, runtime
 from engine.datasets import describe, load_data, print_data_summary, survey
+from engine.minutes import fit_epochs
 from engine.networks import NORMALISATIONS, build_teacher
 from engine.run_folder import Run
 from engine.runtime import UserError
@@ -338,10 +337,11 @@ def run_teacher(args, rt, wait=False):
     if n // data_lt.steps_per_epoch(n, args.batch) < 2 * rt.world:
         raise UserError(f"--batch {args.batch}: BatchNorm needs two images or more in each of "
                         f"{rt.world} process(es)")
+    net = new_network(args, data, rt)
+    fit_epochs(run, train, args, data, net, rt, at_end=evaluation.teacher_summary)
     rt.print(f"Teacher ({args.recipe} recipe): {args.arch}, {args.loss}, SAM rho {args.rho:g}, "
              f"{schedule_text(args, args.beta > 0)} on {describe(data, args)}. Run folder: "
              f"{args.out}")
-    net = new_network(args, data, rt)
     results = train(args, data, net, rt, run)
     summary = evaluation.teacher_summary(net, data, rt)
     run.finish(results, method=args.loss, model=args.arch, teacher=None, training_images=summary)
@@ -362,8 +362,6 @@ def main():
     args = parse()
     rt = runtime.setup(args.device, args.amp)
     resolve(args, rt)
-    if args.resume and not os.path.exists(args.out):
-        rt.print(f"There is nothing to resume in {args.out}: beginning")
     run_teacher(args, rt)
 
 

@@ -51,7 +51,13 @@ class Interval:
 DATA_SETTINGS = ("dataset", "imb", "imb_type", "holdout", "train_list", "test_list")
 CARRIED = (*DATA_SETTINGS, "data_dir", "seed", "device", "amp", "save_every", "compile", "skip_bad")
 NOT_RESUMED = ("out", "name", "resume", "overwrite", "force", "device", "data_dir", "compile",
-               "checkpointing", "save_every", "skip_bad", "eval_every")     # free to differ
+               "checkpointing", "save_every", "skip_bad", "eval_every", "fitted")  # free to differ
+# What follows from --minutes (engine/minutes.py) where no flag says it.
+FITTED = ("epochs", "eval_every", "warmup_epochs", "drw_epoch", "ema")
+# Of a student's --minutes, for its teacher: a CNN learns from fewer epochs than a ViT, and a
+# teacher that is trained already leaves the student all of them.
+TEACHER_SHARE = 0.4
+SHORTEST = 0.1          # of --minutes
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,6 +101,8 @@ def add_run_flags(parser):
     run = parser.add_argument_group("run")
     run.add_argument("--recipe", default="auto", choices=("auto", "paper", "cpu", "ours", "best"),
                      metavar="NAME", help="paper, cpu or ours [paper on a GPU, else cpu]")
+    run.add_argument("--minutes", type=float, metavar="N",
+                     help="as many epochs as take N minutes here, a student's teacher included")
     run.add_argument("--seed", type=int, default=0, metavar="N",
                      help="of weights, order and augmentation [0]")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
@@ -154,6 +162,14 @@ def as_flags(args, names):
     return flags
 
 
+def flags_of_teacher(args):
+    """The flags of a student's teacher that are the student's too; its share of the minutes."""
+    flags = as_flags(args, (*CARRIED, "recipe"))
+    if args.minutes is not None:
+        flags.append(f"--minutes={max(SHORTEST, TEACHER_SHARE * args.minutes):g}")
+    return flags
+
+
 def check_ranges(args, **ranges):
     """UserError for a setting outside its (lowest, highest) allowed value; NaN is outside."""
     for name, limits in ranges.items():
@@ -203,10 +219,18 @@ def defaults(table):
 def fill_settings(args, table, row):
     """Set every setting that no flag gave to its value in `row`, a dict of all of them.
 
-    --epochs changes the rest of the row's schedule in proportion. Returns {name: value} of the
-    flags that differ from the row. UserError for a value that is not allowed.
+    --epochs changes the rest of the row's schedule in proportion; with --minutes `set_epochs` does
+    so later. Returns {name: value} of the flags that differ from the row. UserError for a value
+    that is not allowed.
     """
     epochs, changed = getattr(args, "epochs", None), {}
+    if getattr(args, "minutes", None) is not None:
+        if epochs is not None:
+            raise UserError("--minutes decides on the epochs: give it or --epochs, not both")
+        check_ranges(args, minutes=(SHORTEST, 1e5))
+        free = [name for name in FITTED if name in row and getattr(args, name) is None]
+        args.fitted = ",".join(free)
+        changed["min"] = f"{args.minutes:g}"
     if epochs is not None and epochs > 0:
         row = in_proportion(row, epochs / row["epochs"])
     for setting in table:
@@ -231,6 +255,14 @@ def in_proportion(row, epochs, steps=None):
     if row.get("ema"):
         parts["ema"] = round(row["ema"] ** (1 / (steps or epochs)), 6)
     return row | parts
+
+
+def set_epochs(args, epochs, eval_every):
+    """Give filled settings with --minutes this number of epochs, as --epochs would have."""
+    row = in_proportion(vars(args), epochs / args.epochs)
+    row |= dict(epochs=epochs, eval_every=eval_every)
+    for name in args.fitted.split(","):
+        setattr(args, name, row[name])
 
 
 def schedule_text(args, drw=True):
