@@ -23,19 +23,17 @@ STUCK = 0.98                # a loss above this share of the first one has not f
 LEARNED = 0.995             # one above this share of a constant answer's has learned no image
 
 
-def constant_answer(data):
-    """How right always answering the commonest class of the test set would be, for people."""
-    share, name, classes = commonest(data)
+def constant_answer(tests, class_names):
+    """How right always answering the commonest class would be, for people. tests: images (K,)."""
+    share, name, classes = commonest(tests, class_names)
     return (f"Always answering '{name}' would be right on {share:.1f} % of the test images "
             f"(balanced accuracy {100 / classes:.1f} %).")
 
 
-def commonest(data):
+def commonest(tests, class_names):
     """(percent of the test images, name) of their commonest class; how many classes have some."""
-    counts = torch.bincount(data.test_labels.cpu(), minlength=data.num_classes)
-    k = int(counts.argmax())
-    share = 100 * counts[k].item() / counts.sum().item()
-    return share, data.class_names[k], int((counts > 0).sum())
+    k = int(tests.argmax())
+    return 100 * tests[k].item() / tests.sum().item(), class_names[k], int((tests > 0).sum())
 
 
 def constant_loss(args, counts):
@@ -73,9 +71,12 @@ class EarlyWarnings:
         most = max(most, PER_CLASS * data.num_classes)
         self.look_at = min(total // 2, max(least, warm_up, min(most, round(share * total))))
         self.done = self.look_at if resumed else 0
-        self.index = evaluation.balanced_sample(data.test_labels.cpu(), IMAGES).to(rt.device)
+        labels = data.test_labels.cpu()
+        index = evaluation.balanced_sample(labels, IMAGES)
+        self.labels, self.index = labels[index], index.to(rt.device)
+        self.tests = torch.bincount(labels, minlength=data.num_classes)     # images by class (K,)
         self.sum, self.sums = torch.zeros((), device=rt.device), []
-        rt.print(constant_answer(data))
+        rt.print(constant_answer(self.tests, data.class_names))
         if not resumed:
             self.check_budget(total)
 
@@ -92,9 +93,9 @@ class EarlyWarnings:
             advice = f"--epochs {math.ceil(longer * args.epochs)}"
             if args.minutes is not None:
                 advice = f"--minutes {math.ceil(longer * args.minutes)}"
-            self.say("budget", 0, f"{args.epochs} epochs of {self.steps} steps are {total} steps "
-                     f"of the optimizer, too few to learn much; {advice} makes {FEWEST_STEPS}, as "
-                     "does a smaller --batch")
+            self.say("budget", 0, f"{total} steps of the optimizer (--epochs {args.epochs}, of "
+                     f"{self.steps} steps) are too few to learn much; {advice} makes "
+                     f"{FEWEST_STEPS}, as does a smaller --batch")
         elif args.warmup_epochs >= args.epochs:
             self.say("budget", 0, f"the warm-up, {args.warmup_epochs:g} epochs, does not end in "
                      f"{args.epochs}: fewer --warmup-epochs, or more epochs")
@@ -141,10 +142,10 @@ class EarlyWarnings:
         results: of an evaluation; else accuracies are those of the images that are looked at.
         """
         args, data = self.args, self.data
-        labels, answers = data.test_labels[self.index].cpu(), self.answers(net).cpu()
+        labels, answers = self.labels, self.answers(net).cpu()
         number = torch.bincount(answers[answers >= 0], minlength=data.num_classes)
         predicted, k = int((number > 0).sum()), int(number.argmax())
-        share, name, classes = commonest(data)
+        share, name, classes = commonest(self.tests, data.class_names)
         when = f"epoch {epoch + 1}"
         # Re-weighting is to find the rare classes: until then a quarter of all is enough.
         ahead = (args.beta > 0 and epoch < args.drw_epoch < args.epochs
@@ -157,7 +158,11 @@ class EarlyWarnings:
             self.say("classes", predicted, f"{when}: the network predicts {predicted} of {classes} "
                      f"classes, '{data.class_names[k]}' for {often:.0f} % of the test images, each "
                      f"class counted alike; {advice}")
-        overall, balanced = accuracies(labels, answers, data, results)
+        if results:
+            overall = results["avg"]["overall"]
+            balanced = torch.tensor(results["avg"]["per_class"]).nanmean().item()
+        else:
+            overall, balanced = estimates(labels, answers, self.tests)
         if overall < share and balanced < 200 / classes:
             self.say("accuracy", 0, f"{when}: {overall:.1f} % of the test images right is below "
                      f"always answering '{name}', {share:.1f} %, and the balanced accuracy, "
@@ -187,18 +192,12 @@ class EarlyWarnings:
         return torch.cat(found)
 
 
-def accuracies(labels, answers, data, results):
-    """(overall, balanced) in percent: those of an evaluation, or estimates by a balanced sample.
+def estimates(labels, answers, tests):
+    """(overall, balanced accuracy) in percent by a sample of the test images (n,).
 
-    overall: the classes' recalls, each as often as it is in the test set.
+    overall: the classes' recalls, each as often as it is in the test set, `tests` (K,).
     """
-    if results:
-        recall = torch.tensor(results["avg"]["per_class"])
-        return results["avg"]["overall"], recall.nanmean().item()
-    classes = data.num_classes
-    right = torch.bincount(labels[answers == labels], minlength=classes)
-    recall = 100 * right / torch.bincount(labels, minlength=classes)
-    share = torch.bincount(data.test_labels.cpu(), minlength=classes) / len(data.test_labels)
-    known = ~recall.isnan()
-    overall = (share * recall)[known].sum() / share[known].sum()
-    return overall.item(), recall[known].mean().item()
+    right = torch.bincount(labels[answers == labels], minlength=len(tests))
+    seen = torch.bincount(labels, minlength=len(tests))
+    recall, share = (100 * right / seen)[seen > 0], tests[seen > 0].double()
+    return (share * recall).sum().item() / share.sum().item(), recall.mean().item()

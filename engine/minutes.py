@@ -26,9 +26,10 @@ from engine.settings import set_epochs
 WARM_UP = {"cpu": 3, "cuda": 10}    # steps that are not timed: kernels are chosen, memory is paged
 TIMED = 3, 300                      # steps of a timed epoch, from and to
 SHARE = 0.02                        # of the time that is left, for each timed epoch
-TOO_SLOW = 0.05                     # of it for the first steps: there is no time to measure more
+FIRST_STEP = 0.25                   # of it for the first step: there is no time to measure more
+FIRST_STEPS = 0.05                  # of it for the first two or three steps: the same
 EVALUATION = 0.07                   # evaluations take at most this share of the epochs' time
-END = 8                             # seconds for the last checkpoint, the table and the picture
+PICTURE = 8                         # seconds for a student's table and picture
 TOO_MUCH = 0.15                     # of the time, beyond it: the run says that it takes longer
 SUMMARY = 20000                     # training images of a teacher's summary, at most
 
@@ -51,7 +52,7 @@ class Probe:
 
     def now(self):
         if self.rt.device.type == "cuda":
-            torch.cuda.synchronize(self.rt.device)
+            torch.cuda.synchronize()
         return time.monotonic()
 
     def start(self, args, data, parts, metrics, images, batch, passes=None):
@@ -71,9 +72,10 @@ class Probe:
         if epoch == 0 or step in (0, self.count - 1):
             self.times.append(self.now())
         if epoch == 0:
-            first, *_, before, now = [self.times[0], *self.times]
-            self.warm, self.warm_step = now - first, now - before
-            slow, = all_max([int(self.warm > TOO_SLOW * self.seconds)], self.rt)
+            self.warm = self.times[-1] - self.times[0]
+            self.warm_step = self.times[-1] - self.times[-2]
+            limit = FIRST_STEP if step == 0 else FIRST_STEPS
+            slow, = all_max([int(self.warm > limit * self.seconds)], self.rt)
             if slow:
                 raise TooSlow
 
@@ -122,7 +124,7 @@ def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
     # Images are taken by the index of their label: with few labels few are looked at.
     tests, images = len(data.test_labels), len(data.train_labels)
     few = replace(data, test_labels=data.test_labels[:args.batch])
-    end = END
+    end = 0 if at_end else PICTURE
     with torch.random.fork_rng():
         twin = copy.deepcopy(net)
         try:
@@ -133,7 +135,7 @@ def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
             few = replace(few, train_labels=data.train_labels[:args.batch])
             began = probe.now()
             at_end(twin, few, rt)
-            end += (probe.now() - began) / len(few.train_labels) * min(images, SUMMARY)
+            end = (probe.now() - began) / len(few.train_labels) * min(images, SUMMARY)
     costs = probe.costs(tests / len(few.test_labels))
     left = budget - (time.monotonic() - run.began) - probe.beginning() - end
     epochs, every = all_max(most_epochs(left, costs, args) if rt.main else (0, 0), rt)
@@ -141,14 +143,18 @@ def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
     run.measured = True
     takes = costs.seconds(epochs, every)
     text = (f"{args.minutes:g} minutes: {(budget - left - end) / 60:.1f} are gone, "
-            f"{takes / 60:.1f} for {epochs} epoch{'s' if epochs > 1 else ''} of "
-            f"{duration(costs.epoch)} and {math.ceil(epochs / every)} evaluations of "
-            f"{duration(costs.evaluation)}, {end / 60:.1f} for the end")
+            f"{takes / 60:.1f} for {several(epochs, 'epoch')} of {duration(costs.epoch)} and "
+            f"{several(math.ceil(epochs / every), 'evaluation')} of {duration(costs.evaluation)}, "
+            f"{end / 60:.1f} for the end")
     if takes - left > TOO_MUCH * budget:
         needed = math.ceil((budget - left + takes) / 60)
         text += (f". Warning: that is {(takes - left) / 60:.1f} too many, for one epoch is the "
                  f"least: --minutes {needed}, a smaller network or a smaller --img-size")
     rt.print(text)
+
+
+def several(n, what):
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 @dataclass

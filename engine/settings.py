@@ -230,7 +230,6 @@ def fill_settings(args, table, row):
         check_ranges(args, minutes=(SHORTEST, 1e5))
         free = [name for name in FITTED if name in row and getattr(args, name) is None]
         args.fitted = ",".join(free)
-        changed["min"] = f"{args.minutes:g}"
     if epochs is not None and epochs > 0:
         row = in_proportion(row, epochs / row["epochs"])
     for setting in table:
@@ -320,4 +319,6 @@ def run_name(kind, args, changed, longest=48):
     changes = re.sub(r"[^\w.,+-]+", "-", changes)
     if len(changes) > longest:
         changes = "_" + hashlib.sha256(changes.encode()).hexdigest()[:8]
+    if getattr(args, "minutes", None) is not None:
+        changes = f"_min{args.minutes:g}{changes}"
     return f"{kind}_{data_name(args)}_{args.recipe}{changes}_s{args.seed}"
