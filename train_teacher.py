@@ -204,10 +204,11 @@ def make_criterion(args, counts, device):
 def learning_rate(args, t):
     """At fractional epoch t: linear warm-up, then "step" (the published one) or "cosine".
 
-    Warm-up and step change once an epoch, cosine at every step.
+    Warm-up and step change once an epoch, cosine and a warm-up of less than an epoch at every step.
     """
     if t < args.warmup_epochs:
-        return args.lr * min(1, (int(t) + 1) / args.warmup_epochs)
+        done = int(t) + 1 if args.warmup_epochs >= 1 else t
+        return args.lr * min(1, done / args.warmup_epochs)
     if args.schedule == "cosine":
         return cosine_lr(t, args.epochs, args.lr, 0, min_lr=0)
     if t < 0.8 * args.epochs:
