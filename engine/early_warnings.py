@@ -147,10 +147,10 @@ class EarlyWarnings:
         predicted, k = int((number > 0).sum()), int(number.argmax())
         share, name, classes = commonest(self.tests, data.class_names)
         when = f"epoch {epoch + 1}"
-        # Re-weighting is to find the rare classes: until then a quarter of all is enough.
+        # Deferred re-weighting is to find the rare classes: until then an eighth is enough.
         ahead = (args.beta > 0 and epoch < args.drw_epoch < args.epochs
                  and getattr(args, "distill", "") != "none")
-        if predicted < classes / (4 if ahead else 2):
+        if predicted < (max(2, classes / 8) if ahead else classes / 2):
             advice = "train longer (--epochs, --minutes)"
             if args.recipe != "ours":
                 advice += " or try --recipe ours"
