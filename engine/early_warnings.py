@@ -16,7 +16,8 @@ from engine import evaluation
 
 FEWEST_STEPS = 500          # of the optimizer, below which no recipe of ours has learned much
 # Steps after which the network is looked at: (at least, at most, share of the run).
-LOOK = (100, 500, 0.1)
+LOOK = (200, 500, 0.1)
+MEAN = 100                  # steps, below which their mean loss varies too much to be judged
 PER_CLASS = 5               # or so many steps per class, where that is more than 500
 IMAGES = 500                # test images that are looked at, as many of each class
 STUCK = 0.98                # a loss above this share of the first one has not fallen
@@ -120,8 +121,8 @@ class EarlyWarnings:
     def check_loss(self):
         """Mean loss of the second half of the first steps against their first fifth."""
         args, (fifth, half, total) = self.args, self.sums
-        if self.look_at < LOOK[0]:
-            return                              # too few steps for a mean
+        if self.look_at < MEAN:
+            return
         first = fifth / (self.look_at // 5)
         now = (total - half) / (self.look_at - self.look_at // 2)
         if args.drw_epoch * self.steps < self.look_at and args.beta > 0:
