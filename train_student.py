@@ -25,13 +25,14 @@ import losses
 import train_teacher
 from engine import evaluation, runtime
 from engine.datasets import describe, load_data, print_data_summary, survey
+from engine.minutes import fit_epochs
 from engine.networks import (NORMALISATIONS, build_student, load_teacher, short_name, start_from,
                              teacher_files)
 from engine.run_folder import Run
 from engine.runtime import UserError
-from engine.settings import (CARRIED, Interval, Parser, Setting, add_run_flags, add_settings,
-                             as_flags, defaults, fill_settings, fit_to_folder, flag,
-                             pick_recipe, resolve_data, run_name, schedule_text)
+from engine.settings import (Interval, Parser, Setting, add_run_flags, add_settings, defaults,
+                             fill_settings, fit_to_folder, flag, flags_of_teacher, pick_recipe,
+                             resolve_data, run_name, schedule_text)
 from engine.training import EMA, FiniteScaler, cosine_lr, micro_batches, parameter_groups, set_lr
 from vit import MODELS, STEMS
 
@@ -301,7 +302,7 @@ def resolve(args, rt):
         args.teacher = "strong"
     if args.teacher not in OWN_TEACHERS:
         return None
-    flags = as_flags(args, (*CARRIED, "recipe"))
+    flags = flags_of_teacher(args)
     if args.teacher == "strong":
         flags.append(f"--augment={args.crop}")
     elif args.teacher != "auto":
@@ -371,8 +372,6 @@ def run_student(args, rt, prepare=None, wait=False, **replacements):
     run = Run(args.out, args, rt, SETTINGS, wait)
     if run.print_if_finished(args.epochs, args.method, draw_summary):
         return
-    if args.resume and not run.resumed:
-        rt.print(f"There is nothing to resume in {args.out}: beginning")
     data = load_data(args, rt)
     print_data_summary(data, args, rt)
     run.check_data(data)
@@ -386,6 +385,7 @@ def run_student(args, rt, prepare=None, wait=False, **replacements):
         run.check_teacher(args, teacher, data)
         rt.print(f"Teacher {args.teacher}: {text}; "
                  f"{evaluation.accuracy_on_clean(teacher, data, rt)}")
+    fit_epochs(run, train, args, data, net, teacher, rt, **replacements)
     rt.print(f"Student ({args.recipe} recipe): {args.method} {args.model} ({args.img_size} px, "
              f"patch {args.patch_size}), {schedule_text(args)} on {describe(data, args)}")
     results = train(args, data, net, teacher, rt, run, **replacements)

@@ -14,7 +14,6 @@ The LDAM teacher sees weak augmentation only, crop and flip; the student will gi
 augmented, mixed images. That makes DeiT-LT's distillation out-of-distribution. At the end the
 script says how right and how sure it is on both kinds of images. Output: runs/teacher_.../
 """
-import os
 import shlex
 
 import torch
@@ -25,6 +24,7 @@ import data_lt
 import losses
 from engine import evaluation, runtime
 from engine.datasets import describe, load_data, print_data_summary, survey
+from engine.minutes import fit_epochs
 from engine.networks import NORMALISATIONS, build_teacher
 from engine.run_folder import Run
 from engine.runtime import UserError
@@ -43,9 +43,8 @@ SETTINGS = [
             "ldam, paco, ce, focal, la (logit adjustment), vs (vector scaling)"),
     Setting("img_size", 32, Interval(1), "side of the network's images, pixels"),
     Setting("norm", "cifar", tuple(NORMALISATIONS), "pixel statistics to normalise with"),
-    Setting("augment", "weak", ("weak", "cutout", "padded", "resized", "loader"),
-            "weak: crop, flip; cutout: and a black square; else the student's, with that crop"),
-    Setting("mix", 0.0, Interval(0, 1), "share of the batches under mixup or CutMix"),
+    Setting("augment", "weak", ("weak", "padded", "resized", "loader"),
+            "weak: crop, flip; else the student's strong augmentation with that crop"),
     Setting("epochs", 200, Interval(1), "passes over the training images"),
     Setting("batch", 128, Interval(1), "images per step, all processes together"),
     Setting("lr", 0.1, Interval(0), "peak learning rate of SGD with momentum 0.9"),
@@ -74,8 +73,8 @@ CPU = dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw
            eval_every=4)
 SHAPES = CPU | dict(img_size=16, epochs=8, batch=32, lr=0.03, rho=0.05, rho_schedule="late",
                     drw_epoch=5, warmup_epochs=1, eval_every=4)
-OURS = CPU | dict(arch="fast", loss="la", beta=0.0, augment="cutout", epochs=40, batch=128,
-                  weight_decay=5e-4, warmup_epochs=4, rho=0.0)
+OURS = CPU | dict(arch="fast", loss="la", beta=0.0, epochs=40, batch=128, weight_decay=5e-4,
+                  warmup_epochs=4, rho=0.0)
 LARGE = dict(arch="resnet50", img_size=224, epochs=90, batch=256, lr=0.2, schedule="cosine",
              warmup_epochs=0, rho=0.5, rho_schedule="step", drw_epoch=60, max_margin=0.3,
              norm="imagenet")
@@ -145,7 +144,7 @@ def train(args, data, net, rt, run):
             runtime.seed_step(*seed)
             set_lr(sam, learning_rate(args, epoch + step / steps))
             x = view(images, args)                                      # (B,3,S,S) in [0,1]
-            if torch.rand(()) < args.mix:
+            if args.augment in STRONG:
                 # Smoothed labels of rare classes are mostly smoothing: no log prior fits them.
                 smoothing = 0.1 if args.loss == "ce" else 0.0
                 x, y = augment.mixup_cutmix(x, y, K, smoothing=smoothing)       # y (B,K)
@@ -211,10 +210,11 @@ def make_criterion(args, counts, device):
 def learning_rate(args, t):
     """At fractional epoch t: linear warm-up, then "step" (the published one) or "cosine".
 
-    Warm-up and step change once an epoch, cosine at every step.
+    Warm-up and step change once an epoch, cosine and a warm-up of less than an epoch at every step.
     """
     if t < args.warmup_epochs:
-        return args.lr * min(1, (int(t) + 1) / args.warmup_epochs)
+        done = int(t) + 1 if args.warmup_epochs >= 1 else t
+        return args.lr * min(1, done / args.warmup_epochs)
     if args.schedule == "cosine":
         return cosine_lr(t, args.epochs, args.lr, 0, min_lr=0)
     if t < 0.8 * args.epochs:
@@ -242,10 +242,6 @@ def view(images, args):
     """What the network sees of a batch, uint8 (B,3,H,W): (B,3,S,S) in [0,1]."""
     if args.augment in STRONG:
         return to_network(augment.strong_augment(images, args.img_size, args.augment))
-    if args.augment == "cutout":
-        side = images.shape[-1]
-        images = augment.random_crop_flip(images, side // 8)
-        return to_network(augment.resize(augment.cutout(images, 3 * side // 8), args.img_size))
     if args.dataset in data_lt.LISTS:               # the loader has cropped and mirrored them
         return to_network(color_jitter(images, 0.4, 0.4, 0.4))
     if args.loss == "paco":
@@ -284,8 +280,7 @@ def resolve(args, rt):
         if paco:
             row["alpha"] = 1e-4 * images.classes
     if strong:          # DeiT's teacher: no SAM, so twice the epochs at equal cost
-        row = row | dict(loss="ce", augment="padded", mix=1.0, rho=0.0, epochs=2 * row["epochs"],
-                         beta=0.0)
+        row = row | dict(loss="ce", augment="padded", rho=0.0, epochs=2 * row["epochs"], beta=0.0)
     changed = fill_settings(args, SETTINGS, row)
     check(args, changed, rt)
     kind = "teacher"
@@ -309,12 +304,14 @@ def check(args, changed, rt):
     if idle:
         raise UserError(f"{', '.join(map(flag, sorted(idle)))} would have no effect with --loss "
                         f"{args.loss} --schedule {args.schedule} --rho {args.rho:g}")
-    if args.mix > 0 and args.loss not in ("ce", "la", "vs"):
-        raise UserError(f"mixed images have two labels, and --loss {args.loss} needs one: --mix 0, "
-                        "or --loss ce, la or vs")
-    if args.mix > 0 and args.beta > 0:
-        raise UserError("mixed images have no one class to be weighted by: --mix 0, or --beta 0")
-    if args.augment != "weak" and (args.augment == "loader") != (args.dataset in data_lt.LISTS):
+    strong = args.augment in STRONG
+    if strong and args.loss not in ("ce", "la", "vs"):
+        raise UserError(f"--augment {args.augment} mixes images, and --loss {args.loss} needs one "
+                        "label: --loss ce, la or vs")
+    if strong and args.beta > 0:
+        raise UserError(f"--augment {args.augment} mixes images, which have no one class to be "
+                        "weighted by: no --beta")
+    if strong and (args.augment == "loader") != (args.dataset in data_lt.LISTS):
         raise UserError("--augment loader is for data sets that stay on disk, which have only this "
                         "and weak")
     if args.batch % rt.world or args.batch < rt.world:
@@ -356,10 +353,11 @@ def run_teacher(args, rt, wait=False):
     if n // data_lt.steps_per_epoch(n, args.batch) < 2 * rt.world:
         raise UserError(f"--batch {args.batch}: BatchNorm needs two images or more in each of "
                         f"{rt.world} process(es)")
+    net = new_network(args, data, rt)
+    fit_epochs(run, train, args, data, net, rt, at_end=evaluation.teacher_summary)
     rt.print(f"Teacher ({args.recipe} recipe): {args.arch}, {args.loss}, SAM rho {args.rho:g}, "
              f"{schedule_text(args, args.beta > 0)} on {describe(data, args)}. Run folder: "
              f"{args.out}")
-    net = new_network(args, data, rt)
     results = train(args, data, net, rt, run)
     summary = evaluation.teacher_summary(net, data, rt)
     run.finish(results, method=args.loss, model=args.arch, teacher=None, training_images=summary)
@@ -383,8 +381,6 @@ def main():
                if getattr(args, name) != getattr(parse([]), name)]
     data_flags = as_flags(args, changed)
     resolve(args, rt)
-    if args.resume and not os.path.exists(args.out):
-        rt.print(f"There is nothing to resume in {args.out}: beginning")
     run_teacher(args, rt)
     student = shlex.join(["python", "train_student.py", *data_flags, "--teacher", args.out])
     rt.print(f"Train a student under it: {student}\n"

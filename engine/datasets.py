@@ -564,10 +564,10 @@ def print_data_summary(data, args, rt):
         sentences.append(f"{coarse} classes have fewer than 10 test images: their accuracies are "
                          "coarse.")
     patches = f" in patches of {args.patch_size} px" if hasattr(args, "patch_size") else ""
-    sentences += [
-        f"Half of the images are at least {found.side} px on their shorter side; of the central "
-        f"square {args.img_size} px{patches} are used.",
-        f"{args.epochs} epochs make {args.epochs * found.images:,} samples.",
-        f"(Recipe {args.recipe}; --img-size, --epochs and all other settings can be given.)",
-    ]
+    sentences.append(f"Half of the images are at least {found.side} px on their shorter side; of "
+                     f"the central square {args.img_size} px{patches} are used.")
+    if getattr(args, "minutes", None) is None:
+        sentences.append(f"{args.epochs} epochs make {args.epochs * found.images:,} samples.")
+    sentences.append(f"(Recipe {args.recipe}; --img-size, --epochs and all other settings can be "
+                     "given.)")
     rt.print(" ".join(sentences))

@@ -17,7 +17,7 @@ from engine.lock import Lock, held
 from engine.networks import check_origin, teacher_files
 from engine.records import is_like, read_json, read_log_lines
 from engine.runtime import UserError, all_max, exit_together
-from engine.settings import NOT_RESUMED, defaults, flag
+from engine.settings import NOT_RESUMED, defaults, flag, set_epochs
 
 FORMAT = 2      # of a run folder's settings; runs without one were made before their names changed
 RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
@@ -46,6 +46,9 @@ class PastRun:
         self.resume = args.resume or self.restarted         # its command is that of the start
         self.overwrite = args.overwrite and not self.restarted
         runtime.trains = True
+        # --minutes: the time of a teacher that another script trains begins here.
+        self.began = time.monotonic() if wait else runtime.began
+        self.measured = False               # with --minutes: are the epochs known?
         self.lock, self.over = None, False
         self.check_sources(args)
         self.own(args, wait)
@@ -59,6 +62,8 @@ class PastRun:
         elif self.finished:
             raise UserError(f"{folder} holds another run's result, and no checkpoint to go on "
                             "from: --overwrite starts it again, --out names another folder")
+        if args.resume and not self.resumed and not wait:
+            rt.print(f"There is nothing to resume in {folder}: beginning")
 
     # ---- Whose folder it is ----------------------------------------------------------------------
 
@@ -84,6 +89,7 @@ class PastRun:
 
         def attempt():
             nonlocal waiting
+            self.adopt_epochs(args)
             self.over = self.is_over(args)
             if self.over:
                 return
@@ -104,14 +110,30 @@ class PastRun:
 
         while True:
             self.write(attempt)
-            over, locked, stop = all_max([int(self.over), int(self.lock is not None),
-                                          runtime.stop_signal], self.rt)
+            begun = (args.epochs, args.eval_every) if self.measured else (0, 0)
+            over, locked, stop, *begun = all_max([int(self.over), int(self.lock is not None),
+                                                  runtime.stop_signal, *begun], self.rt)
             self.over = bool(over)
+            if begun[0]:
+                self.set_epochs(args, *begun)           # in the other processes
             if over or locked:
                 return
             if stop:
                 sys.exit(128 + stop)
             time.sleep(0.5)
+
+    def adopt_epochs(self, args):
+        """--minutes: a run that is over, or goes on, has the epochs that it was begun with."""
+        known = os.path.exists(os.path.join(self.folder, "config.json"))
+        if (args.minutes is not None and known and not self.overwrite
+                and (self.resume or self.finished)):
+            config = read_json(self.folder, "config.json")
+            self.set_epochs(args, config["epochs"], config.get("eval_every", args.eval_every))
+
+    def set_epochs(self, args, epochs, eval_every):
+        if args.minutes is not None and not self.measured:
+            set_epochs(args, epochs, eval_every)
+            self.measured = True
 
     def is_over(self, args):
         """Is the run finished, with these settings, so that nothing is left to train?
@@ -160,6 +182,7 @@ class PastRun:
             raise UserError(f"{self.folder} was begun by an older version of this project: it can "
                             "be evaluated, not resumed; --overwrite starts it again")
         old = state["config"] | {"processes": state.get("world", self.rt.world)}
+        self.set_epochs(args, old["epochs"], old["eval_every"])     # where config.json is lost
         if ("method" in old) != hasattr(args, "method"):
             kinds = ("student", "teacher") if "method" in old else ("teacher", "student")
             raise UserError(f"{self.checkpoint} is a {kinds[0]}'s, not a {kinds[1]}'s: --out names "

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from engine import runtime
 from engine.checkpoints import (load_weights, remove_temporaries, save_checkpoint,
                                 write_atomically)
+from engine.early_warnings import EarlyWarnings
 from engine.evaluation import brief, group_by_count, saved
 from engine.past_run import FORMAT, PastRun
 from engine.records import as_line, is_like, save_json
@@ -87,6 +88,10 @@ class Run(PastRun):
                 raise UserError(f"{self.checkpoint} is damaged: no sums of its half-done epoch")
             self.half_epoch = sums, seconds
         self.write(self.write_beginning)
+        self.watch = None
+        if self.rt.main:
+            self.watch = EarlyWarnings(args, data, metrics, self.steps, self.rt,
+                                       resumed=bool(self.resumed))
         self.resumed = None                                     # lets its memory go
         done = self.start_epoch * images + self.start_step * batch
         self.bar = tqdm(total=args.epochs * images, initial=done, unit=" images", unit_scale=True,
@@ -150,6 +155,8 @@ class Run(PastRun):
         the loss. finite: 1.0, or 0.0 for a step that was undone and does not count. Waits for the
         device every 20 steps only.
         """
+        if self.watch:
+            self.watch.after_step(epoch, values, finite, self.parts["model"])
         values = torch.cat([values, values.new_ones(1)])
         self.sums += torch.where(finite > 0, values, 0)
         self.bar.update(images * self.rt.world)
@@ -187,6 +194,7 @@ class Run(PastRun):
             if skipped:
                 line += f"  {skipped} steps were not finite"
             self.bar.write(line)
+            self.watch.after_epoch(epoch, self.parts["model"], results)
         if last:
             self.bar.close()
         elif stop:

@@ -37,6 +37,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.
 stop_signal = 0           # the signal that has asked this process to stop; 0: none
 stop_requested_at = 0.0   # seconds, time.monotonic()
 at_end = []               # functions that run_main calls at its end, the last one first
+began = time.monotonic()   # when the script began, which --minutes counts from
 trains = False            # does this script train? Then what it prints is in its files too
 
 
@@ -70,9 +71,9 @@ def run_main(main):
     script (see Output); one that only prints then has exit code 2, unless its reader, say `head`,
     has had enough. Signal handlers are put back at the end.
     """
-    global stop_signal, trains
+    global stop_signal, began, trains
     handlers, stop_signal = {number: signal.getsignal(number) for number in STOP_SIGNALS}, 0
-    trains, code, streams = False, 0, (sys.stdout, sys.stderr)
+    began, trains, code, streams = time.monotonic(), False, 0, (sys.stdout, sys.stderr)
     sys.stdout, sys.stderr = map(Output, streams)
     try:
         main()

@@ -52,7 +52,13 @@ DATA_SETTINGS = ("dataset", "imb", "imb_type", "holdout", "holdout_by", "train_l
                  "list_columns", "groups")
 CARRIED = (*DATA_SETTINGS, "data_dir", "seed", "device", "amp", "save_every", "compile", "skip_bad")
 NOT_RESUMED = ("out", "name", "resume", "overwrite", "force", "device", "data_dir", "compile",
-               "checkpointing", "save_every", "skip_bad", "eval_every", "groups")   # free to differ
+               "checkpointing", "save_every", "skip_bad", "eval_every", "groups", "fitted")  # may differ
+# What follows from --minutes (engine/minutes.py) where no flag says it.
+FITTED = ("epochs", "eval_every", "warmup_epochs", "drw_epoch", "ema")
+# Of a student's --minutes, for its teacher: a CNN learns from fewer epochs than a ViT, and a
+# teacher that is trained already leaves the student all of them.
+TEACHER_SHARE = 0.4
+SHORTEST = 0.1          # of --minutes
 
 
 class Parser(argparse.ArgumentParser):
@@ -103,6 +109,8 @@ def add_run_flags(parser):
     run = parser.add_argument_group("run")
     run.add_argument("--recipe", default="auto", choices=("auto", "paper", "cpu", "ours", "best"),
                      metavar="NAME", help="paper, cpu or ours [paper on a GPU, else cpu]")
+    run.add_argument("--minutes", type=float, metavar="N",
+                     help="as many epochs as take N minutes here, a student's teacher included")
     run.add_argument("--seed", type=int, default=0, metavar="N",
                      help="of weights, order and augmentation [0]")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
@@ -174,6 +182,14 @@ def as_flags(args, names):
     return flags
 
 
+def flags_of_teacher(args):
+    """The flags of a student's teacher that are the student's too; its share of the minutes."""
+    flags = as_flags(args, (*CARRIED, "recipe"))
+    if args.minutes is not None:
+        flags.append(f"--minutes={max(SHORTEST, TEACHER_SHARE * args.minutes):g}")
+    return flags
+
+
 def check_ranges(args, **ranges):
     """UserError for a setting outside its (lowest, highest) allowed value; NaN is outside."""
     for name, limits in ranges.items():
@@ -231,10 +247,17 @@ def defaults(table):
 def fill_settings(args, table, row):
     """Set every setting that no flag gave to its value in `row`, a dict of all of them.
 
-    --epochs changes the rest of the row's schedule in proportion. Returns {name: value} of the
-    flags that differ from the row. UserError for a value that is not allowed.
+    --epochs changes the rest of the row's schedule in proportion; with --minutes `set_epochs` does
+    so later. Returns {name: value} of the flags that differ from the row. UserError for a value
+    that is not allowed.
     """
     epochs, changed = getattr(args, "epochs", None), {}
+    if getattr(args, "minutes", None) is not None:
+        if epochs is not None:
+            raise UserError("--minutes decides on the epochs: give it or --epochs, not both")
+        check_ranges(args, minutes=(SHORTEST, 1e5))
+        free = [name for name in FITTED if name in row and getattr(args, name) is None]
+        args.fitted = ",".join(free)
     if epochs is not None and epochs > 0:
         row = in_proportion(row, epochs / row["epochs"])
     for setting in table:
@@ -259,6 +282,14 @@ def in_proportion(row, epochs, steps=None):
     if row.get("ema"):
         parts["ema"] = round(row["ema"] ** (1 / (steps or epochs)), 6)
     return row | parts
+
+
+def set_epochs(args, epochs, eval_every):
+    """Give filled settings with --minutes this number of epochs, as --epochs would have."""
+    row = in_proportion(vars(args), epochs / args.epochs)
+    row |= dict(epochs=epochs, eval_every=eval_every)
+    for name in args.fitted.split(","):
+        setattr(args, name, row[name])
 
 
 def schedule_text(args, drw=True):
@@ -319,4 +350,6 @@ def run_name(kind, args, changed, longest=48):
     changes = re.sub(r"[^\w.,+-]+", "-", changes)
     if len(changes) > longest:
         changes = "_" + hashlib.sha256(changes.encode()).hexdigest()[:8]
+    if getattr(args, "minutes", None) is not None:
+        changes = f"_min{args.minutes:g}{changes}"
     return f"{kind}_{data_name(args)}_{args.recipe}{changes}_s{args.seed}"

@@ -30,7 +30,7 @@ def second_run(first):
     settings = {name: getattr(first, name) for name in defaults(train_student.SETTINGS)}
     settings |= dict(epochs=max(1, first.epochs // 10), warmup_epochs=0, weight_decay=1e-8,
                      drw_epoch=0, repeats=None, ema=None, logit_adjustment=None)
-    own = dict(method="vit-crt", finetune=first.out, teacher="auto", out=None)
+    own = dict(method="vit-crt", finetune=first.out, teacher="auto", out=None, minutes=None)
     return argparse.Namespace(**vars(first) | settings | own)
 
 

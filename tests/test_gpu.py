@@ -1,5 +1,6 @@
 """Training on a pretended GPU: every tensor on its device, no wait for it within a step."""
 import json
+import sys
 import warnings
 from collections import Counter
 
@@ -13,7 +14,7 @@ import resnet
 import train_student
 import train_teacher
 from conftest import script
-from engine import datasets, runtime
+from engine import datasets, minutes, runtime
 from engine.runtime import Runtime
 from engine.training import FiniteScaler
 from pretended_gpu import GPU, PretendedGPU
@@ -149,6 +150,24 @@ def test_experiments(name, run):
     import importlib
     module = importlib.import_module(f"experiments.{name}")
     assert_no_step_waits(run(module, "--model", "micro", *DRW))
+
+
+@pytest.mark.parametrize("module", [train_student, train_teacher])
+def test_minutes(module, run, monkeypatch):
+    """A measurement that waits for the GPU in each step, which training does not, or never does."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    monkeypatch.setattr(minutes, "TIMED", (12, 12))
+    monkeypatch.setattr(minutes, "most_epochs", lambda *_: (1, 1))
+    monkeypatch.setattr(sys.modules[__name__], "SHORT", ("--recipe", "cpu", "--minutes", 5,
+                                                         "--batch", 8))
+    flags = {train_student: ("--method", "vit", "--model", "micro"),
+             train_teacher: ("--img-size", 16, "--rho", 0)}[module]
+    gpu = run(module, *flags)
+    gpu.waits = [wait for wait in gpu.waits if "evaluation.py" not in wait[1]]      # of four
+    assert_no_step_waits(gpu)
+    # An epoch's beginning, steps and evaluation: 1 + 10 + 1, twice 1 + 2 + 1; the teacher's end.
+    assert len(waited) == 20 + 2 * (module is train_teacher)
 
 
 def test_float16(run, teacher):

@@ -230,6 +230,16 @@ def test_a_teachers_rate_in_every_step_of_the_step_schedule(steps_of):
     assert rates == pytest.approx([rate for rate in per_epoch for _ in range(3)])
 
 
+@pytest.mark.parametrize("warmup, rates", [
+    (0.5, [0, 0.2, 0.4, 0.4, 0.4]), (1, [0.4] * 5), (1.5, [0.4 / 1.5] * 4 + [0.4])])
+def test_a_teachers_warm_up_of_less_than_an_epoch(warmup, rates):
+    """The full rate from the first step on, where --epochs has made the warm-up short."""
+    args = teacher_settings("--loss", "ce", "--rho", 0, "--schedule", "step", "--lr", 0.4,
+                            epochs=10, warmup_epochs=warmup)
+    for t, rate in zip((0, 0.25, 0.5, 0.75, 1), rates, strict=True):
+        assert train_teacher.learning_rate(args, t) == pytest.approx(rate)
+
+
 @pytest.mark.parametrize("recipe, drops", [
     ("ldam", {0: 0.02, 4: 0.1, 159: 0.1, 160: 1e-3, 179: 1e-3, 180: 1e-5, 199: 1e-5}),
     ("paco", {0: 0.005, 9: 0.05, 10: 0.05, 319: 0.05, 320: 5e-3, 359: 5e-3, 360: 5e-4})])

@@ -11,7 +11,7 @@ import augment
 import data_lt
 import train_student
 import train_teacher
-from engine import evaluation, run_folder
+from engine import evaluation, minutes, run_folder
 from engine.datasets import load_data
 from engine.networks import build_student, load_teacher
 from engine.runtime import Runtime, setup
@@ -70,6 +70,23 @@ def test_two_processes_give_the_losses_of_one(module, tiny_cifar, tmp_path):
     assert (one["world"], two["world"]) == (1, 2)
     for part in ("model", "ema"):
         torch.testing.assert_close(one.get(part), two.get(part), rtol=5e-2, atol=5e-3)
+
+
+def two_epochs():
+    """In a process of its own: what is measured becomes two epochs, and three in a second one."""
+    minutes.TIMED = (2, 2)
+    minutes.most_epochs = lambda *_: (2 + int(os.environ["RANK"]), 1)
+
+
+@pytest.mark.parametrize("module, flags", [("train_student", PLAIN), ("train_teacher", PACO)])
+def test_two_processes_measure_and_have_the_same_epochs(module, flags, tiny_cifar, tmp_path):
+    """Processes with epochs of their own, or a measurement that leaves one in a collective."""
+    flags = [*flags, "--data-dir", str(tiny_cifar), "--out", str(tmp_path / "run")]
+    at = flags.index("--epochs")
+    flags[at:at + 2] = ["--minutes", "3"]
+    code, printed = run(2, tmp_path / "log", module, *flags, prepare=two_epochs)
+    assert code == 0, printed
+    assert [r["epoch"] for r in records(tmp_path / "run")] == [0, 1]
 
 
 # ---- What two processes leave --------------------------------------------------------------------

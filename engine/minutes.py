@@ -1,0 +1,190 @@
+r"""--minutes: how many epochs a run has time for on this machine.
+
+A `Probe` takes the place of the run's folder in a training loop, which so trains a copy of the
+network for three short epochs: the first to warm up, then two of which the steps are timed, as
+training itself takes them (loading, augmentation, teacher, both passes of SAM, averages). The
+schedule shrinks to three epochs, so the last one is re-weighted and has late SAM. After each of
+them a part of the test set is evaluated. Nothing of this reaches the run: everything random in its
+steps follows from (seed, epoch, step, rank).
+
+    seconds(E) = steps ((E - E // 3) t_2 + E // 3 t_3) + evaluations(E) t
+
+t_2 and t_3: a step of the second and of the last short epoch; t: an evaluation.
+"""
+import copy
+import math
+import time
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+
+import torch
+
+from engine.run_folder import duration
+from engine.runtime import all_max
+from engine.settings import set_epochs
+
+WARM_UP = {"cpu": 3, "cuda": 10}    # steps that are not timed: kernels are chosen, memory is paged
+TIMED = 3, 300                      # steps of a timed epoch, from and to
+SHARE = 0.02                        # of the time that is left, for each timed epoch
+FIRST_STEP = 0.25                   # of it for the first step: there is no time to measure more
+FIRST_STEPS = 0.05                  # of it for the first two or three steps: the same
+EVALUATION = 0.07                   # evaluations take at most this share of the epochs' time
+PICTURE = 8                         # seconds for a student's table and picture
+TOO_MUCH = 0.15                     # of the time, beyond it: the run says that it takes longer
+SUMMARY = 20000                     # training images of a teacher's summary, at most
+
+
+class TooSlow(Exception):
+    """A few steps took so long that what is known must do."""
+
+
+class Probe:
+    """In place of a Run in a training loop: writes nothing, and measures.
+
+    seconds: the time that is left. `warm`, `step`, `evaluation`: seconds of the first epoch's
+    steps, of a step of each later epoch, and of the last evaluation.
+    """
+    start_epoch = 0
+
+    def __init__(self, rt, seconds):
+        self.rt, self.seconds, self.count = rt, seconds, WARM_UP[rt.device.type]
+        self.step, self.evaluation = [], None
+
+    def now(self):
+        if self.rt.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+    def start(self, args, data, parts, metrics, images, batch, passes=None):
+        self.metrics, self.steps = metrics, -(-images // batch)
+        self.passes = passes or [1] * args.epochs
+
+    def begin_epoch(self, epoch):
+        self.times = [self.now()]
+
+    def remaining_steps(self, epoch, batches):
+        return islice(enumerate(cycle(batches)), self.count)
+
+    def after_step(self, epoch, step, images, values, finite):
+        """Note the time: in a timed epoch of the first and the last step only, so that between
+        them the host runs ahead of the device as it does in training.
+        """
+        if epoch == 0 or step in (0, self.count - 1):
+            self.times.append(self.now())
+        if epoch == 0:
+            self.warm = self.times[-1] - self.times[0]
+            self.warm_step = self.times[-1] - self.times[-2]
+            limit = FIRST_STEP if step == 0 else FIRST_STEPS
+            slow, = all_max([int(self.warm > limit * self.seconds)], self.rt)
+            if slow:
+                raise TooSlow
+
+    def after_epoch(self, epoch, results, **record):
+        self.evaluation = self.now() - self.times[-1]
+        if epoch == 0:
+            fewest, most = TIMED
+            wanted = SHARE * self.seconds / self.warm_step
+            self.count, = all_max([max(fewest, min(most, round(wanted)))], self.rt)
+        else:
+            self.step.append((self.times[-1] - self.times[1]) / (self.count - 1))
+
+    def costs(self, share):
+        """Costs of the run; share: how many times the test images that were looked at it has."""
+        if not self.step:                   # too slow: SAM's second pass is as long as the first
+            epoch = self.steps * self.warm_step
+            late = epoch * self.passes[-1] / self.passes[0]
+        else:
+            epoch, late = (self.steps * step for step in self.step)
+        evaluation = self.evaluation
+        if evaluation is None:              # a third of a step, for as many images
+            evaluation = self.warm_step / 3
+        return Costs(epoch, late, share * evaluation)
+
+    def beginning(self):
+        """Seconds that the first steps took longer than later ones."""
+        if self.step:
+            return max(0, self.warm - WARM_UP[self.rt.device.type] * self.step[0])
+        return 0
+
+
+def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
+    """With --minutes: measure steps of train(args, data, net, *more, run), set the epochs, say so.
+
+    more: ends with rt. at_end(net, data, rt): what the script does after training, with a number of
+    training images. A run that is continued has its epochs. Rank 0's measurement is for all.
+    """
+    if args.minutes is None or run.measured:
+        return
+    budget, rt = 60 * args.minutes, run.rt
+    passed = time.monotonic() - run.began
+    probe = Probe(rt, budget - passed)
+    short = copy.copy(args)
+    set_epochs(short, 3, 1)
+    short.eval_every = 1
+    # Images are taken by the index of their label: with few labels few are looked at.
+    tests, images = len(data.test_labels), len(data.train_labels)
+    few = replace(data, test_labels=data.test_labels[:args.batch])
+    end = 0 if at_end else PICTURE
+    with torch.random.fork_rng():
+        twin = copy.deepcopy(net)
+        try:
+            train(short, few, twin, *more, probe, **replacements)
+        except TooSlow:
+            pass
+        if at_end:
+            few = replace(few, train_labels=data.train_labels[:args.batch])
+            began = probe.now()
+            at_end(twin, few, rt)
+            end = (probe.now() - began) / len(few.train_labels) * min(images, SUMMARY)
+    costs = probe.costs(tests / len(few.test_labels))
+    left = budget - (time.monotonic() - run.began) - probe.beginning() - end
+    epochs, every = all_max(most_epochs(left, costs, args) if rt.main else (0, 0), rt)
+    set_epochs(args, epochs, every)
+    run.measured = True
+    takes = costs.seconds(epochs, every)
+    text = (f"{args.minutes:g} minutes: {(budget - left - end) / 60:.1f} are gone, "
+            f"{takes / 60:.1f} for {several(epochs, 'epoch')} of {duration(costs.epoch)} and "
+            f"{several(math.ceil(epochs / every), 'evaluation')} of {duration(costs.evaluation)}, "
+            f"{end / 60:.1f} for the end")
+    if takes - left > TOO_MUCH * budget:
+        needed = math.ceil((budget - left + takes) / 60)
+        text += (f". Warning: that is {(takes - left) / 60:.1f} too many, for one epoch is the "
+                 f"least: --minutes {needed}, a smaller network or a smaller --img-size")
+    rt.print(text)
+
+
+def several(n, what):
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+@dataclass
+class Costs:
+    """Seconds of an epoch, of one of the last third (late SAM, re-weighting), of an evaluation."""
+    epoch: float
+    late: float
+    evaluation: float
+
+    def seconds(self, epochs, every):
+        """Of so many epochs, with an evaluation every so many and at the end."""
+        late = epochs // 3
+        return ((epochs - late) * self.epoch + late * self.late
+                + math.ceil(epochs / every) * self.evaluation)
+
+
+def most_epochs(left, costs, args):
+    """(epochs, epochs between evaluations) that come nearest to `left` seconds; at least one.
+
+    Evaluations are in the recipe's proportion, but take at most EVALUATION of an epoch's time.
+    """
+    every = args.eval_every
+    if "eval_every" in args.fitted:
+        affordable = math.ceil(costs.evaluation / (EVALUATION * costs.epoch))
+        mean = (2 * costs.epoch + costs.late) / 3
+        every = max(1, affordable, round(every / args.epochs * left / mean))
+    epochs = 1
+    while costs.seconds(epochs + 1, every) <= left:
+        epochs += 1
+    too_much = costs.seconds(epochs + 1, every) - left
+    if too_much < left - costs.seconds(epochs, every):
+        epochs += 1
+    return epochs, min(every, epochs)
