@@ -284,7 +284,8 @@ def resolve(args, rt):
     resolve_data(args)
     row = defaults(SETTINGS) | pick_recipe(args, RECIPES, rt)
     if args.dataset == "folder":
-        row = fit_to_folder(row, survey(args), 224 if args.recipe == "paper" else 64)
+        largest = {"paper": 224, "cpu": 64, "ours": 32}[args.recipe]    # px: ours is for minutes
+        row = fit_to_folder(row, survey(args), largest)
     changed = fill_settings(args, SETTINGS, row | (METHODS | BASELINES)[args.method])
     check(args, changed, rt)
     for name in ("teacher_rho", "teacher_norm", "teacher_size"):

@@ -271,15 +271,15 @@ def resolve(args, rt):
                                             or args.dataset not in RECIPES["ours"]):
         args.recipe = "cpu"                         # ours has one loss
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)
-    strong = args.augment in STRONG and row["arch"] != "fast"
+    strong = args.augment in STRONG
     if args.dataset == "folder":
         images = survey(args)
-        row = fit_to_folder(row, images, 64)
+        row = fit_to_folder(row, images, 32 if args.recipe == "ours" else 64)
         if images.images <= 5000:
             row["batch"] //= 2
         if paco:
             row["alpha"] = 1e-4 * images.classes
-    if strong:          # DeiT's teacher: no SAM, so twice the epochs at equal cost
+    if strong and args.recipe != "ours":    # DeiT's: no SAM, so twice the epochs at equal cost
         row = row | dict(loss="ce", augment="padded", rho=0.0, epochs=2 * row["epochs"], beta=0.0)
     changed = fill_settings(args, SETTINGS, row)
     check(args, changed, rt)
@@ -322,7 +322,7 @@ def new_network(args, data, rt):
     """An untrained network on the device. UserError if it cannot take images of this size."""
     torch.manual_seed(args.seed)
     net = build_teacher(vars(args), data.num_classes)
-    if args.arch not in ("resnet32", "resnet50", "fast"):
+    if args.arch not in ("resnet32", "resnet50"):
         try:
             net.eval()(torch.zeros(1, 3, args.img_size, args.img_size))
         except (RuntimeError, AssertionError, ValueError) as error:

@@ -93,6 +93,7 @@ def evaluate(predict, images, labels, groups, rt):
     labels (N,). Returns {head: accuracies}, see there.
     """
     mine, found = answers(predict, images, labels, rt)
+    labels = labels.cpu()
     return {head: count_accuracies(classes, mine, labels, groups, rt)
             for head, classes in found.items()}
 
@@ -101,7 +102,7 @@ def evaluate(predict, images, labels, groups, rt):
 def answers(predict, images, labels, rt, batch=500):
     """What every head says of this process's images: (their labels (n,), {head: classes (n,)}).
 
-    predict, images, labels: see evaluate. Class -1: see predicted.
+    predict, images, labels: see evaluate. Class -1: see predicted. Both are on the CPU.
     """
     mine = torch.arange(len(labels), device=labels.device)[rt.rank::rt.world]
     found = {}
@@ -110,16 +111,17 @@ def answers(predict, images, labels, rt, batch=500):
             heads = predict(augment.to_float(images[index]))
         for head, logits in heads.items():
             found.setdefault(head, []).append(predicted(logits))
-    return labels[mine], {head: torch.cat(classes) for head, classes in found.items()}
+    classes = torch.stack([torch.cat(parts) for parts in found.values()]).cpu()     # (heads,n)
+    return labels[mine].cpu(), dict(zip(found, classes))
 
 
 def count_accuracies(classes, mine, labels, groups, rt):
     """Accuracies of one head: its classes (n,) for this process's images, which have labels `mine`
-    (n,), of all test images with labels (N,).
+    (n,), of all test images with labels (N,). All on the CPU.
     """
     num_classes = sum(map(len, groups.values()))
-    counts = all_sum(torch.stack(count_answers(classes, mine, num_classes)), rt).cpu()  # (2,K)
-    total = torch.bincount(labels, minlength=num_classes).cpu()
+    counts = all_sum(torch.stack(count_answers(classes, mine, num_classes)), rt)        # (2,K)
+    total = torch.bincount(labels, minlength=num_classes)
     return accuracies(*counts, total, groups)
 
 
@@ -192,12 +194,13 @@ def with_teacher(results, net, teacher, data, img_size, eval_crop, rt):
         g = teacher(teacher_input(x, teacher.img_size))
         return {"avg": student, "teacher_avg": g, "avg+teacher": combined(student, g)}
     labels, found = answers(predict, data.test_images, data.test_labels, rt)
-    rows = {name: count_accuracies(classes, labels, data.test_labels, data.groups, rt)
+    all_labels = data.test_labels.cpu()
+    rows = {name: count_accuracies(classes, labels, all_labels, data.groups, rt)
             for name, classes in found.items()}
     best = max(("avg", "teacher_avg"), key=lambda name: main_accuracy(rows[name]))
     for name, other in (("teacher_avg", "avg"), ("avg+teacher", best)):
         mine, theirs = found[name] == labels, found[other] == labels
-        total = torch.bincount(data.test_labels, minlength=data.num_classes)
+        total = torch.bincount(all_labels, minlength=data.num_classes)
         better, worse = (all_sum(torch.bincount(labels[alone], minlength=data.num_classes), rt)
                          for alone in (mine & ~theirs, theirs & ~mine))
         rows[name]["margin"] = round(margin(better, worse, total), 3)

@@ -76,7 +76,7 @@ def test_the_flag_reaches_the_data(tmp_path):
                 picture(seed=10 * k + i + 100 * n).save(tmp_path / split / name / f"{i}.png")
     args = SimpleNamespace(dataset="folder", data_dir=str(tmp_path), imb=None, imb_type="exp",
                            img_size=32, holdout=None, train_list=None, test_list=None,
-                           skip_bad=False)
+                           skip_bad=False, holdout_by=None, list_columns=None)
     rt = Runtime(torch.device("cpu"))
     assert [len(g) for g in load_data(args, rt).groups.values()] == [1, 2, 1]
     args.groups = "4,4"
