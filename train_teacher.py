@@ -267,9 +267,10 @@ def resolve(args, rt):
     resolve_data(args)
     paco = args.loss == "paco"
     recipes = PACO_RECIPES if paco else RECIPES
-    if args.recipe in ("ours", "best") and (args.loss not in (None, "la")
-                                            or args.dataset not in RECIPES["ours"]):
-        args.recipe = "cpu"                         # ours has one loss
+    if args.loss not in (None, "la"):               # ours has one loss
+        recipes = {name: rows for name, rows in recipes.items() if name != "ours"}
+        if args.recipe in ("ours", "best"):
+            args.recipe = "cpu"
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)
     strong = args.augment in STRONG
     if args.dataset == "folder":

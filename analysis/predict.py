@@ -164,7 +164,7 @@ def export(network, stem, temperature=1.0):
     logits = torch.export.load(f"{stem}.pt2").module()(other)
     lines = [f"{stem}.pt2: {agreement(logits, expected, stem)}"]
     save_json(f"{stem}.json", preprocessing(model.size, names, temperature, network.white))
-    lines.append(f"{stem}.json: size, classes and temperature, for onnx_predict.py")
+    lines.append(f"{stem}.json: size, classes and temperature, for the script that README shows")
 
     missing = [name for name in ONNX if importlib.util.find_spec(name) is None]
     if missing:

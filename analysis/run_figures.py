@@ -105,27 +105,30 @@ def curves(logs, rt):
     accuracies of the prediction. Losses of different methods (or of LDAM and PaCo) are not of one
     kind: compare their course, not their height.
     """
-    rows, table = [], []
+    rows, table, read = [], [], [run_log(run.path) for run in logs]
+    columns, found = COLUMNS, [record["avg"] for log in read for record in log if "avg" in record]
+    if found and all("balanced" in accuracies for accuracies in found):
+        columns = ("balanced", *COLUMNS[1:])
     panels = {"loss": "training loss", "lr": "learning rate"}
-    panels |= {column: f"test accuracy, {column}, %" for column in COLUMNS}
+    panels |= {column: f"test accuracy, {column}, %" for column in columns}
     figure, axes = plt.subplots(2, 3, figsize=(11.5, 6.4), layout="constrained")
-    for i, run in enumerate(logs):
-        log, color = run_log(run.path), drawing.run_color(i)
-        run_rows = curve_rows(run, log)
+    for i, (run, log) in enumerate(zip(logs, read)):
+        color = drawing.run_color(i)
+        run_rows = curve_rows(run, log, columns)
         for axis, column in zip(axes.flat, panels):
             shown = [row for row in run_rows if column in row]
             axis.plot([row["epoch"] for row in shown], [row[column] for row in shown], color=color,
-                      marker="." if column in COLUMNS else None,
+                      marker="." if column in columns else None,
                       label=drawing.join_label(run.label))
             mark_drw(axis, log, color)
         rows += run_rows
-        evaluated = [row for row in run_rows if "overall" in row]
+        evaluated = [row for row in run_rows if "tail" in row]
         row = (evaluated or run_rows)[-1]
         table.append(row | {"loss": round(row["loss"], 4), "lr": f"{row['lr']:.1e}"})
     for axis, (column, name) in zip(axes.flat, panels.items()):
         drawing.label_axes(axis, "epoch", name)
         drawing.whole_numbers(axis.xaxis)
-        if column in COLUMNS:
+        if column in columns:
             axis.set_ylim(-3, 103)
     axes[0, 1].ticklabel_format(axis="y", scilimits=(0, 0))
     if len(logs) > 1:
@@ -137,14 +140,14 @@ def curves(logs, rt):
     return Figure(figure, table, rows, note)
 
 
-def curve_rows(run, log):
+def curve_rows(run, log, columns):
     """A row for each epoch; only those of evaluated epochs have accuracies."""
     rows = []
     for record in log:
         row = {"run": run.name, "epoch": record["epoch"] + 1, "drw": record["drw"],
                "loss": record["loss"], "lr": record["lr"]}
         if "avg" in record:
-            row |= {column: record["avg"][column] for column in COLUMNS}
+            row |= {column: record["avg"][column] for column in columns}
         rows.append(row)
     return rows
 
@@ -338,8 +341,9 @@ def summary(subject, result, log):
     index = drawing.example_images(data, drawing.rare_classes(data), columns)
     student_figures.draw_images(axes[0], subject, index)
     student_figures.draw_maps(axes[1:], subject, index)
+    avg, kind = result["avg"], "balanced" if "balanced" in result["avg"] else "overall"
     title = ("{method} {model} on {dataset}, imbalance {imb:g}, {epochs} epochs: ".format(**result)
-             + "{overall:.1f} % overall, {tail:.1f} % on the tail classes".format(**result["avg"]))
+             + f"{avg[kind]:.1f} % {kind}, {avg['tail']:.1f} % on the tail classes")
     figure.suptitle(title, fontsize=12, y=0.95)
     figure.text(0.5, 0.065, "Bottom: test images of the tail classes, and where each token looks "
                 "(attention rollout). Above each map, what that token predicts, bold when right.",

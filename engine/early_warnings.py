@@ -49,7 +49,7 @@ def constant_loss(args, counts):
     if "method" in settings:
         mixed, smoothing = args.mixup + args.cutmix > 0, args.smoothing
     else:
-        mixed, smoothing = args.augment != "weak", 0.1
+        mixed, smoothing = args.augment != "weak", 0.1 if args.loss == "ce" else 0.0
     p = torch.tensor(counts, dtype=torch.double)
     p = p / p.sum()
     if mixed:

@@ -109,7 +109,8 @@ def add_run_flags(parser):
                       help="list unusable images and continue without them [list and stop]")
     run = parser.add_argument_group("run")
     run.add_argument("--recipe", default="auto", choices=("auto", "paper", "cpu", "ours", "best"),
-                     metavar="NAME", help="paper, cpu or ours [paper on a GPU, else cpu]")
+                     metavar="NAME",
+                     help="paper, cpu or ours [paper on a GPU, else cpu; own images: ours]")
     run.add_argument("--minutes", type=float, metavar="N",
                      help="as many epochs as take N minutes here, a student's teacher included")
     run.add_argument("--seed", type=int, default=0, metavar="N",
@@ -225,15 +226,20 @@ def resolve_data(args):
 def pick_recipe(args, recipes, rt):
     """Replace args.recipe by its name and return its row for args.dataset, a dict.
 
-    recipes: {recipe: {dataset: row}}. "auto" is the paper's on a GPU and cpu without one, or
-    whichever the data set has; "best" is an older name of "ours". UserError if there is none.
+    recipes: {recipe: {dataset: row}}. "auto" is the paper's on a GPU; without one cpu, the paper's
+    method in small, but ours for a user's own images; or whichever the data set has. "best" is an
+    older name of "ours". UserError if there is none.
     """
     known = [name for name in recipes if args.dataset in recipes[name]]
     if args.recipe == "best":
         args.recipe = "ours"
     if args.recipe == "auto":
-        preferred = "paper" if rt.device.type == "cuda" else "cpu"
-        args.recipe = preferred if preferred in known else (known or ["paper"])[0]
+        order = ["cpu", *known, "paper"]
+        if rt.device.type == "cuda":
+            order = ["paper", *known]
+        elif args.dataset == "folder":
+            order = ["ours", "cpu"]
+        args.recipe = next((name for name in order if name in known), "paper")
     if args.recipe not in known:
         hint = f"; use --recipe {known[0]}" if known else ""
         raise UserError(f"there is no {args.recipe} recipe for {args.dataset}{hint}")

@@ -23,10 +23,10 @@ needs_onnx = pytest.mark.skipif(
 
 
 def example():
-    """The lines that README shows, or analysis/onnx_predict.py while it shows none."""
+    """The lines that README shows."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     shown = [block for block in blocks if "onnxruntime" in block]
-    return shown[0] if shown else (ROOT / "analysis" / "onnx_predict.py").read_text()
+    return shown[0]
 
 
 def save_pictures(folder):

@@ -1,0 +1,68 @@
+r"""What some minutes buy: our teacher and student, a plain ViT and a plain ResNet-18, side by side.
+
+    python -m experiments.minutes --dataset folder --data-dir fish --minutes 5 10 30 60
+
+Runs one command after the other and prints a markdown table. Finished runs are skipped, one that
+was stopped is resumed; further flags go to every run. The minutes are those of the whole run,
+loading included; the student's include its teacher. Timings want an idle machine.
+
+Balanced: mean of the classes' accuracies; head, mid, tail: of their classes; macro F1: mean of the
+classes' F1; accuracy: of the test images. Of a balanced test set macro F1 is not kept.
+"""
+import argparse
+import shlex
+
+import train_student
+import train_teacher
+from engine import runtime
+from engine.evaluation import main_accuracy
+from engine.records import read_json
+from experiments.ablate import STUDENT, TEACHER, folder_of, is_finished, run
+
+# What somebody with 50 lines of PyTorch would do: logit-adjusted cross-entropy, crops and flips.
+RESNET18 = ("--recipe cpu --arch resnet18 --img-size 64 --norm imagenet --loss la --beta 0 --rho 0 "
+            "--lr 0.05")
+# Name, command, and which of the run's networks it is.
+ROWS = [("ResNet-18, 64 px", f"{TEACHER} {RESNET18}", "avg"),
+        ("our teacher", f"{TEACHER} --recipe ours", "avg"),
+        ("plain ViT", f"{STUDENT} --recipe ours --method vit", "avg"),
+        ("ours, the student", f"{STUDENT} --recipe ours", "avg"),
+        ("ours, its teacher", f"{STUDENT} --recipe ours", "teacher_avg"),
+        ("ours, both", f"{STUDENT} --recipe ours", "avg+teacher")]
+COLUMNS = ("head", "mid", "tail", "macro_f1", "overall")
+
+
+def table_row(minutes, name, folder, head):
+    """A line of markdown for one network of a finished run."""
+    result, config = read_json(folder, "result.json"), read_json(folder, "config.json")
+    numbers = result[head] | {"balanced": main_accuracy(result[head])}
+    cells = [f"{numbers[key]:.1f}" if key in numbers else "-" for key in ("balanced", *COLUMNS)]
+    return f"| {minutes:g} | {name} | {config['epochs']} | {' | '.join(cells)} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.minutes", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 30, 60],
+                        help="default: 5 10 30 60")
+    parser.add_argument("--show", action="store_true", help="the table of finished runs")
+    options, common = parser.parse_known_args()
+    train_teacher.parse(common)                             # refuses flags of the student alone
+    settings = train_student.parse(common)
+    rt = runtime.setup(settings.device, settings.amp)
+    lines = ["| minutes | network | epochs | balanced | head | mid | tail | macro F1 | accuracy |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for minutes in options.minutes:
+        for name, command, head in ROWS:
+            command = f"{command} {shlex.join([*common, f'--minutes={minutes:g}'])}"
+            folder = folder_of(command, rt)
+            if not is_finished(folder) and not options.show:
+                run(command)
+            if is_finished(folder):
+                lines.append(table_row(minutes, name, folder, head))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    runtime.run_main(main)

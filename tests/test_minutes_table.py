@@ -1,0 +1,45 @@
+"""experiments.minutes: the table of what some minutes buy, from runs that are written here."""
+import json
+from pathlib import Path
+
+from conftest import script
+from experiments import minutes
+
+
+def finish(folder, epochs, **networks):
+    """Write the files of a finished run; networks {name: accuracies}."""
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "result.json").write_text(json.dumps(networks))
+    (Path(folder) / "config.json").write_text(json.dumps({"epochs": epochs}))
+
+
+def test_the_table_has_each_networks_numbers(monkeypatch, tmp_path, capsys):
+    """The teacher's number in the student's row, overall accuracy for balanced accuracy, epochs of
+    another run; a run that is trained although only the table was asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(minutes, "run", lambda command: 1 / 0)
+    names = "balanced", "overall", "head", "mid", "tail", "macro_f1"
+    skewed = dict(zip(names, (61.25, 90.0, 80.0, 60.0, 40.0, 55.5)))
+    plain = dict(zip(names[1:5], (50.0, 60.0, 50.0, 40.0)))
+    finish("runs/teacher_cifar10_imb100_ours_min5_s0", 7, avg=skewed)
+    finish("runs/deit-lt_cifar10_imb100_ours_min5_s0", 9, avg=plain,
+           teacher_avg=skewed | {"balanced": 62.0}, **{"avg+teacher": skewed | {"tail": 41.0}})
+    script(minutes, monkeypatch, "--minutes", 5, "--show")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == [
+        "| 5 | our teacher | 7 | 61.2 | 80.0 | 60.0 | 40.0 | 55.5 | 90.0 |",
+        "| 5 | ours, the student | 9 | 50.0 | 60.0 | 50.0 | 40.0 | - | 50.0 |",
+        "| 5 | ours, its teacher | 9 | 62.0 | 80.0 | 60.0 | 40.0 | 55.5 | 90.0 |",
+        "| 5 | ours, both | 9 | 61.2 | 80.0 | 60.0 | 41.0 | 55.5 | 90.0 |"]
+
+
+def test_every_row_is_a_run_of_its_minutes(monkeypatch, tmp_path, capsys):
+    """Two rows in one folder by mistake, minutes or a common flag that do not reach a run."""
+    monkeypatch.chdir(tmp_path)
+    commands = []
+    monkeypatch.setattr(minutes, "run", commands.append)
+    script(minutes, monkeypatch, "--minutes", 5, 10, "--seed", 3)
+    assert len(set(commands)) == 8              # the student's three rows are one run
+    for command in commands:
+        assert "--seed 3 --minutes=" in command
+    assert capsys.readouterr().out.count("\n") == 2
