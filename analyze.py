@@ -1,6 +1,6 @@
 r"""Look inside a trained network: the paper's figures and more, one command each.
 
-    python analyze.py eval RUN             accuracies of every head, overall and per class
+    python analyze.py eval RUN             accuracies per class; calibrates predict and export
     python analyze.py heads RUN            ways to make one prediction of CLS and DIST, compared
     python analyze.py summary RUN          one picture: classes, training, where the tokens look
     python analyze.py report RUN           one HTML page with all of this that applies
@@ -192,7 +192,7 @@ def parse():
     parser.usage = "python %(prog)s COMMAND RUN ... [--flag value ...]"
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the above")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or checkpoint file")
-    parser.add_argument("--checkpoint", metavar="RUN", help="the same, as a flag")
+    parser.add_argument("--checkpoint", metavar="RUN", help="the same, as a flag: predict needs it")
     parser.add_argument("--out", metavar="FILE", help="what to write, instead of beside the run")
     parser.add_argument("--topk", type=int, default=5, metavar="N", help="predict: classes [5]")
     parser.add_argument("--min-probability", type=float, metavar="P", help="predict: the answer is "
@@ -225,7 +225,7 @@ def parse():
     data.add_argument("--test-list", metavar="FILE")
     data.add_argument("--list-columns", metavar="NAMES")
     data.add_argument("--groups", type=group_limits, metavar="A,B")
-    data.add_argument("--test-prior", metavar="FILE", help="eval: weight the test images to these "
+    data.add_argument("--test-prior", metavar="PRIOR", help="eval: weight the test images to these "
                       "class frequencies, and adjust the logits: uniform, train, or a CSV file")
     network = parser.add_argument_group("network [as recognised], for files from elsewhere")
     network.add_argument("--norm", choices=NORMALISATIONS, metavar="NAME",

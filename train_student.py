@@ -53,7 +53,7 @@ SETTINGS = [
     Setting("warmup_epochs", 5.0, Interval(0), "epochs of linear warm-up"),
     Setting("weight_decay", 0.05, Interval(0), "of AdamW; for matrices and kernels"),
     Setting("drop_path", 0.1, Interval(0, 0.99), "stochastic depth rate of the last block"),
-    Setting("distill", "hard", ("hard", "soft", "none"), "labels, probabilities or no teacher"),
+    Setting("distill", "hard", ("hard", "soft", "none"), "teacher's labels, probabilities, none"),
     Setting("tau", 1.0, Interval(1e-3), "temperature of --distill soft"),
     Setting("teacher_view", "same", ("same", "weak"), "teacher input: same images, or weak crops"),
     Setting("alpha", 0.5, Interval(0, 1), "weight of the DIST loss; 1 - alpha of the CLS loss"),

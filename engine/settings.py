@@ -95,24 +95,26 @@ def add_run_flags(parser):
     data.add_argument("--data-dir", default="data", metavar="DIR",
                       help="CIFAR's folder (downloaded if missing), or of your images [data]")
     data.add_argument("--holdout", type=float, metavar="SHARE",
-                      help="test on this share of each class's training images instead")
+                      help="test on this share of each class; needed without test images")
     data.add_argument("--holdout-by", metavar="GROUP",
-                      help="keep groups whole: a regular expression for paths, or a list's column")
+                      help="with --holdout: equal matches of this regular expression in the "
+                           "paths, or in this column of a list, stay on one side")
     data.add_argument("--train-list", metavar="FILE",
-                      help="images by a list: CSV with image,label[,split], or lines 'path label'")
+                      help="images by a list: CSV with image,label[,split][,group], or lines "
+                           "'path label'; paths are relative to --data-dir")
     data.add_argument("--test-list", metavar="FILE", help="the same for the test images")
     data.add_argument("--list-columns", metavar="NAMES",
                       help="of a CSV list: image=...,label=...,split=...,group=... [those words]")
     data.add_argument("--groups", type=group_limits, metavar="A,B", help="own data: head has more "
-                      "than A training images, tail fewer than B [thirds]")
+                      "than A training images, tail fewer than B [100,20, or thirds]")
     data.add_argument("--skip-bad", action="store_true",
                       help="list unusable images and continue without them [list and stop]")
     run = parser.add_argument_group("run")
     run.add_argument("--recipe", default="auto", choices=("auto", "paper", "cpu", "ours", "best"),
                      metavar="NAME",
-                     help="paper, cpu or ours [paper on a GPU, else cpu; own images: ours]")
+                     help="paper, cpu or ours [GPU: paper; else cpu, for own images ours]")
     run.add_argument("--minutes", type=float, metavar="N",
-                     help="as many epochs as take N minutes here, a student's teacher included")
+                     help="as many epochs as fit here; 40 %% of it for a student's missing teacher")
     run.add_argument("--seed", type=int, default=0, metavar="N",
                      help="of weights, order and augmentation [0]")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
@@ -151,7 +153,8 @@ def group_limits(text):
 
 def add_settings(parser, table):
     """A flag of the same name for every Setting; None when it is not given."""
-    group = parser.add_argument_group("settings of the recipe [the paper's value]")
+    group = parser.add_argument_group(
+        "settings of the recipe [the paper's value for CIFAR; a run's own: config.json]")
     for setting in table:
         text = f"{setting.help} [{setting.value}]"
         if isinstance(setting.value, bool):
@@ -187,6 +190,8 @@ def as_flags(args, names):
 def flags_of_teacher(args):
     """The flags of a student's teacher that are the student's too; its share of the minutes."""
     flags = as_flags(args, (*CARRIED, "recipe"))
+    if args.dataset == "folder" and args.recipe == "ours":      # both see the same pixels
+        flags.append(f"--img-size={args.img_size}")
     if args.minutes is not None:
         flags.append(f"--minutes={max(SHORTEST, TEACHER_SHARE * args.minutes):g}")
     return flags

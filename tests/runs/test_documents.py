@@ -18,13 +18,13 @@ import train_teacher
 from conftest import ROOT
 from engine.runtime import Runtime, run_main
 from engine.settings import flag
-from experiments import ablate, bench, crt, deit3, runs_table
+from experiments import ablate, bench, crt, deit3, minutes, runs_table
 
 DOCUMENTS = ["README.md", "results/README.md"]
 TRAINING = {ablate.STUDENT: train_student, ablate.TEACHER: train_teacher, ablate.CRT: crt,
             ablate.DEIT3: deit3}
 SCRIPTS = {"analyze.py": analyze, "-m experiments.ablate": ablate, "-m experiments.bench": bench,
-           "-m experiments.runs_table": runs_table}
+           "-m experiments.runs_table": runs_table, "-m experiments.minutes": minutes}
 COMMAND = re.compile(r"(?:OMP_NUM_THREADS=\S+ )?(?:python3? |torchrun )")
 
 
@@ -130,6 +130,10 @@ def try_command(command, monkeypatch):
     elif program == "-m experiments.ablate":
         sys.argv.append("--commands")
         run_main(ablate.main)
+    elif program == "-m experiments.minutes":
+        make_images(flags)
+        sys.argv.append("--show")
+        run_main(minutes.main)
     elif program == "-m experiments.bench":
         for section in bench.SECTIONS:
             monkeypatch.setitem(bench.SECTIONS, section, lambda rt, rounds: None)
@@ -238,7 +242,8 @@ def test_every_link_leads_somewhere(document):
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target.read_text()), link
-    named = re.findall(r"\]\[([\w.-]+)\]", text)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    named = re.findall(r"\]\[([\w.-]+)\]", prose)
     assert set(named) <= set(re.findall(r"^\[([\w.-]+)\]:", text, re.M))
 
 
