@@ -331,9 +331,10 @@ def new_network(args, data, rt):
             raise UserError(f"{args.arch} cannot take {args.img_size} px ({reason}); try a larger "
                             "--img-size") from None
     net = net.to(rt.device, memory_format=torch.channels_last)
-    if args.arch == "fast":                         # its stem is computed from 2,000 of the images
+    if args.arch == "fast":             # its stem is computed from images, 2,000 of them at 32 px
         n = len(data.train_labels)
-        index = torch.linspace(0, n - 1, min(n, 2000)).long().to(rt.device)
+        some = min(n, max(1, 2000 * 32 ** 2 // args.img_size ** 2))
+        index = torch.linspace(0, n - 1, some).long().to(rt.device)
         images = augment.to_float(data.train_images[index])
         net.whiten(augment.resize(images, args.img_size))
     return net

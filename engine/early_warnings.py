@@ -5,7 +5,7 @@ r"""What a run says while there is time to stop it: one line each, with what to 
     at an evaluation    the latter again, and an accuracy that a constant answer has too
 
 Each comes once, that about classes again if it gets much worse. Nothing here is in the run's log.
-The device is waited for at three steps of a run only.
+The device is waited for at three steps of a run and at evaluations only.
 """
 import math
 
@@ -44,7 +44,9 @@ def constant_loss(args, counts):
     the mean cross-entropy of these labels.
     """
     settings = vars(args)
-    if settings.get("method") == "vit-crt" or settings.get("loss", "ce") not in ("ce", "la"):
+    if settings.get("method") in ("vit-crt", "deit-iii"):
+        return None
+    if settings.get("loss", "ce") not in ("ce", "la"):
         return None
     if "method" in settings:
         mixed, smoothing = args.mixup + args.cutmix > 0, args.smoothing
@@ -92,8 +94,8 @@ class EarlyWarnings:
         if total < FEWEST_STEPS:
             longer = FEWEST_STEPS / total
             advice = f"--epochs {math.ceil(longer * args.epochs)}"
-            if args.minutes is not None:
-                advice = f"--minutes {math.ceil(longer * args.minutes)}"
+            if args.minutes is not None:            # of a student's teacher they are a share
+                advice = f"{longer:.1f} times the --minutes"
             self.say("budget", 0, f"{total} steps of the optimizer (--epochs {args.epochs}, of "
                      f"{self.steps} steps) are too few to learn much; {advice} makes "
                      f"{FEWEST_STEPS}, as does a smaller --batch")
@@ -147,16 +149,17 @@ class EarlyWarnings:
         number = torch.bincount(answers[answers >= 0], minlength=data.num_classes)
         predicted, k = int((number > 0).sum()), int(number.argmax())
         share, name, classes = commonest(self.tests, data.class_names)
+        seen = len(self.labels.unique())            # of many classes not all are looked at
         when = f"epoch {epoch + 1}"
         # Deferred re-weighting is to find the rare classes: until then an eighth is enough.
         ahead = (args.beta > 0 and epoch < args.drw_epoch < args.epochs
                  and getattr(args, "distill", "") != "none")
-        if predicted < (max(2, classes / 8) if ahead else classes / 2):
+        if predicted < (max(2, seen / 8) if ahead else seen / 2):
             advice = "train longer (--epochs, --minutes)"
             if args.recipe != "ours":
                 advice += " or try --recipe ours"
             often = 100 * number[k].item() / len(labels)
-            self.say("classes", predicted, f"{when}: the network predicts {predicted} of {classes} "
+            self.say("classes", predicted, f"{when}: the network predicts {predicted} of {seen} "
                      f"classes, '{data.class_names[k]}' for {often:.0f} % of the test images, each "
                      f"class counted alike; {advice}")
         if results:
@@ -164,7 +167,9 @@ class EarlyWarnings:
             balanced = torch.tensor(results["avg"]["per_class"]).nanmean().item()
         else:
             overall, balanced = estimates(labels, answers, self.tests)
-        if overall < share and balanced < 200 / classes:
+        # Near chance c: odds below twice its own, as in evaluation.accuracy_on_clean.
+        near_chance = balanced * (1 - 1 / classes) < 2 / classes * (100 - balanced)
+        if overall < share and near_chance:
             self.say("accuracy", 0, f"{when}: {overall:.1f} % of the test images right is below "
                      f"always answering '{name}', {share:.1f} %, and the balanced accuracy, "
                      f"{balanced:.1f} %, is near chance; train longer, or try another --lr")

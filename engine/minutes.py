@@ -147,9 +147,9 @@ def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
             f"{several(math.ceil(epochs / every), 'evaluation')} of {duration(costs.evaluation)}, "
             f"{end / 60:.1f} for the end")
     if takes - left > TOO_MUCH * budget:
-        needed = math.ceil((budget - left + takes) / 60)
+        needed = (budget - left + takes) / budget
         text += (f". Warning: that is {(takes - left) / 60:.1f} too many, for one epoch is the "
-                 f"least: --minutes {needed}, a smaller network or a smaller --img-size")
+                 f"least: {needed:.1f} times the --minutes, or a smaller network")
     rt.print(text)
 
 

@@ -23,7 +23,7 @@ FORMAT = 2      # of a run folder's settings; runs without one were made before 
 RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
 LACKS = "the log lacks epochs"      # in `forced` of a run that went on with such a log
 # What config.json says besides the settings.
-ABOUT = ("classes", "counts", "groups", "versions", "hardware", "amp_dtype", "forced",
+ABOUT = ("classes", "counts", "class_groups", "versions", "hardware", "amp_dtype", "forced",
          "fingerprint", "teachers")
 
 
@@ -153,6 +153,8 @@ class PastRun:
                 return True
             config = {name: value for name, value in upgrade_config(config).items()
                       if value is not None} | {"format": FORMAT}
+        if isinstance(config.get("groups"), dict):          # an older name of class_groups
+            del config["groups"]
         changes = self.changes(config, args, (*NOT_RESUMED, *ABOUT, "amp", "processes"))
         if changes and not self.resume:
             return False

@@ -60,7 +60,7 @@ LARGEST_JSON = 2 ** 28          # bytes; a log of 1,400 epochs has half a millio
 # several. The values of an example's dict or list are alike.
 EXAMPLES = {
     "config.json": {"dataset": "", "epochs": 0, "seed": 0, "counts": [0], "classes": [""],
-                    "groups": {"": [0]}, "versions": {"": ""}},
+                    "class_groups": {"": [0]}, "versions": {"": ""}},
     "result.json": {"dataset": "", "recipe": "", "method": "", "model": "", "command": "",
                     "hardware": "", "date": "", "teacher": ("", None), "epochs": 0, "seed": 0,
                     "imb": 0.0, "seconds": 0.0, "cls": {"": 0.0}, "dist": {"": 0.0},

@@ -41,7 +41,8 @@ FIGURES = ("attention", "distance", "rank", "augment", "entropy", "sharpness", "
            "imbalance", "curves")
 OWN_FILES = ("result.json", "last.pt", "previous.pt", "log.jsonl", "config.json", "summary.png",
              "per_class.csv", "confusion.csv", "confusion.png", "calibration.json", "heads.csv",
-             "report.html", "model.pt2", "model.json", "model.onnx", "events.out.tfevents.*",
+             "report.html", "model.pt2", "model.json", "model.onnx", "with_*",
+             "events.out.tfevents.*",
              *(f"{figure}.{ending}" for figure in FIGURES for ending in ("png", "csv", "json")))
 
 
@@ -121,8 +122,9 @@ class Run(PastRun):
                     "numpy": np.__version__}
         save_json(os.path.join(self.folder, "config.json"), self.config() | {
             "classes": self.data.class_names, "counts": self.data.counts,
-            "groups": self.data.groups, "versions": versions, "hardware": self.rt.hardware(),
-            "amp_dtype": str(self.rt.amp), "teachers": self.teachers, "forced": self.forced,
+            "class_groups": self.data.groups, "versions": versions,
+            "hardware": self.rt.hardware(), "amp_dtype": str(self.rt.amp),
+            "teachers": self.teachers, "forced": self.forced,
             "fingerprint": self.data.fingerprint})
         self.seconds = sum(record["seconds"] for record in self.log)
         text = "".join(map(as_line, self.log))

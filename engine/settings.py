@@ -52,8 +52,7 @@ DATA_SETTINGS = ("dataset", "imb", "imb_type", "holdout", "holdout_by", "train_l
                  "list_columns", "groups")
 CARRIED = (*DATA_SETTINGS, "data_dir", "seed", "device", "amp", "save_every", "compile", "skip_bad")
 NOT_RESUMED = ("out", "name", "resume", "overwrite", "force", "device", "data_dir", "compile",
-               "checkpointing", "save_every", "skip_bad", "eval_every", "groups",
-               "fitted")                                                    # free to differ
+               "checkpointing", "save_every", "skip_bad", "eval_every", "fitted")  # free to differ
 # What follows from --minutes (engine/minutes.py) where no flag says it.
 FITTED = ("epochs", "eval_every", "warmup_epochs", "drw_epoch", "ema")
 # Of a student's --minutes, for its teacher: a CNN learns from fewer epochs than a ViT, and a

@@ -17,7 +17,7 @@ table1   the teacher and its input (the paper's Table 1; here without re-weighti
 table2   the methods that the paper compares on a ViT, of its Table 2
 table5   the parts of DeiT-LT, added one by one
 table6   sizes of the student
-ours     --recipe ours, and each of its changes taken back; 20 epochs
+ours     --recipe ours, and changes of its student taken back; 20 epochs
 modes    DeiT's modes of distillation on balanced images, beside a course report's; 20 epochs
 search   the cpu recipe, its neighbours and the way to ours, on held-out images; 20 epochs
 """

@@ -13,6 +13,7 @@ from torch import nn
 import data_lt
 import train_student
 from engine import runtime
+from engine.runtime import UserError
 from engine.networks import build_student
 from engine.settings import defaults
 
@@ -27,11 +28,18 @@ def class_balanced(args, data, epoch):
 
 def second_run(first):
     """Settings of the second run, after the first (resolved): a tenth of its epochs."""
+    refuse_minutes(first)
     settings = {name: getattr(first, name) for name in defaults(train_student.SETTINGS)}
     settings |= dict(epochs=max(1, first.epochs // 10), warmup_epochs=0, weight_decay=1e-8,
                      drw_epoch=0, repeats=None, ema=None, logit_adjustment=None)
-    own = dict(method="vit-crt", finetune=first.out, teacher="auto", out=None, minutes=None)
+    own = dict(method="vit-crt", finetune=first.out, teacher="auto", out=None)
     return argparse.Namespace(**vars(first) | settings | own)
+
+
+def refuse_minutes(args):
+    """UserError: the second run's epochs, a part of its name, are not known before the first."""
+    if args.minutes is not None:
+        raise UserError("cRT is two runs: give --epochs instead of --minutes")
 
 
 def freeze_all_but_classifier(args):
@@ -48,6 +56,7 @@ def freeze_all_but_classifier(args):
 
 def main():
     args = train_student.parse()
+    refuse_minutes(args)
     rt = runtime.setup(args.device, args.amp)
     first = argparse.Namespace(**vars(args) | dict(method="vit", out=None, resume=True))
     train_student.run_student(first, rt, wait=True)

@@ -10,6 +10,7 @@ Balanced: mean of the classes' accuracies; head, mid, tail: of their classes; ma
 classes' F1; accuracy: of the test images. Of a balanced test set macro F1 is not kept.
 """
 import argparse
+import math
 import shlex
 
 import train_student
@@ -17,6 +18,8 @@ import train_teacher
 from engine import runtime
 from engine.evaluation import main_accuracy
 from engine.records import read_json
+from engine.runtime import UserError
+from engine.settings import TEACHER_SHARE
 from experiments.ablate import STUDENT, TEACHER, folder_of, is_finished, run
 
 # What somebody with 50 lines of PyTorch would do: logit-adjusted cross-entropy, crops and flips.
@@ -35,9 +38,22 @@ COLUMNS = ("head", "mid", "tail", "macro_f1", "overall")
 def table_row(minutes, name, folder, head):
     """A line of markdown for one network of a finished run."""
     result, config = read_json(folder, "result.json"), read_json(folder, "config.json")
+    if head == "teacher_avg":
+        config = read_json(result["teacher"], "config.json")
     numbers = result[head] | {"balanced": main_accuracy(result[head])}
-    cells = [f"{numbers[key]:.1f}" if key in numbers else "-" for key in ("balanced", *COLUMNS)]
+    values = [numbers.get(column, math.nan) for column in ("balanced", *COLUMNS)]
+    cells = ["-" if math.isnan(value) else f"{value:.1f}" for value in values]
     return f"| {minutes:g} | {name} | {config['epochs']} | {' | '.join(cells)} |"
+
+
+def check(minutes, settings):
+    """UserError for flags that each run needs of its own, or minutes that share a teacher."""
+    if settings.out or settings.recipe != "auto":
+        raise UserError("--out, --recipe: every run has its own here")
+    for more in minutes:
+        if TEACHER_SHARE * more in minutes:
+            raise UserError(f"--minutes {more:g}: the teacher of its student would be that of "
+                            f"{TEACHER_SHARE * more:g} minutes, trained already: choose others")
 
 
 def main():
@@ -50,6 +66,7 @@ def main():
     options, common = parser.parse_known_args()
     train_teacher.parse(common)                             # refuses flags of the student alone
     settings = train_student.parse(common)
+    check(options.minutes, settings)
     rt = runtime.setup(settings.device, settings.amp)
     lines = ["| minutes | network | epochs | balanced | head | mid | tail | macro F1 | accuracy |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]

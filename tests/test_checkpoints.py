@@ -167,7 +167,7 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, folder):
 RESULT = {"dataset": "CIFAR-10-LT", "epochs": 3, "imb": 100.0, "seconds": 9.5, "teacher": None,
           "avg": {"overall": 50.0, "tail": 10.0}, "per_class": {"avg": [50.0, 10.0]}}
 CONFIG = {"dataset": "cifar10", "epochs": 3, "counts": [50, 5], "classes": ["a", "b"],
-          "groups": {"head": [0], "tail": [1]}, "versions": {"torch": "2.6"}, "lr": 0.1}
+          "class_groups": {"head": [0], "tail": [1]}, "versions": {"torch": "2.6"}, "lr": 0.1}
 
 
 @pytest.mark.parametrize("name, content", [
@@ -182,8 +182,8 @@ CONFIG = {"dataset": "cifar10", "epochs": 3, "counts": [50, 5], "classes": ["a",
     ("result.json", {"teacher": {}}), ("result.json", {"training_images": {"clean": 1.0}}),
     ("config.json", b"{]"), ("config.json", {"dataset": None}), ("config.json", {"counts": 55}),
     ("config.json", {"counts": [None, 5]}), ("config.json", {"classes": [1, 2]}),
-    ("config.json", {"classes": "ab"}), ("config.json", {"groups": [0, 1]}),
-    ("config.json", {"groups": {"head": 0}}), ("config.json", {"versions": "2.6"}),
+    ("config.json", {"classes": "ab"}), ("config.json", {"class_groups": [0, 1]}),
+    ("config.json", {"class_groups": {"head": 0}}), ("config.json", {"versions": "2.6"}),
     ("config.json", {"epochs": 1.5})])
 def test_damaged_json_is_refused_in_one_line(name, content, tmp_path):
     """A traceback in every figure, a hang, or a number that somebody believes."""

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import data_lt
+from engine import early_warnings
 from engine.early_warnings import (EarlyWarnings, constant_answer, constant_loss, estimates)
 from engine.runtime import Runtime
 
@@ -84,7 +85,7 @@ def test_the_loss_of_one_answer(settings, expected):
 @pytest.mark.parametrize("changes, words", [
     (dict(steps=40, epochs=3), "120 steps of the optimizer (--epochs 3, of 40 steps) are too few "
                                "to learn much; --epochs 13 makes 500"),
-    (dict(steps=40, epochs=3, minutes=10.0), "--minutes 42 makes 500"),
+    (dict(steps=40, epochs=3, minutes=10.0), "4.2 times the --minutes makes 500"),
     (dict(epochs=6, warmup_epochs=6), "the warm-up, 6 epochs, does not end in 6")])
 def test_a_budget_too_short_for_the_schedule(changes, words, capsys):
     """An evening's training that could not have learned anything."""
@@ -157,6 +158,16 @@ def test_a_warning_comes_once_or_when_it_is_much_worse(capsys):
     assert [line[:44] for line in lines] == ["Warning: epoch 1: the network predicts 4 of ",
                                              "Warning: epoch 4: the network predicts 1 of "]
     assert not any("recipe" in line for line in lines)
+
+
+def test_good_networks_of_few_or_many_classes_are_left_alone(capsys, monkeypatch):
+    """Two classes, of which one answer has 50 % balanced, "near chance" at any accuracy; a
+    thousand, of which a sample of 500 images cannot show more than 500."""
+    nan = float("nan")
+    good = {"avg": {"overall": 85.5, "per_class": [85.0, 88.0, *[nan] * 8]}}
+    assert watched(capsys, falling(2.3, 1.0), tests=(90, 10, *[0] * 8), results={2: good}) == []
+    monkeypatch.setattr(early_warnings, "IMAGES", 4)
+    assert watched(capsys, falling(2.3, 1.0), classes=3) == []
 
 
 def test_estimates_weight_the_classes_as_the_test_set_does():

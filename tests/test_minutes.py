@@ -129,8 +129,8 @@ def test_an_epoch_longer_than_the_minutes_is_one_with_a_warning(step, most, monk
     minutes.fit_epochs(run, train, args, small_data(), torch.nn.Linear(1, 1), CPU)
     assert args.epochs == 1 and len(steps) <= most and clock.now - began == len(steps) * step
     text = capsys.readouterr().out
-    needed = math.ceil((len(steps) * step + 20 * step + 10 * step / 3 + minutes.PICTURE) / 60)
-    assert "1 epoch of" in text and f"--minutes {needed}," in text
+    needed = (len(steps) * step + 20 * step + 10 * step / 3 + minutes.PICTURE) / 180
+    assert "1 epoch of" in text and f"{needed:.1f} times the --minutes," in text
 
 
 def counted(function, calls):

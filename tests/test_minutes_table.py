@@ -2,6 +2,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from conftest import script
 from experiments import minutes
 
@@ -22,14 +24,16 @@ def test_the_table_has_each_networks_numbers(monkeypatch, tmp_path, capsys):
     skewed = dict(zip(names, (61.25, 90.0, 80.0, 60.0, 40.0, 55.5)))
     plain = dict(zip(names[1:5], (50.0, 60.0, 50.0, 40.0)))
     finish("runs/teacher_cifar10_imb100_ours_min5_s0", 7, avg=skewed)
-    finish("runs/deit-lt_cifar10_imb100_ours_min5_s0", 9, avg=plain,
+    finish("runs/teacher_cifar10_imb100_ours_min2_s0", 4, avg=skewed)
+    finish("runs/deit-lt_cifar10_imb100_ours_min5_s0", 9, avg=plain | {"tail": None},
+           teacher="runs/teacher_cifar10_imb100_ours_min2_s0",
            teacher_avg=skewed | {"balanced": 62.0}, **{"avg+teacher": skewed | {"tail": 41.0}})
     script(minutes, monkeypatch, "--minutes", 5, "--show")
     lines = capsys.readouterr().out.splitlines()
     assert lines[2:] == [
         "| 5 | our teacher | 7 | 61.2 | 80.0 | 60.0 | 40.0 | 55.5 | 90.0 |",
-        "| 5 | ours, the student | 9 | 50.0 | 60.0 | 50.0 | 40.0 | - | 50.0 |",
-        "| 5 | ours, its teacher | 9 | 62.0 | 80.0 | 60.0 | 40.0 | 55.5 | 90.0 |",
+        "| 5 | ours, the student | 9 | 50.0 | 60.0 | 50.0 | - | - | 50.0 |",
+        "| 5 | ours, its teacher | 4 | 62.0 | 80.0 | 60.0 | 40.0 | 55.5 | 90.0 |",
         "| 5 | ours, both | 9 | 61.2 | 80.0 | 60.0 | 41.0 | 55.5 | 90.0 |"]
 
 
@@ -43,3 +47,14 @@ def test_every_row_is_a_run_of_its_minutes(monkeypatch, tmp_path, capsys):
     for command in commands:
         assert "--seed 3 --minutes=" in command
     assert capsys.readouterr().out.count("\n") == 2
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--out", "x"), "every run has its own"), (("--recipe", "cpu"), "every run has its own"),
+    (("--minutes", 4, 10), "of its student would be that of 4 minutes")])
+def test_what_all_runs_cannot_share(flags, words, monkeypatch, capsys):
+    """Rows that print one run's numbers; a student that gets its teacher's time as well."""
+    monkeypatch.setattr(minutes, "run", lambda command: 1 / 0)
+    with pytest.raises(SystemExit):
+        script(minutes, monkeypatch, *flags)
+    assert words in capsys.readouterr().err
