@@ -340,10 +340,10 @@ def new_network(args, data, rt):
     return net
 
 
-def run_teacher(args, rt, wait=False):
+def run_teacher(args, rt, wait=False, train=train):
     """One run: train the teacher of these (resolved) settings, or go on with it; its result.
 
-    wait: for another process that trains it.
+    wait: for another process that trains it. train: another loop than this file's.
     """
     run = Run(args.out, args, rt, SETTINGS, wait)
     data = load_data(args, rt)

@@ -20,13 +20,12 @@ from engine.evaluation import main_accuracy
 from engine.records import read_json
 from engine.runtime import UserError
 from engine.settings import TEACHER_SHARE
-from experiments.ablate import STUDENT, TEACHER, folder_of, is_finished, run
+from experiments import resnet18
+from experiments.ablate import STUDENT, TEACHER, folder_of, is_finished, run, split
 
-# What somebody with 50 lines of PyTorch would do: logit-adjusted cross-entropy, crops and flips.
-RESNET18 = ("--recipe cpu --arch resnet18 --img-size 64 --norm imagenet --loss la --beta 0 --rho 0 "
-            "--lr 0.05")
+RESNET18 = "-m experiments.resnet18"
 # Name, command, and which of the run's networks it is.
-ROWS = [("ResNet-18, 64 px", f"{TEACHER} {RESNET18}", "avg"),
+ROWS = [("ResNet-18, 64 px", RESNET18, "avg"),
         ("our teacher", f"{TEACHER} --recipe ours", "avg"),
         ("plain ViT", f"{STUDENT} --recipe ours --method vit", "avg"),
         ("ours, the student", f"{STUDENT} --recipe ours", "avg"),
@@ -44,6 +43,14 @@ def table_row(minutes, name, folder, head):
     values = [numbers.get(column, math.nan) for column in ("balanced", *COLUMNS)]
     cells = ["-" if math.isnan(value) else f"{value:.1f}" for value in values]
     return f"| {minutes:g} | {name} | {config['epochs']} | {' | '.join(cells)} |"
+
+
+def run_folder(command, rt):
+    """Run folder of a row's command."""
+    program, flags = split(command)
+    if program == RESNET18:
+        return resnet18.resolved(train_teacher.parse(flags), rt).out
+    return folder_of(command, rt)
 
 
 def check(minutes, settings):
@@ -73,7 +80,7 @@ def main():
     for minutes in options.minutes:
         for name, command, head in ROWS:
             command = f"{command} {shlex.join([*common, f'--minutes={minutes:g}'])}"
-            folder = folder_of(command, rt)
+            folder = run_folder(command, rt)
             if not is_finished(folder) and not options.show:
                 run(command)
             if is_finished(folder):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from conftest import script
-from experiments import minutes
+from experiments import minutes, resnet18
 
 
 def finish(folder, epochs, **networks):
@@ -58,3 +58,14 @@ def test_what_all_runs_cannot_share(flags, words, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script(minutes, monkeypatch, *flags)
     assert words in capsys.readouterr().err
+
+
+def test_the_plain_resnet18_learns(monkeypatch, tmp_path, tiny_cifar, capsys):
+    """A loop that does not learn, a rate that stays at its warm-up, a result that is not kept."""
+    monkeypatch.chdir(tmp_path)
+    script(resnet18, monkeypatch, "--dataset", "cifar10", "--imb", 4, "--data-dir", tiny_cifar,
+           "--img-size", 16, "--epochs", 4, "--batch", 24, "--device", "cpu", "--amp", "none")
+    log = [json.loads(line) for line in Path(
+        "runs/resnet18_cifar10_imb4_cpu_s0/log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["lr"] < log[1]["lr"]
+    assert "avg" in json.loads(Path("runs/resnet18_cifar10_imb4_cpu_s0/result.json").read_text())

@@ -18,13 +18,14 @@ import train_teacher
 from conftest import ROOT
 from engine.runtime import Runtime, run_main
 from engine.settings import flag
-from experiments import ablate, bench, crt, deit3, minutes, runs_table
+from experiments import ablate, bench, crt, deit3, minutes, resnet18, runs_table
 
 DOCUMENTS = ["README.md", "results/README.md"]
 TRAINING = {ablate.STUDENT: train_student, ablate.TEACHER: train_teacher, ablate.CRT: crt,
             ablate.DEIT3: deit3}
 SCRIPTS = {"analyze.py": analyze, "-m experiments.ablate": ablate, "-m experiments.bench": bench,
-           "-m experiments.runs_table": runs_table, "-m experiments.minutes": minutes}
+           "-m experiments.runs_table": runs_table, "-m experiments.minutes": minutes,
+           "-m experiments.resnet18": resnet18}
 COMMAND = re.compile(r"(?:OMP_NUM_THREADS=\S+ )?(?:python3? |torchrun )")
 
 
@@ -130,6 +131,9 @@ def try_command(command, monkeypatch):
     elif program == "-m experiments.ablate":
         sys.argv.append("--commands")
         run_main(ablate.main)
+    elif program == "-m experiments.resnet18":
+        make_images(flags)
+        assert resnet18.resolved(train_teacher.parse(flags), Runtime(torch.device("cpu"))).out
     elif program == "-m experiments.minutes":
         make_images(flags)
         sys.argv.append("--show")
