@@ -163,7 +163,7 @@ def say_near_copies(train, test, trained, tested, args, rt):
         images = [Stream(files, 32) for files in (train, test)]     # decoded small, so fast
     if len(train) + len(test) <= (MOST // 4 if isinstance(images[0], Stream) else MOST):
         pairs = nearly_the_same(images[0], trained[1], images[1], tested[1])
-        line = remark_on(train, test, pairs, args.data_dir, args.holdout)
+        line = remark_on(train, test, pairs, args.data_dir, args.holdout, args.holdout_by)
         if line:
             rt.print(line)
 

@@ -6,6 +6,7 @@ r"""Which images are kept for testing, where a data set does not say.
 Frames of one video or pictures of one patient are nearly the same picture. With some of them in
 training, an accuracy says how well a network knows these again, not how well it does on new ones.
 """
+import functools
 import hashlib
 import os
 import re
@@ -16,6 +17,9 @@ from itertools import combinations
 import numpy as np
 
 from images.files import DataError, shown, some
+
+CHOICE = 15         # units of each part that are tried on the other side, for a class
+ROUNDS = 20         # of moves for a class
 
 
 # ---- What belongs together -----------------------------------------------------------------------
@@ -109,7 +113,7 @@ def hold_out(files, fraction, root, groups=None):
                 held[k] += n
     remarks = []
     if groups is not None:
-        improve(parts, is_test, held, counts, fraction)
+        is_test = improved(tuple(parts), tuple(is_test.tolist()), tuple(counts.tolist()), fraction)
         remarks = remarks_on(files, groups, units, is_test)
     test = replace(files.keep(is_test[units]), problems=[], ignored=Counter(), remarks=[])
     train = replace(files, remarks=files.remarks + remarks).keep(~is_test[units])
@@ -125,51 +129,83 @@ def composition(units, labels):
     return parts
 
 
-def improve(parts, is_test, held, counts, fraction):
-    """Move units between the parts while that brings the shares nearer to `fraction`, in place.
+@functools.lru_cache(maxsize=4)     # a set is surveyed, and loaded for teacher and student
+def improved(parts, is_test, counts, fraction):
+    """is_test (units,) after moves of units that bring the shares nearer to `fraction`.
 
-    Classes with few units come first. For each, a few moves at a time are tried: all that are
-    possible where up to ten units differ, else single ones and pairs.
+    Classes with few units come first. For each, a few moves at a time are tried, at most ROUNDS
+    times: all that are possible where up to ten units differ, else single ones and pairs.
     """
+    is_test, counts = np.array(is_test, dtype=bool), np.array(counts)
+    held = np.zeros(len(counts))
+    for unit in np.flatnonzero(is_test):
+        for k, n in parts[unit]:
+            held[k] += n
     of_class = [[] for _ in counts]
     for unit, part in enumerate(parts):
         for k, _ in part:
             of_class[k].append(unit)
-
-    def error(k, n):
-        """Distance from the share that was asked for; worse: nothing to train or to test on."""
-        if n == counts[k]:
-            return np.inf
-        return abs(n / counts[k] - fraction) + (n == 0 and len(of_class[k]) > 1)
-
-    def gain(moved):
-        """By how much the classes' errors fall if these units change sides."""
-        change = Counter()
-        for unit in moved:
-            for k, n in parts[unit]:
-                change[k] += -n if is_test[unit] else n
-        return sum(error(k, held[k]) - error(k, held[k] + n) for k, n in change.items())
-
-    for k in sorted(range(len(counts)), key=lambda k: len(of_class[k])):
-        if len(of_class[k]) < 2:
-            continue
-        while True:
-            alike = Counter()               # two of those that are alike are enough to choose from
-            choice = []
-            for unit in of_class[k]:
-                kind = parts[unit], is_test[unit]
-                alike[kind] += 1
-                if alike[kind] <= 2 and len(choice) < 100:
-                    choice.append(unit)
-            most = len(choice) if len(choice) <= 10 else 2
-            moves = [move for size in range(1, most + 1) for move in combinations(choice, size)]
-            best = max(moves, key=gain)
-            if gain(best) < 1e-9:
+    several = np.array([len(units) > 1 for units in of_class])
+    number = {}
+    kinds = [number.setdefault(part, len(number)) for part in parts]
+    tables = [np.array(part).T for part in parts]               # classes, images
+    settled = set()                                             # choices without a gain by now
+    for k in sorted(np.flatnonzero(several), key=lambda k: len(of_class[k])):
+        for _ in range(ROUNDS):
+            choice = to_choose_from(of_class[k], kinds, is_test)
+            if tuple(choice) in settled:
                 break
-            for unit in best:
-                for other, n in parts[unit]:
-                    held[other] += -n if is_test[unit] else n
-                is_test[unit] = not is_test[unit]
+            change = np.zeros((len(choice), len(counts)))
+            for row, unit in zip(change, choice):
+                classes, images = tables[unit]
+                row[classes] = -images if is_test[unit] else images
+            touched = np.flatnonzero(change.any(axis=0))
+            moves = possible_moves(len(choice))
+            gain = gains(moves @ change[:, touched], held[touched], counts[touched],
+                         several[touched], fraction)
+            best = gain.argmax()
+            if gain[best] <= 0:
+                settled.add(tuple(choice))
+                break
+            held += moves[best] @ change
+            is_test[[unit for unit, moved in zip(choice, moves[best]) if moved]] ^= True
+            settled.clear()
+    return is_test
+
+
+def to_choose_from(units, kinds, is_test):
+    """Up to CHOICE units of each part, of those that are alike two: enough to choose from."""
+    alike, sides, choice = Counter(), Counter(), []
+    for unit in units:
+        side = bool(is_test[unit])
+        alike[kinds[unit], side] += 1
+        if alike[kinds[unit], side] <= 2 and sides[side] < CHOICE:
+            sides[side] += 1
+            choice.append(unit)
+    return choice
+
+
+@functools.cache
+def possible_moves(n):
+    """Which of n units change sides, (moves,n) of 0 and 1: any up to ten units, else one or two."""
+    most = n if n <= 10 else 2
+    moves = [move for size in range(1, most + 1) for move in combinations(range(n), size)]
+    table = np.zeros((len(moves), n))
+    for row, move in zip(table, moves):
+        row[list(move)] = 1
+    return table
+
+
+def gains(changes, held, counts, several, fraction):
+    """By how much the classes' errors fall for each row of changes (moves,K) to held (K,).
+
+    Rounded, so that equal moves are equal on every machine. several (K,): has a class two units?
+    """
+    def error(n):
+        """Distance from the share that was asked for; worse: nothing to train or to test on."""
+        distance = np.abs(n / counts - fraction) + ((n == 0) & several)
+        return np.where(n == counts, np.inf, distance)
+    return np.round(error(held).sum() - error(held + changes).sum(axis=1), 9)
 
 
 def remarks_on(files, groups, units, is_test):

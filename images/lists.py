@@ -43,12 +43,16 @@ def find_listed(train_list, test_list, root, columns=None, by=None, otherwise=No
     where it has no such rows. columns, by: --list-columns and --holdout-by. DataError as
     read_list's, and if a list has no row for its purpose.
     """
-    parts, base = read_list(train_list, root, "train", columns, by)
+    parts, base, problems = read_list(train_list, root, "train", columns, by)
     train = part_of(parts, train_list, "train")
+    train.problems.extend(problems)
     tested = [split for split in ("test", "val") if split in parts]
     test_list = test_list or (None if tested else otherwise)
     if test_list:
-        test = part_of(read_list(test_list, root, "test", columns)[0], test_list, "test", "val")
+        test_parts, _, test_problems = read_list(test_list, root, "test", columns)
+        test = part_of(test_parts, test_list, "test", "val")
+        said = set(problems)                                    # it may be the same list
+        test.problems.extend(problem for problem in test_problems if problem not in said)
         unused = tested
     elif tested:
         test, unused, test_list = parts[tested[0]], tested[1:], f"{train_list} ({tested[0]})"
@@ -72,12 +76,13 @@ def part_of(parts, path, *splits):
 
 
 def read_list(path, root, whole, columns=None, by=None):
-    """({"train", "val" or "test": Files}, folder that the paths are relative to) of one list.
+    """({"train", "val" or "test": Files}, folder that the paths are relative to, problems).
 
     Without a column of splits all images are of the split `whole`. Classes are those of a split, in
-    natural order; images are in the list's order. Rows that cannot be used are problems of the
-    first split, and so are files that are listed twice or lie outside the folder. DataError if the
-    list cannot be read, is empty, or does not have the columns.
+    natural order; images are in the list's order. Rows that cannot be used are problems, and so
+    are files that are listed twice or lie outside the folder; they are problems of the whole list,
+    whichever splits are used. DataError if the list cannot be read, is empty, or does not have the
+    columns.
     """
     rows, header = read_rows(path, columns, by)
     base = base_folder(path, root, rows)
@@ -108,8 +113,7 @@ def read_list(path, root, whole, columns=None, by=None):
                         "--list-columns split=fold, or put these words there")
     parts = {split: as_files(images, header, by) for split, images in good.items()}
     parts = parts or {whole: as_files([], header, by)}
-    next(iter(parts.values())).problems.extend(problems)
-    return parts, base
+    return parts, base, problems
 
 
 def as_files(images, header, by):
@@ -126,9 +130,14 @@ def as_files(images, header, by):
 
 
 def base_folder(path, root, rows):
-    """`root`, or the list's own folder if any of the first images is there and none in root."""
+    """`root`, or the list's own folder if any of the first images is there and none in root.
+
+    An absolute path is there if it leads below the folder.
+    """
+    images = [row.image for row in rows[:100] if row.image]
     for folder in (root, os.path.dirname(path) or "."):
-        if any(os.path.exists(os.path.join(folder, row.image)) for row in rows[:100] if row.image):
+        if any(relative(image, folder) is not None and os.path.exists(os.path.join(folder, image))
+               for image in images):
             return folder
     return root
 

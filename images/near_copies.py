@@ -67,10 +67,11 @@ def nearly_the_same(train, train_labels, test, test_labels):
 
 # ---- What to do about them -----------------------------------------------------------------------
 
-def remark_on(train_files, test_files, pairs, root, held_out):
+def remark_on(train_files, test_files, pairs, root, held_out, by=None):
     """A line about near-duplicates, or None if they are too few to matter.
 
-    held_out: are the test images held out by --holdout, so that --holdout-by can help?
+    held_out: are the test images held out by --holdout, so that --holdout-by can help? by: the
+    --holdout-by that was given, and has not kept these together, or None.
     """
     if len(pairs) < max(1, WORTH_SAYING * len(test_files)):
         return None
@@ -81,6 +82,10 @@ def remark_on(train_files, test_files, pairs, root, held_out):
     if not held_out:
         return line + " Keep what was taken together (a video, a plate, a patient) in one part."
     pattern = guess_pattern(train_files.names(root), test_files.names(root), pairs)
+    if by:
+        other = f", such as '{pattern}'" if pattern not in (None, by) else ""
+        return (f"{line} --holdout-by '{shown(by)}' does not keep these together: if they were "
+                f"taken together, another pattern may be needed{other}.")
     if pattern:
         return f"{line} Use --holdout-by '{pattern}', if that names what was taken together."
     return (f"{line} Use --holdout-by PATTERN, whose first (group) names in a file's path what was "

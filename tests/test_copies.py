@@ -133,10 +133,9 @@ def test_a_list_names_files_of_its_folder_once(line, words, tmp_path):
     """A file under a second spelling, with a second label; files that nobody meant to read."""
     lines = ["a/0.jpg 0", "a/1.jpg 0", "b/0.jpg 0", "..c/0.jpg 0"]
     (tmp_path / "list.txt").write_text("\n".join([*lines, line]))
-    found = read_list(tmp_path / "list.txt", str(tmp_path), "train")[0]["train"]
-    assert len(found) == 4 and len(found.problems) == 1
-    assert found.problems[0].startswith(f"{tmp_path}/list.txt, line 5: ")
-    assert words in found.problems[0]
+    parts, _, problems = read_list(tmp_path / "list.txt", str(tmp_path), "train")
+    assert len(parts["train"]) == 4 and len(problems) == 1
+    assert problems[0].startswith(f"{tmp_path}/list.txt, line 5: ") and words in problems[0]
 
 
 @pytest.mark.parametrize("published", [False, True])

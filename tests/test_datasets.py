@@ -767,3 +767,6 @@ def test_near_duplicates_of_a_hold_out_are_said(on_disk, tmp_path, monkeypatch):
     rt = Recorder()
     load("folder", tmp_path, rt, holdout=0.25, holdout_by=r"(v\d+)_", skip_bad=True)
     assert not any("nearly the same" in line for line in rt.printed)
+    rt = Recorder()
+    load("folder", tmp_path, rt, holdout=0.25, holdout_by=r"(\d)\.png", skip_bad=True)
+    assert "another pattern may be needed" in rt.printed[-1]

@@ -8,6 +8,7 @@ import pytest
 from engine.datasets import own_folder
 from image_folders import write_files
 from images import files
+from images import holdout
 from images.files import DataError, Files
 from images.holdout import group_names, hold_out
 
@@ -141,6 +142,33 @@ def test_copies_and_groups_stay_together(tmp_path):
         assert trained & tested <= {""} and {"g1", "g2", "g3"} <= trained | tested
         assert len({"g1", "g2", "g3"} & tested) in (0, 3) and counts["x"] == 100 * fraction
         assert "" in trained and "" in tested
+
+
+@pytest.mark.parametrize("classes, units, of_unit, most, off", [
+    (40, 200, 15, 40 * 1800, 0.02), (60, 10, 60, 20 * 1023, 0.1)])
+def test_the_work_for_groups_of_many_classes_is_bounded(classes, units, of_unit, most, off,
+                                                        monkeypatch):
+    """Minutes before a run begins: all pairs of a hundred patients for each of 200 classes, the
+    same ten groups tried anew for every class, all of it again whenever the set is loaded; a bound
+    that costs shares which are far off."""
+    tried, gains = [], holdout.gains
+
+    def counting(changes, *args):
+        tried.append(len(changes))
+        return gains(changes, *args)
+    monkeypatch.setattr(holdout, "gains", counting)
+    holdout.improved.cache_clear()
+    draw, sizes = np.random.RandomState(0), {}
+    for i in range(units):
+        for k in draw.choice(classes, of_unit, replace=False):
+            sizes[f"g{i}", f"c{k}"] = draw.randint(1, 4)
+    whole, groups = grouped(sizes)
+    trained, tested, _ = sides(whole, groups, 0.2)
+    assert not trained & tested and 0 < sum(tried) <= most
+    assert error(whole, groups, tested, 0.2) / classes < off
+    before = len(tried)
+    assert sides(whole, groups, 0.2)[1] == tested and len(tried) == before      # known by now
+    assert sides(whole, groups, 0.3)[1] != tested
 
 
 # ---- Patterns ------------------------------------------------------------------------------------

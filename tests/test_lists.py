@@ -1,6 +1,7 @@
 """images/lists.py: tables as people have them, the published lists, and what is wrong with both."""
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -123,6 +124,18 @@ def test_paths_are_of_the_data_folder_or_of_the_lists(tmp_path):
     assert names(train, base) == EXPECTED and not train.problems
 
 
+def test_absolute_paths_may_lie_beside_the_list(tmp_path):
+    """Every row refused as not below the default data folder, because an absolute path is found
+    from any folder."""
+    (tmp_path / "lists").mkdir()
+    content = TABLE.replace("a/", f"{tmp_path}/lists/a/").replace("b/", f"{tmp_path}/lists/b/")
+    path = write(tmp_path / "lists", content)
+    for root in (tmp_path / "data", tmp_path / "lists", tmp_path):
+        train, _, base = find_listed(path, None, str(root))
+        assert base == str(tmp_path if root == tmp_path else tmp_path / "lists")
+        assert names(train, tmp_path / "lists") == EXPECTED and not train.problems
+
+
 @pytest.mark.parametrize("row, words", [
     ("a/1.jpg", "fields: 1, in the header 3"), ("a/1.jpg,pie, apple,train", "fields: 4"),
     ("a/1.jpg,,train", "its label is empty"), (",cat,train", "its image is empty"),
@@ -138,6 +151,31 @@ def test_a_row_that_cannot_be_used_is_named_by_its_line(row, words, tmp_path):
     assert len(train) == 2 and len(files.problems) == 1
     assert files.problems[0].startswith(f"{tmp_path}/list.csv, line 5: ")
     assert words in files.problems[0]
+
+
+@pytest.mark.parametrize("test_list", [False, True])
+def test_bad_rows_are_problems_whichever_splits_are_used(test_list, tmp_path):
+    """A misspelled split and an image with two labels that vanish without a word, because the
+    list's first split is not used: val beside test, or test beside a list of test images."""
+    rows = ["a/0.jpg,cat,val", "a/1.jpg,cat,train", "a/2.jpg,dog,train", "b/0.jpg,cat,test",
+            "b/1.jpg,dog,test", "b/2.jpg,cat,tarin", "a/1.jpg,dog,test"]
+    path = write(tmp_path, "\n".join(["image,label,split", *rows]))
+    other = write(tmp_path, "b/3.jpg cat\nb/4.jpg\n", "test.txt") if test_list else None
+    train, test, _ = find_listed(path, other, str(tmp_path))
+    assert len(train) == 2 and len(test) == (1 if test_list else 2)
+    assert [problem.split(": ")[0] for problem in train.problems] == [
+        f"{path}, line 7", f"{path}, line 8"]
+    assert "split 'tarin'" in train.problems[0] and "line 3 already" in train.problems[1]
+    assert [problem.split(": ")[0] for problem in test.problems] == (
+        [f"{other}, line 2"] if test_list else [])
+
+
+def test_one_list_for_both_purposes_names_a_bad_row_once(tmp_path):
+    """Each mistake as two problems."""
+    path = write(tmp_path, "image,label,split\na/0.jpg,cat,train\na/1.jpg,cat,test\n"
+                           "b/0.jpg,cat,tset\n")
+    train, test, _ = find_listed(path, path, str(tmp_path))
+    assert len(train.problems + test.problems) == 1
 
 
 @pytest.mark.parametrize("content, name, columns, words", [
@@ -167,7 +205,9 @@ def test_a_list_that_cannot_be_used_is_refused(content, name, columns, words, tm
 # ---- Lines `path label` --------------------------------------------------------------------------
 
 def read_lines(path, root="/root"):
-    return read_list(str(path), root, "train")[0]["train"]
+    """The Files of a list of lines, with its problems."""
+    parts, _, problems = read_list(str(path), root, "train")
+    return replace(parts["train"], problems=problems)
 
 
 @pytest.mark.parametrize("line", ["a.jpg", "7", "\x00"])

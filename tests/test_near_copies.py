@@ -107,6 +107,19 @@ def test_the_part_of_the_name_that_pairs_share_is_advised(name, pattern):
     assert "--holdout-by" not in remark_on(train, test, pairs, "/d", held_out=False)
 
 
+def test_what_was_given_already_is_not_advised():
+    """--holdout-by advised to someone who has given it, with a pattern that missed."""
+    names = [f"a/t{g}_{i}.jpg" for g in range(10) for i in range(4)]
+    train, test = listed(names[0::2]), listed(names[1::2])
+    pairs = np.array([(i, i) for i in range(0, 20, 3)])
+    line = remark_on(train, test, pairs, "/d", True, r"_(\d+)\.")
+    assert "Use --holdout-by" not in line
+    assert r"--holdout-by '_(\d+)\.' does not keep these together" in line
+    assert line.endswith(r"another pattern may be needed, such as 't(\d+)_\d+'.")
+    line = remark_on(train, test, pairs, "/d", True, r"t(\d+)_\d+")
+    assert line.endswith("another pattern may be needed.")
+
+
 def test_pairs_that_share_nothing_lead_to_no_pattern():
     """Advice from chance: two pairs in one track, and ten in others."""
     names = [f"a/t{g}_{i}.jpg" for g in range(10) for i in range(4)]
