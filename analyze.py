@@ -49,8 +49,8 @@ from images.files import class_name, shown
 
 def command_eval(options, rt):
     path, = options.runs
-    out = output_path(options, "per_class.csv")
-    network, args, data = loading.load(path, rt, **load_flags(options))
+    out, flags = output_path(options, "per_class.csv"), load_flags(options)
+    network, args, data = loading.load(path, rt, **flags)
     if options.test_prior:
         prior = priors.test_prior(options.test_prior, data)
     rt.print(f"{path}: {network.what}; on {describe(data, args)}")
@@ -62,8 +62,8 @@ def command_eval(options, rt):
     calibrated = calibration.calibrate(network, args, data, rt, logits)
     rt.print(calibrated.text)
     if options.test_prior:
-        rt.print(priors.prior_text(options.test_prior, prior, network.config, logits, labels,
-                                   data))
+        rt.print(priors.prior_text(options.test_prior, prior,
+                                   network.configs or [network.config], logits, labels, data))
     class_rows = accuracy.class_rows(results, data, predicted(logits))
     rt.print(accuracy.class_text(class_rows))
     confusion = accuracy.confusion(predicted(logits), labels, data.num_classes)
@@ -74,6 +74,10 @@ def command_eval(options, rt):
     rt.print(tables.write(out, tables.as_csv(class_rows)))
     table_of_pairs = tables.as_csv(confused) if confused else "class,taken for,images,of,%\n"
     rt.print(tables.write(confusion_path(out), table_of_pairs))
+    if loading.names_other_data(network, flags["data_flags"]):
+        rt.print("the temperature is not kept for predict and export: these data may be others "
+                 "than those of the training")
+        return
     try:
         rt.print(calibration.save(path, network, calibrated))
     except UserError as error:                  # somebody else's folder: the rest is done

@@ -13,7 +13,8 @@ maximum likelihood, never on what the network is judged by:
                          new images, so that T may be too low; the test set's error tells.
 
 `python analyze.py eval` keeps it in calibration.json beside the network, with the digest of the
-weights that it is for; predict and export use it from there.
+weights that it is for; predict and export use it from there. What it finds on other data
+than the network's own (loading.names_other_data) is printed only.
 """
 import math
 import os

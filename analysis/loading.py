@@ -25,6 +25,7 @@ from images.files import shown
 # Settings that say which data to use; the command line's replace those of a run.
 DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir", "holdout", "holdout_by", "train_list",
               "test_list", "list_columns", "groups")
+SAME_IMAGES = ("data_dir", "groups")    # of these: where images are now, how classes are grouped
 
 
 # ---- What a run says of itself -------------------------------------------------------------------
@@ -228,13 +229,14 @@ def load(path, rt, data_flags=None, norm=None, size=None, mirror=False):
     value}. Raises UserError for a file that is not understood or does not fit the data.
     """
     files, data_flags = teacher_files(path), data_flags or {}
-    networks = [load_network(file, norm, size) for file in files]
+    networks = load_files(files, path, norm, size)
     first = next((network for network in networks if network.kind == "student"), networks[0])
     args = settings_of(first, path, data_flags)
     data = load_data(args, rt)
     for file, network in zip(files, networks):
         match_classes(network, data, file)
-        if network.data and network.data != data.fingerprint and not data_flags:
+        changed = network.data and network.data != data.fingerprint
+        if changed and not names_other_data(network, data_flags):
             print(f"{shown(file)}: its images have changed since it was trained; some of the test "
                   "images may have been training images", file=sys.stderr)
     return ready(networks, path, rt, mirror), args, data
@@ -243,9 +245,37 @@ def load(path, rt, data_flags=None, norm=None, size=None, mirror=False):
 def load_alone(path, rt, norm=None, size=None, mirror=False):
     """As load, but the Network alone, without any data."""
     files = teacher_files(path)
-    networks = [load_network(file, norm, size) for file in files]
+    networks = load_files(files, path, norm, size)
     match_each_other(networks, files)
     return ready(networks, path, rt, mirror)
+
+
+def load_files(files, path, norm, size):
+    """The Networks of the files of a path.
+
+    Of several, norm and size are for those from elsewhere: a run says its own. UserError if then
+    they are for none.
+    """
+    if len(files) == 1 or (norm is None and size is None):
+        return [load_network(file, norm, size) for file in files]
+    networks = [load_network(file) for file in files]
+    if all(network.config for network in networks):
+        raise UserError(f"{shown(path)}: --norm and --size are for files from elsewhere, and these "
+                        "are runs, which say their own")
+    return [network if network.config else load_network(file, norm, size)
+            for file, network in zip(files, networks)]
+
+
+def names_other_data(network, data_flags):
+    """May data flags ({setting: value}) name other images than those a network was trained with?
+
+    A file from elsewhere has no data but those that they name; yet which images its training held
+    out, nobody says.
+    """
+    if not network.config:
+        return "holdout" in data_flags
+    return any(value != network.config.get(name) for name, value in data_flags.items()
+               if name not in SAME_IMAGES)
 
 
 def ready(networks, path, rt, mirror):
@@ -271,8 +301,11 @@ def settings_of(network, path, data_flags):
                    white=network.white if network.config else None)
     # Images that have become unusable are listed and left out: there is no --skip-bad here.
     args = argparse.Namespace(**assumed | network.config | data_flags | {"skip_bad": True})
-    if args.imb is None and args.dataset not in ("folder", *data_lt.LISTS):
+    own_images = args.dataset in ("folder", *data_lt.LISTS)
+    if args.imb is None and not own_images:
         args.imb = 100.0
+    if "groups" in data_flags and not own_images:
+        raise UserError(f"--groups is for your own data: {args.dataset} has published groups")
     return args
 
 

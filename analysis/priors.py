@@ -116,21 +116,35 @@ def weighted_accuracies(classes, labels, p, groups):
     return accuracies(right, answers, p, groups, skewed=True)
 
 
-def prior_text(spec, p, config, logits, labels, data):
+def joint_prior(configs):
+    """What networks whose answers are combined expect: (exponent, words), or (None, why not).
+
+    configs: the settings of each. Only what they all expect can be taken out of their answers.
+    """
+    assumed = [assumed_prior(config) for config in configs]
+    if None in assumed:
+        return None, "which frequencies the network expects is not known"
+    if len({exponent for exponent, _ in assumed}) > 1:
+        return None, "the networks expect different frequencies"
+    words = dict.fromkeys(words for _, words in assumed)                # each once
+    return assumed[0][0], "; ".join(words)
+
+
+def prior_text(spec, p, configs, logits, labels, data):
     """The accuracies of logits (N,K) under a test prior, unadjusted and adjusted, for people.
 
-    spec, p: see test_prior. config: of the network. UserError if no class that occurs has test
-    images.
+    spec, p: see test_prior. configs: the settings of the networks that answer together. UserError
+    if no class that occurs has test images.
     """
     tested = torch.bincount(labels, minlength=data.num_classes) > 0
     share = float(p[tested].sum())
     if share == 0:
         raise UserError(f"--test-prior {shown(spec)}: the classes that occur have no test images")
-    weights, assumed = torch.where(tested, p / share, 0), assumed_prior(config)
+    weights = torch.where(tested, p / share, 0)
     rows = {"unadjusted": weighted_accuracies(predicted(logits), labels, weights, data.groups)}
-    text = "not adjusted: which frequencies the network expects is not known"
-    if assumed:
-        exponent, words = assumed
+    exponent, words = joint_prior(configs)
+    text = f"not adjusted: {words}"
+    if exponent is not None:
         classes = adjusted(logits, p, data.counts, exponent)
         rows["adjusted"] = weighted_accuracies(classes, labels, weights, data.groups)
         text = f"adjusted: logits + ln(prior) - ln(what training made it expect: {words})"

@@ -15,7 +15,7 @@ from html import escape
 from analysis import accuracy, calibration, drawing, figures, run_figures
 from engine.datasets import describe
 from engine.evaluation import TITLES, columns, predicted
-from engine.networks import short_name
+from engine.networks import short_name, teacher_files
 from engine.runtime import UserError
 from images.files import DataError, visible
 
@@ -39,19 +39,27 @@ def build(path, network, args, data, rt, labels, flags, load_flags):
     """
     results = accuracy.accuracies(network, args, data, rt)
     means = "Accuracy on the test set; head, mid and tail are means over the classes of a group."
-    per_class = Section("Accuracy per class", "", accuracy.class_rows(results, data), folded=True)
-    sections, left_out = [Section("Result", means, result_rows(results)), per_class], []
     logits = accuracy.test_logits(network, data, rt)
+    answers = predicted(logits)
+    text = ("Recall with its 95 % interval, precision and F1 are of the prediction; a class of few "
+            "test images has a wide interval.")
+    per_class = Section("Accuracy per class", text, accuracy.class_rows(results, data, answers),
+                        folded=True)
+    sections, left_out = [Section("Result", means, result_rows(results)), per_class], []
     calibrated = calibration.calibrate(network, args, data, rt, logits)
 
     def draw_classes():
         per_class.picture = drawing.as_png(run_figures.class_accuracy(results, data))
 
     def draw_answers():
-        sections.extend(answer_sections(predicted(logits), calibrated, data))
+        sections.extend(answer_sections(answers, calibrated, data))
 
     def draw(name, heading):
-        figure = figures.draw(name, [path], rt, labels, flags, load_flags)
+        paths, names = [path], labels
+        if figures.FIGURES[name][1] == "log":
+            paths = logged(path, network)
+            names = labels if len(paths) == 1 else None
+        figure = figures.draw(name, paths, rt, names, flags, load_flags)
         picture = drawing.as_png(drawing.without_text(figure.figure))
         sections.append(Section(heading, figure.note, figure.table, picture, folded=True))
     drawings = {"accuracy per class": draw_classes, "answers and their probabilities": draw_answers}
@@ -72,6 +80,14 @@ def build(path, network, args, data, rt, labels, flags, load_flags):
         text = "What does not apply to this network, or could not be drawn."
         sections.append(Section("Left out", text, left_out))
     return page(short_name(path), f"{network.what}; on {describe(data, args)}.", sections)
+
+
+def logged(path, network):
+    """The runs whose logs a page shows: a student's, without its teacher's; of teachers all."""
+    files = teacher_files(path)
+    if network.kind == "student" and network.configs:
+        return [files[network.configs.index(network.config)]]
+    return files
 
 
 def answer_sections(answers, calibrated, data):

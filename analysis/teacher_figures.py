@@ -13,6 +13,7 @@ from analysis.loading import check, is_number
 from engine.evaluation import teacher_input, teacher_on_training_images
 from engine.runtime import UserError
 from losses import LDAMLoss, VSLoss, focal_loss, weighted_cross_entropy
+from resnet import FastNet
 
 
 # ---- Entropy -------------------------------------------------------------------------------------
@@ -134,6 +135,18 @@ def teacher_loss(subject):
     return name, criterion
 
 
+def trained_parameters(net):
+    """Parameters that a teacher's training moves: without FastNet's stem, computed from the data.
+
+    After loading, requires_grad no longer says so.
+    """
+    fixed = set()
+    for module in net.modules():
+        if isinstance(module, FastNet):
+            fixed.update(module.stem.parameters())
+    return [p for p in net.parameters() if p not in fixed]
+
+
 def losses_around(subject, criterion, images, seed):
     """Losses at STEPS from a teacher's weights: {direction: (steps, 2)}, all and tail classes."""
     net, data = subject.net, subject.data
@@ -143,7 +156,7 @@ def losses_around(subject, criterion, images, seed):
     rare = drawing.rare_classes(data)
     tail = [index[k] for k in rare]
     rest = [index[k] for k in range(data.num_classes) if k not in rare]
-    params = [p.requires_grad_() for p in net.parameters()]
+    params = [p.requires_grad_() for p in trained_parameters(net)]
     length = quantities.norm([p for p in params if p.ndim > 1])
 
     def summed_losses(classes):

@@ -67,6 +67,7 @@ class Network:
     weights: str = ""           # 16 hexadecimal digits that change with any weight
     unfinished: str = None      # where a run stands that is not finished, or ""; None: not known
     teacher: nn.Module = None   # what a student's answers are combined with, see `joined`
+    configs: list = None        # of several, joined: the settings of each, in their order
 
     @property
     def num_classes(self):
@@ -508,10 +509,12 @@ def joined(networks, path):
         raise UserError(f"{path}: two students; name one, its teacher, or both together")
     net, what = mean_of(teachers, path)
     weights = "+".join(network.weights for network in networks)
+    configs = [network.config for network in networks]
     if not students:
-        return replace(networks[0], net=net, what=what, weights=weights)
+        return replace(networks[0], net=net, what=what, weights=weights, configs=configs)
     student, = students
-    return replace(student, teacher=net, what=f"{student.what}; with {what}", weights=weights)
+    return replace(student, teacher=net, what=f"{student.what}; with {what}", weights=weights,
+                   configs=configs)
 
 
 def match_each_other(networks, files):

@@ -406,9 +406,42 @@ def test_images_that_have_changed_are_pointed_out(runs, tiny_cifar, tmp_path, ca
     save_checkpoint(tmp_path / "run" / "last.pt", **state | {"data": "another fingerprint"})
     loading.load(str(tmp_path / "run"), RT)
     assert "its images have changed" in capsys.readouterr().err
-    loading.load(str(tmp_path / "run"), RT, {"data_dir": str(tiny_cifar)})      # asked for
-    loading.load(str(runs["vit"]), RT)
+    loading.load(str(tmp_path / "run"), RT, {"imb": 2.0})                       # asked for
+    loading.load(str(runs["vit"]), RT, {"data_dir": str(tiny_cifar)})
     assert capsys.readouterr().err == ""
+    for flags in ({"data_dir": str(tiny_cifar)}, {"imb": 4.0}):                 # not asked for
+        loading.load(str(tmp_path / "run"), RT, flags)
+        assert "its images have changed" in capsys.readouterr().err
+
+
+def test_flags_that_name_other_data():
+    """The run's own setting taken for another; a folder that has moved; held-out images of a file
+    whose training nobody knows."""
+    run = SimpleNamespace(config={"dataset": "folder", "imb": None, "holdout": 0.2})
+    for flags in ({}, {"data_dir": "x"}, {"groups": "5,2"}, {"holdout": 0.2, "dataset": "folder"}):
+        assert not loading.names_other_data(run, flags)
+    for flags in ({"imb": 10.0}, {"holdout": 0.3}, {"test_list": "x"}, {"dataset": "cifar10"},
+                  {"data_dir": "x", "holdout_by": "y"}):
+        assert loading.names_other_data(run, flags)
+    file = SimpleNamespace(config={})
+    assert not loading.names_other_data(file, {"dataset": "cifar10", "imb": 10.0})
+    assert loading.names_other_data(file, {"dataset": "folder", "holdout": 0.2})
+
+
+def test_norm_and_size_go_to_the_files_from_elsewhere(runs, tmp_path):
+    """A student's images normalised as its teacher's file needs it; a flag without any effect."""
+    torch.save(torch.load(runs["teacher"] / "last.pt", weights_only=True)["model"],
+               tmp_path / "t.pth")
+    (tmp_path / "t.classes.txt").write_text("\n".join(f"class{k}" for k in range(10)))
+    run, path = str(runs["vit"]), f"{runs['vit']},{tmp_path / 't.pth'}"
+    flags = dict(norm="imagenet", size=24)
+    own = loading.load_alone(run, RT).net
+    for network in (loading.load_alone(path, RT, **flags), loading.load(path, RT, **flags)[0]):
+        assert torch.equal(network.net.mean, own.mean) and network.net.img_size == own.img_size
+        assert network.teacher.mean.flatten().tolist() == pytest.approx((0.485, 0.456, 0.406))
+        assert network.teacher.img_size == 24
+    with pytest.raises(UserError, match="these are runs, which say their own"):
+        loading.load_alone(f"{run},{runs['teacher']}", RT, norm="imagenet")
 
 
 def test_runs_of_one_name_are_told_apart():
@@ -531,6 +564,7 @@ def test_devices_are_written_to_not_replaced(tmp_path):
     ("attention", ["vit"], ["--seed", "-1"], "--seed must be from 0 to 1e+09"),
     ("augment", ["file.pth"], [], "does not say how its student was trained"),
     ("summary", ["file.pth"], [], "has no result.json"),
+    ("eval", ["vit"], ["--groups", "5,2"], "--groups is for your own data: cifar10 has published"),
     ("curves", [], [], "name one run folder or checkpoint file, or more"),
     ("augment", ["vit", "deit-lt"], [], "name one run folder or checkpoint file"),
     ("curves", ["vit", "deit-lt"], ["--labels", "a"], "one name for each of the 2 runs"),

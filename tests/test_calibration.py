@@ -160,6 +160,21 @@ def test_predict_uses_what_eval_has_kept(own_run, tiny_cifar, tmp_path, monkeypa
     assert len(json.loads((own_run / "calibration.json").read_text())) == 1     # stale ones go
 
 
+def test_eval_on_other_data_leaves_the_temperature_alone(own_run, tiny_cifar, monkeypatch, capsys):
+    """A temperature of other data, or of training images that count as held out, in the place of
+    the network's own."""
+    script(analyze, monkeypatch, "eval", own_run)
+    kept = (own_run / "calibration.json").read_bytes()
+    for flags in (("--imb", 10), ("--holdout", 0.5)):
+        capsys.readouterr()
+        script(analyze, monkeypatch, "eval", own_run, *flags)
+        assert "the temperature is not kept" in capsys.readouterr().out
+        assert (own_run / "calibration.json").read_bytes() == kept
+    (own_run / "calibration.json").unlink()
+    script(analyze, monkeypatch, "eval", own_run, "--imb", 4, "--data-dir", tiny_cifar)
+    assert (own_run / "calibration.json").read_bytes() == kept          # its own data, named
+
+
 RANKS = ["", *(f" {rank}" for rank in range(2, 11))]
 
 
@@ -229,11 +244,13 @@ def test_confusions_and_confident_mistakes():
 def test_a_student_and_its_teacher_predict_together(runs, tiny_cifar, tmp_path, monkeypatch,
                                                     capsys):
     """One of them alone; images of the student's size for the teacher; another order of its
-    classes; another mean than that of probabilities. 37 and 16 px here."""
+    classes; another mean than that of probabilities; a prior adjusted by what the student alone
+    expects. 37 and 16 px here."""
     state = load_checkpoint(str(runs["teacher"]))
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()
     state["class_names"] = [state["class_names"][k] for k in order]
     state["model"]["linear.weight"] = state["model"]["linear.weight"][:, order]
+    state["config"] |= dict(beta=0.9999, drw_epoch=0)           # re-weighted, unlike the student
     save_checkpoint(tmp_path / "t.pt", **state)
     student, teacher = str(runs["deit-lt"]), str(tmp_path / "t.pt")
     both = loading.load_alone(f"{student},{teacher}", RT)
@@ -246,8 +263,10 @@ def test_a_student_and_its_teacher_predict_together(runs, tiny_cifar, tmp_path, 
     swapped = loading.load_alone(f"{teacher},{student}", RT)
     assert swapped.kind == "student" and both.what == swapped.what
 
-    script(analyze, monkeypatch, "eval", f"{student},{teacher}", "--out", tmp_path / "e.csv")
+    script(analyze, monkeypatch, "eval", f"{student},{teacher}", "--out", tmp_path / "e.csv",
+           "--test-prior", "uniform")
     out = capsys.readouterr().out
+    assert "not adjusted: the networks expect different frequencies" in out
     loaded, _, data = loading.load(f"{student},{teacher}", RT)
     right = accuracy.test_logits(loaded, data, RT).argmax(dim=1) == data.test_labels
     line, = [line for line in out.splitlines() if line.startswith("avg + teacher")]

@@ -13,10 +13,11 @@ import augment
 from analysis import (calibration, drawing, loading, quantities, run_figures, student_figures,
                       teacher_figures)
 from engine.evaluation import student_heads, teacher_input, teacher_logits, teacher_summary
-from engine.networks import load_teacher
+from engine.networks import Ensemble, load_teacher
 from engine.runtime import UserError
 from finished_runs import RT, read_lines, read_result, runs  # noqa: F401: a fixture
 from losses import LDAMLoss
+from resnet import FastNet
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CLASSES = [f"class{k}" for k in range(10)]
@@ -282,6 +283,26 @@ def test_sharpness_starts_at_the_teachers_own_loss(networks, monkeypatch):
             expected = [loss[direction, classes, r] - loss[direction, classes, 0] for r in radii]
             assert rise == pytest.approx(expected, abs=2e-5)
     assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_sharpness_leaves_a_computed_stem_where_it_is(networks, monkeypatch):
+    """A climb along weights that no training moves: FastNet's stem, alone or in an ensemble."""
+    monkeypatch.setattr(teacher_figures, "STEPS", {"SAM": (0, 0.0025), "random": (0, 0.1)})
+    moved, loss_along = [], quantities.loss_along
+
+    def watched(loss, params, *given):
+        moved.extend(params)
+        return loss_along(loss, params, *given)
+    monkeypatch.setattr(quantities, "loss_along", watched)
+    torch.manual_seed(0)
+    net = FastNet(10, img_size=8)
+    wanted = {id(p) for p in net.parameters() if p.requires_grad}       # as in training
+    for each in (net, Ensemble([net])):
+        moved.clear()
+        each.eval().requires_grad_(False)                               # as loading leaves it
+        subject = replace(networks["teacher"], net=each)
+        teacher_figures.losses_around(subject, F.cross_entropy, 10, 0)
+        assert {id(p) for p in moved} == wanted
 
 
 @pytest.mark.parametrize("name, used", [("ce", "ce"), ("paco", "ce"), ("la", "la"), ("vs", "vs"),

@@ -118,14 +118,34 @@ def test_both_rows_are_shown():
     logits = torch.tensor([[1.0, 0.0, 0.0]] * 6 + [[0.0, 0.5, 0.0]] * 5)
     p = priors.test_prior("train", DATA)
     config = dict(loss="la", beta=0.0, epochs=3)
-    text = priors.prior_text("train", p, config, logits, labels, DATA)
+    text = priors.prior_text("train", p, [config], logits, labels, DATA)
     title, head, first, second, last = text.splitlines()
     assert "train" in title and first.startswith("unadjusted")
     assert head.split()[:3] == ["prior", "balanced", "overall"]
     assert float(first.split()[2]) == pytest.approx(100 * (0.7 * 0.6 + 0.2) / 0.9, abs=0.051)
     assert float(second.split()[2]) == pytest.approx(100 * 0.7 / 0.9, abs=0.051)
     assert "10.0 % of the prior is of classes without test images" in last
-    text = priors.prior_text("train", p, {}, logits, labels, DATA)
+    text = priors.prior_text("train", p, [{}], logits, labels, DATA)
     assert "\nadjusted" not in text and "is not known" in text
     with pytest.raises(UserError, match="no test images"):
-        priors.prior_text("f", torch.tensor([0.0, 0, 1]).double(), {}, logits, labels, DATA)
+        priors.prior_text("f", torch.tensor([0.0, 0, 1]).double(), [{}], logits, labels, DATA)
+
+
+LA_TEACHER = dict(loss="la", beta=0.0, epochs=3)
+LA_STUDENT = dict(method="deit-lt", distill="soft", logit_adjustment=True, beta=0.0, epochs=3)
+
+
+@pytest.mark.parametrize("configs, text", [
+    ([LA_STUDENT, LA_TEACHER],
+     "(logit adjustment); equal frequencies (the log prior in its loss))"),
+    ([LA_TEACHER] * 2, "expect: equal frequencies (the log prior in its loss))"),
+    ([dict(method="deit-lt", distill="hard") | DRW, dict(loss="ldam") | DRW],
+     "not adjusted: the networks expect different frequencies"),
+    ([LA_STUDENT, {}], "not adjusted: which frequencies the network expects is not known")])
+def test_networks_together_are_adjusted_by_what_all_expect(configs, text):
+    """A student with its teacher, adjusted by what the student alone expects; two of one
+    expectation that are not adjusted, since its reasons differ."""
+    logits, labels = torch.eye(3), torch.arange(3)
+    p = priors.test_prior("train", DATA)
+    found = priors.prior_text("train", p, configs, logits, labels, DATA)
+    assert found.endswith(text) and ("\nadjusted" in found) == ("not adjusted" not in text)

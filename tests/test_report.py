@@ -109,12 +109,34 @@ def test_a_report_holds_what_applies(name, sections, runs, tiny_cifar, quick_fig
     for head, shown in names.items():
         columns = [result[head][column] for column in ("overall", "head", "mid", "tail")]
         assert rows[shown] == pytest.approx(columns, abs=0.051)
-    per_class = page.tables["Accuracy per class"]
-    for k, row in enumerate(per_class[1:]):
-        assert row[0] == f"class{k}"
-        assert [float(cell) for cell in row[2:]] == [result["per_class"][head][k]
-                                                     for head in per_class[0][2:]]
+    titles, *per_class = page.tables["Accuracy per class"]
+    for k, cells in enumerate(per_class):
+        row = dict(zip(titles, cells, strict=True))
+        accuracies = {head: result["per_class"][head][k] for head in result["per_class"]}
+        assert row["class"] == f"class{k}"
+        assert {head: float(row[head]) for head in accuracies} == accuracies
+        assert float(row["recall"]) == accuracies["avg"] and row["test images"] == "6"
+        assert float(row["recall low"]) < float(row["recall high"])
+        assert {"precision", "F1"} < set(row)
     assert ["seed", "0"] in page.tables["Settings"]
+
+
+def test_a_report_of_a_student_with_its_teacher_shows_the_students_training(
+        runs, quick_figures, tmp_path, monkeypatch):
+    """A search for the log of "RUN,TEACHER", or of the teacher where that is named first; of
+    several teachers, a label for one of two curves."""
+    student, teacher = str(runs["deit-lt"]), str(runs["teacher"])
+    for path in (f"{student},{teacher}", f"{teacher},{student}"):
+        quick_figures.clear()
+        script(analyze, monkeypatch, "report", path, "--out", tmp_path / "report.html",
+               "--labels", "both")
+        logs = {command: paths for command, kind, paths in quick_figures if kind == "log"}
+        assert logs == {"curves": [student], "diversity": [student]}
+        assert {tuple(paths) for _, kind, paths in quick_figures if kind != "log"} == {(path,)}
+    monkeypatch.setattr(report, "HEADINGS", {"teacher": {"curves": "C"}})
+    quick_figures.clear()
+    script(analyze, monkeypatch, "report", f"{teacher},{teacher}", "--out", tmp_path / "r.html")
+    assert quick_figures == [("curves", "log", [teacher, teacher])]
 
 
 def test_hostile_names_are_text(tmp_path):
