@@ -10,7 +10,8 @@ maximum likelihood, never on what the network is judged by:
                          fitted on all.
     other data           on clean training images, weighted so that classes are as frequent as in
                          the test set. The network was trained on them and knows them better than
-                         new images, so that T may be too low; the test set's error tells.
+                         new images, so that T may be too low; the test set's error tells. One
+                         that has 98 % of them right is not made surer.
 
 `python analyze.py eval` keeps it in calibration.json beside the network, with the digest of the
 weights that it is for; predict and export use it from there. What it finds on other data
@@ -35,6 +36,7 @@ from images.files import shown
 
 LOWEST, HIGHEST = 0.01, 100.0       # temperatures
 HELD_OUT = "held-out images"
+BY_HEART = 0.98                     # share of its training images that a network gets right
 BINS = 15                           # of the calibration error and the reliability diagram
 
 
@@ -139,7 +141,12 @@ def fit_on_training_images(network, data, rt, n=5000, batch=250):
     wanted = torch.bincount(data.test_labels.cpu(), minlength=data.num_classes).double()
     weights = (wanted / torch.bincount(labels, minlength=data.num_classes))[labels]
     source = f"{len(index)} images of its training, weighted to the classes of the test set"
-    return fit_temperature(torch.cat(logits), labels, weights), source
+    logits = torch.cat(logits)
+    temperature = fit_temperature(logits, labels, weights)
+    right = (weights * (predicted(logits) == labels)).sum() / weights.sum()
+    if temperature < 1 and right > BY_HEART:        # it may be as sure of these as it likes
+        return 1.0, f"{source}, which it knows by heart, so not made surer"
+    return temperature, source
 
 
 def reliability(confidence, right, bins=BINS):

@@ -108,6 +108,16 @@ def test_training_images_count_as_their_classes_do_in_the_test_set():
     assert found.errors[0] == pytest.approx(0.9 - p, abs=1e-5)
 
 
+def test_a_network_that_knows_its_images_by_heart_is_not_made_surer():
+    """Certainty of what was memorised, taken for certainty of new images: 99 of 100 are right."""
+    data = SimpleNamespace(train_images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
+                           train_labels=torch.tensor([0, 0, 0, 1]),
+                           test_labels=torch.tensor([0] * 99 + [1]), num_classes=2)
+    network = SimpleNamespace(net=Constant(), teacher=None, kind="teacher")
+    temperature, source = calibration.fit_on_training_images(network, data, RT)
+    assert temperature == 1 and "by heart" in source
+
+
 # ---- Kept beside the network ---------------------------------------------------------------------
 
 @pytest.fixture
