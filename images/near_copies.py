@@ -1,9 +1,9 @@
 r"""Which test images look nearly like a training image: frames of one video, crops of one picture.
 
 Images are compared by the gradients of 16 x 16 gray thumbnails, of which the mean over the data set
-is taken away (a vignette, a fixed background); two look alike where the cosine is above 0.95. On
-fish photographs that finds the frame beside it in the same video for 1 test image in 20, and a fish
-of another video for 1 in 500; a 64-bit difference hash that finds as many is wrong for as many.
+is taken away (a vignette, a fixed background); two look alike where the cosine is above 0.95. That
+finds a part of such pairs only, but hardly any of pictures that were taken apart, which a hash of
+64 gradients' signs does not tell from them on photographs of one place.
 """
 import os
 import re
