@@ -240,6 +240,36 @@ class FastNet(ResNet):
         return 0.5 * x.amax(dim=(2, 3))                                 # (B,256,3,3) -> (B,256)
 
 
+class FastStem(nn.Module):
+    """FastNet's stem and first blocks as the stem of a ViT: an image to a grid of tokens.
+
+    patch_size: 2 for the output of the first block, 4, 8, 16 or 32; ValueError for another.
+    embed_dim: D, numbers of a token. `start_from` copies the blocks of a trained FastNet, so that a
+    student begins with what its teacher sees in small parts of the image.
+    """
+
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        if patch_size not in (2, 4, 8, 16, 32):
+            raise ValueError(f"no stem of FastNet for patches of {patch_size} px")
+        net = FastNet(1, img_size=4 * patch_size)                   # with log2(patch_size) blocks
+        self.stem, self.blocks = net.stem, net.blocks
+        self.proj = nn.Conv2d(net.fc.in_features, embed_dim, 1)
+
+    def start_from(self, net, mean, std):
+        """Copy a FastNet's weights. mean, std: of the ViT (3,1,1), which normalises for itself."""
+        weight, first = net.stem.weight, self.stem
+        first.weight.data = weight * std / net.std                  # (24,3,2,2)
+        first.bias.data = net.stem.bias + (weight * (mean - net.mean) / net.std).sum((1, 2, 3))
+        for mine, theirs in zip(self.blocks, net.blocks):
+            mine.load_state_dict(theirs.state_dict())
+
+    def forward(self, x):                                           # (B,3,S,S) -> (B,D,S/P,S/P)
+        x = F.pad(x, (1, 0, 1, 0), mode="replicate")                # 2x2 kernels, still S x S
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        return self.proj(self.blocks(F.gelu(x)))
+
+
 class TorchvisionNetwork(ResNet):
     """Any classification network of torchvision, untrained, with its last linear layer set apart.
 

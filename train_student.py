@@ -26,15 +26,15 @@ import train_teacher
 from engine import evaluation, runtime
 from engine.datasets import describe, load_data, print_data_summary, survey
 from engine.minutes import fit_epochs
-from engine.networks import (NORMALISATIONS, build_student, load_teacher, short_name, start_from,
-                             teacher_files)
+from engine.networks import (NORMALISATIONS, STEMS, build_student, load_teacher, short_name,
+                             start_from, start_stem, teacher_files)
 from engine.run_folder import Run
 from engine.runtime import UserError
 from engine.settings import (Interval, Parser, Setting, add_run_flags, add_settings, defaults,
                              fill_settings, fit_to_folder, flag, flags_of_teacher, pick_recipe,
                              resolve_data, run_name, schedule_text)
 from engine.training import EMA, FiniteScaler, cosine_lr, micro_batches, parameter_groups, set_lr
-from vit import MODELS, STEMS
+from vit import MODELS
 
 # Every setting once: name, the paper's value for CIFAR, what is allowed, what it is. The published
 # scripts accumulate 4 micro-batches of 2 GPUs x 128 images; their learning rate is 5e-4 x 256 / 512
@@ -43,7 +43,7 @@ SETTINGS = [
     Setting("model", "base", tuple(MODELS), "network: micro, mini, tiny, small or base"),
     Setting("img_size", 224, Interval(1), "side of the student's images, pixels"),
     Setting("patch_size", 16, Interval(1), "side of a patch, pixels"),
-    Setting("stem", "patch", tuple(STEMS), "patch: linear projection; conv: 3x3 convolutions"),
+    Setting("stem", "patch", tuple(STEMS), "patch, conv, or fast: the teacher's blocks"),
     Setting("tokens", 2, (1, 2), "2: CLS and DIST; 1: CLS learns from the teacher too"),
     Setting("layer_scale", 0.0, Interval(0), "initial value of LayerScale; 0: off"),
     Setting("epochs", 1200, Interval(1), "epochs, each of about as many samples as images"),
@@ -75,21 +75,23 @@ SETTINGS = [
     Setting("eval_every", 10, Interval(1), "epochs between evaluations on the test set"),
 ]
 # Recipes change some of them. cpu: the same method, small and short. ours: cpu, with what was
-# better on held-out images (results/README.md).
+# better on held-out images (results/README.md). gpu: ours, larger, for minutes of a GPU.
 CPU = dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4,
            drop_path=0.0, drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0,
            eval_every=5)
 SHAPES = dict(model="micro", stem="conv", epochs=30, lr=2e-3, warmup_epochs=2, drw_epoch=15,
               eval_every=10)
 LARGE = dict(epochs=1400, batch=2048, lr=5e-4, drw_epoch=1200, mix_drw=True, crop="loader")
-OURS = CPU | dict(stem="conv", lr=1e-3, distill="soft", logit_adjustment=True, beta=0.0,
+OURS = CPU | dict(stem="fast", lr=1e-3, distill="soft", logit_adjustment=True, beta=0.0,
                   smoothing=0.0)
+GPU = OURS | dict(model="small", patch_size=4, epochs=300, batch=256, micro_batch=256, ema=0.999)
 RECIPES = {
     "paper": {"cifar10": {}, "cifar100": {}, "imagenet_lt": LARGE,
               "inat18": LARGE | dict(epochs=1000, drw_epoch=900),
               "folder": dict(model="small", epochs=400, drw_epoch=360, eval_crop=1.0)},
     "cpu": {"cifar10": CPU, "cifar100": CPU, "shapes": CPU | SHAPES, "folder": CPU},
     "ours": {"cifar10": OURS, "cifar100": OURS, "shapes": OURS | SHAPES, "folder": OURS},
+    "gpu": {"cifar10": GPU, "cifar100": GPU},
 }
 # What a method changes in its recipe.
 NO_TEACHER = dict(distill="none", tokens=1)
@@ -386,6 +388,8 @@ def run_student(args, rt, prepare=None, wait=False, **replacements):
         run.check_teacher(args, teacher, data)
         rt.print(f"Teacher {args.teacher}: {text}; "
                  f"{evaluation.accuracy_on_clean(teacher, data, rt)}")
+    if args.stem == "fast" and not args.finetune:
+        start_stem(net, teacher, data, rt)
     fit_epochs(run, train, args, data, net, teacher, rt, **replacements)
     rt.print(f"Student ({args.recipe} recipe): {args.method} {args.model} ({args.img_size} px, "
              f"patch {args.patch_size}), {schedule_text(args)} on {describe(data, args)}")

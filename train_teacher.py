@@ -25,7 +25,7 @@ import losses
 from engine import evaluation, runtime
 from engine.datasets import describe, load_data, print_data_summary, survey
 from engine.minutes import fit_epochs
-from engine.networks import NORMALISATIONS, build_teacher
+from engine.networks import NORMALISATIONS, build_teacher, whiten
 from engine.run_folder import Run
 from engine.runtime import UserError
 from engine.settings import (DATA_SETTINGS, Interval, Parser, Setting, add_run_flags, add_settings,
@@ -45,6 +45,7 @@ SETTINGS = [
     Setting("norm", "cifar", tuple(NORMALISATIONS), "pixel statistics to normalise with"),
     Setting("augment", "weak", ("weak", "padded", "resized", "loader"),
             "weak: crop, flip; else the student's strong augmentation with that crop"),
+    Setting("mixing", 0.0, Interval(0, 1), "share of the batches that are mixed; strong: all"),
     Setting("epochs", 200, Interval(1), "passes over the training images"),
     Setting("batch", 128, Interval(1), "images per step, all processes together"),
     Setting("lr", 0.1, Interval(0), "peak learning rate of SGD with momentum 0.9"),
@@ -75,6 +76,7 @@ SHAPES = CPU | dict(img_size=16, epochs=8, batch=32, lr=0.03, rho=0.05, rho_sche
                     drw_epoch=5, warmup_epochs=1, eval_every=4)
 OURS = CPU | dict(arch="fast", loss="la", beta=0.0, epochs=40, batch=128, weight_decay=5e-4,
                   warmup_epochs=4, rho=0.0)
+OURS_CIFAR = OURS | dict(mixing=0.5)        # it would know the images by heart; on few it hurts
 LARGE = dict(arch="resnet50", img_size=224, epochs=90, batch=256, lr=0.2, schedule="cosine",
              warmup_epochs=0, rho=0.5, rho_schedule="step", drw_epoch=60, max_margin=0.3,
              norm="imagenet")
@@ -83,8 +85,9 @@ RECIPES = {
               "inat18": LARGE | dict(lr=0.1, weight_decay=1e-4, norm="inat"),
               "folder": dict(rho=0.1, batch=64)},
     "cpu": {"cifar10": CPU, "cifar100": CPU, "shapes": SHAPES, "folder": CPU},
-    "ours": {"cifar10": OURS, "cifar100": OURS, "folder": OURS,
+    "ours": {"cifar10": OURS_CIFAR, "cifar100": OURS_CIFAR, "folder": OURS,
              "shapes": OURS | dict(img_size=16, epochs=20, batch=32, lr=0.03, warmup_epochs=2)},
+    "gpu": {"cifar10": OURS_CIFAR, "cifar100": OURS_CIFAR},
 }
 # --loss paco: PaCo needs no re-weighting, the log prior in its loss does that work. Neither its
 # CIFAR-10 recipe nor its rho is published: rho as in the same authors' GLMC+SAM. Ten classes have
@@ -144,7 +147,7 @@ def train(args, data, net, rt, run):
             runtime.seed_step(*seed)
             set_lr(sam, learning_rate(args, epoch + step / steps))
             x = view(images, args)                                      # (B,3,S,S) in [0,1]
-            if args.augment in STRONG:
+            if is_mixed(args):
                 # Smoothed labels of rare classes are mostly smoothing: no log prior fits them.
                 smoothing = 0.1 if args.loss == "ce" else 0.0
                 x, y = augment.mixup_cutmix(x, y, K, smoothing=smoothing)       # y (B,K)
@@ -249,6 +252,13 @@ def view(images, args):
     return to_network(augment.resize(augment.random_crop_flip(images), args.img_size))
 
 
+def is_mixed(args):
+    """Whether this step's batch is mixed."""
+    if args.mixing == 0 or args.augment in STRONG:
+        return args.augment in STRONG
+    return torch.rand(()).item() < args.mixing
+
+
 def to_network(images):
     return augment.to_float(images).contiguous(memory_format=torch.channels_last)
 
@@ -267,10 +277,9 @@ def resolve(args, rt):
     resolve_data(args)
     paco = args.loss == "paco"
     recipes = PACO_RECIPES if paco else RECIPES
-    if args.loss not in (None, "la"):               # ours has one loss
-        recipes = {name: rows for name, rows in recipes.items() if name != "ours"}
-        if args.recipe in ("ours", "best"):
-            args.recipe = "cpu"
+    if args.loss not in (None, "la"):               # ours has one loss, so has gpu
+        recipes = {name: recipes[name] for name in ("paper", "cpu")}
+        args.recipe = {"ours": "cpu", "best": "cpu", "gpu": "paper"}.get(args.recipe, args.recipe)
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)
     strong = args.augment in STRONG
     if args.dataset == "folder":
@@ -280,7 +289,7 @@ def resolve(args, rt):
             row["batch"] //= 2
         if paco:
             row["alpha"] = 1e-4 * images.classes
-    if strong and args.recipe != "ours":    # DeiT's: no SAM, so twice the epochs at equal cost
+    if strong and args.recipe not in ("ours", "gpu"):   # DeiT's: no SAM, so twice the epochs
         row = row | dict(loss="ce", augment="padded", rho=0.0, epochs=2 * row["epochs"], beta=0.0)
     changed = fill_settings(args, SETTINGS, row)
     check(args, changed, rt)
@@ -306,12 +315,13 @@ def check(args, changed, rt):
         raise UserError(f"{', '.join(map(flag, sorted(idle)))} would have no effect with --loss "
                         f"{args.loss} --schedule {args.schedule} --rho {args.rho:g}")
     strong = args.augment in STRONG
-    if strong and args.loss not in ("ce", "la", "vs"):
-        raise UserError(f"--augment {args.augment} mixes images, and --loss {args.loss} needs one "
-                        "label: --loss ce, la or vs")
-    if strong and args.beta > 0:
-        raise UserError(f"--augment {args.augment} mixes images, which have no one class to be "
-                        "weighted by: no --beta")
+    mixing = f"--augment {args.augment}" if strong else f"--mixing {args.mixing:g}"
+    if (strong or args.mixing > 0) and args.loss not in ("ce", "la", "vs"):
+        raise UserError(f"{mixing} mixes images, and --loss {args.loss} needs one label: --loss "
+                        "ce, la or vs")
+    if (strong or args.mixing > 0) and args.beta > 0:
+        raise UserError(f"{mixing} mixes images, which have no one class to be weighted by: no "
+                        "--beta")
     if strong and (args.augment == "loader") != (args.dataset in data_lt.LISTS):
         raise UserError("--augment loader is for data sets that stay on disk, which have only this "
                         "and weak")
@@ -331,12 +341,8 @@ def new_network(args, data, rt):
             raise UserError(f"{args.arch} cannot take {args.img_size} px ({reason}); try a larger "
                             "--img-size") from None
     net = net.to(rt.device, memory_format=torch.channels_last)
-    if args.arch == "fast":             # its stem is computed from images, 2,000 of them at 32 px
-        n = len(data.train_labels)
-        some = min(n, max(1, 2000 * 32 ** 2 // args.img_size ** 2))
-        index = torch.linspace(0, n - 1, some).long().to(rt.device)
-        images = augment.to_float(data.train_images[index])
-        net.whiten(augment.resize(images, args.img_size))
+    if args.arch == "fast":             # its stem is computed from images
+        whiten(net, data, rt.device)
     return net
 
 

@@ -62,9 +62,6 @@ class ConvStem(nn.Module):
         return self.layers(x.contiguous(memory_format=torch.channels_last))
 
 
-STEMS = {"patch": PatchEmbed, "conv": ConvStem}
-
-
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(q k^T / sqrt(d)) v in each of H heads, a linear layer."""
 
@@ -134,7 +131,8 @@ class VisionTransformer(nn.Module):
 
     img_size, patch_size: side of the square image and of a patch, pixels. num_classes: K.
     embed_dim, depth, num_heads, mlp_ratio: D, number of blocks, H, hidden width of an MLP / D.
-    distilled: with the DIST token and its head, or without. stem: "patch" or "conv" (ConvStem).
+    distilled: with the DIST token and its head, or without.
+    stem: class of what makes tokens of an image, called with patch_size and embed_dim.
     drop_path: stochastic depth rate of the last block; block i has drop_path * i / (depth - 1).
     layer_scale: initial gamma of LayerScale (DeiT-III: 1e-4); None: without.
     checkpointing: store only the inputs of blocks, compute the rest again in the backward pass.
@@ -142,7 +140,7 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(self, img_size=224, patch_size=16, num_classes=1000, embed_dim=768, depth=12,
-                 num_heads=12, mlp_ratio=4, distilled=True, stem="patch", drop_path=0.0,
+                 num_heads=12, mlp_ratio=4, distilled=True, stem=PatchEmbed, drop_path=0.0,
                  layer_scale=None, checkpointing=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
         if img_size % patch_size or embed_dim % num_heads:
@@ -153,7 +151,7 @@ class VisionTransformer(nn.Module):
         self.num_tokens = 2 if distilled else 1             # tokens before the patches
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.patch_embed = STEMS[stem](patch_size, embed_dim)
+        self.patch_embed = stem(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         if distilled:
             self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))

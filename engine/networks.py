@@ -36,6 +36,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+import augment
 import resnet
 import vit
 from engine.checkpoints import are_names, check_tensors, is_run, load_checkpoint, load_weights
@@ -48,6 +49,7 @@ NORMALISATIONS = {  # mean and standard deviation of the pixels that a network w
     "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+STEMS = {"patch": vit.PatchEmbed, "conv": vit.ConvStem, "fast": resnet.FastStem}    # of students
 LARGEST = 4096      # side of a network's images, pixels
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
@@ -121,11 +123,36 @@ def build_student(config, num_classes, distilled):
 
     Raises ValueError for sizes that do not fit together.
     """
+    stem = config.get("stem", "patch")
+    if stem not in STEMS:
+        raise ValueError(f"there is no stem {stem!r}")
     return vit.MODELS[config["model"]](
         img_size=config["img_size"], patch_size=config["patch_size"], num_classes=num_classes,
-        drop_path=config["drop_path"], distilled=distilled, stem=config.get("stem", "patch"),
+        drop_path=config["drop_path"], distilled=distilled, stem=STEMS[stem],
         layer_scale=config.get("layer_scale") or None,
         checkpointing=config.get("checkpointing", False))
+
+
+def whiten(net, data, device):
+    """Compute the stem of a FastNet from 2,000 training images (at 32 px), evenly spread."""
+    n = len(data.train_labels)
+    some = min(n, max(1, 2000 * 32 ** 2 // net.img_size ** 2))
+    index = torch.linspace(0, n - 1, some).long().to(device)
+    images = augment.to_float(data.train_images[index])
+    net.whiten(augment.resize(images, net.img_size))
+
+
+def start_stem(net, teacher, data, rt):
+    """Begin a student's FastStem with its teacher's blocks, if that has a FastNet.
+
+    With another teacher, or None, with the stem that the training images give.
+    """
+    parts = teacher.modules() if teacher else []
+    source = next((part for part in parts if isinstance(part, resnet.FastNet)), None)
+    if source is None:
+        source = resnet.FastNet(1, img_size=net.img_size).to(rt.device)
+        whiten(source, data, rt.device)
+    net.patch_embed.start_from(source, net.mean, net.std)
 
 
 # ---- From files ----------------------------------------------------------------------------------

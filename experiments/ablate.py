@@ -98,7 +98,8 @@ TABLE6 = [
 OURS_20 = f"{STUDENT} --recipe ours --epochs 20"
 OURS = [
     Row("ours", OURS_20),
-    Row("without the convolutional stem", f"{OURS_20} --stem patch"),
+    Row("another convolutional stem, not from the teacher", f"{OURS_20} --stem conv"),
+    Row("without a convolutional stem", f"{OURS_20} --stem patch"),
     Row("hard labels", f"{OURS_20} --distill hard"),
     Row("re-weighting, no logit adjustment", f"{OURS_20} --no-logit-adjustment --beta 0.9999"),
     Row("half the learning rate", f"{OURS_20} --lr 0.0005"),

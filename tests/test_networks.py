@@ -5,6 +5,7 @@ import argparse
 import os
 import re
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -447,6 +448,37 @@ def test_a_student_of_an_older_version_is_rebuilt(tmp_path, stem, scale):
     with torch.no_grad():
         for a, b in zip(found.net(x), net(x), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["fast", "ensemble", "mirrored", "resnet32", "none"])
+def test_a_students_fast_stem_is_its_teachers(kind, tmp_path):
+    """Blocks that are not copied, or only from a teacher alone; a stem that stays random."""
+    torch.manual_seed(0)
+    config = dict(model="micro", img_size=32, patch_size=4, drop_path=0, stem="fast")
+    net, fast = networks.build_student(config, 3, True), resnet.make("fast", 3)
+    pixels = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
+    data = replace(long_tail("abc"), train_images=pixels, train_labels=torch.zeros(50).long())
+    fast.whiten(torch.rand(20, 3, 32, 32))
+    fast.blocks[0].bn1.running_mean.fill_(7)
+    teacher = {"fast": fast, "ensemble": networks.Ensemble([resnet.make("resnet32", 3), fast]),
+               "mirrored": networks.Mirrored(fast), "resnet32": resnet.make("resnet32", 3),
+               "none": None}[kind]
+    networks.start_stem(net, teacher, data, Runtime(torch.device("cpu")))
+    if kind in ("resnet32", "none"):        # whitened by the training images, fresh blocks
+        fast = resnet.make("fast", 3)
+        fast.whiten(pixels / 255)
+        assert net.patch_embed.blocks[0].bn1.running_mean.eq(0).all()
+    else:
+        assert net.patch_embed.blocks[0].bn1.running_mean.eq(7).all()
+        for mine, theirs in zip(net.patch_embed.blocks.parameters(), fast.blocks.parameters()):
+            assert torch.equal(mine, theirs)
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(net.patch_embed.stem((x - net.mean) / net.std),
+                               fast.stem((x - fast.mean) / fast.std), rtol=1e-4, atol=1e-4)
+    save_checkpoint(tmp_path / "last.pt", model=net.state_dict(), config=config
+                    | dict(method="deit-lt", format=3), class_names=list("abc"))
+    found = networks.load_network(str(tmp_path)).net
+    assert torch.equal(found.patch_embed.stem.weight, net.patch_embed.stem.weight)
 
 
 def test_files_from_elsewhere_may_use_this_projects_words(tmp_path):

@@ -57,16 +57,19 @@ STUDENT_CPU = {
     # The same folder, at 64 px: half of 60 epochs, re-weighted in the last third.
     "folder": STUDENT_CPU_CIFAR | dict(img_size=64, epochs=30, warmup_epochs=2.5, drw_epoch=20),
 }
-OURS = dict(stem="conv", lr=0.001, distill="soft", logit_adjustment=True, beta=0.0, smoothing=0.0)
+OURS = dict(stem="fast", lr=0.001, distill="soft", logit_adjustment=True, beta=0.0, smoothing=0.0)
 STUDENT_OURS = {dataset: row | OURS for dataset, row in STUDENT_CPU.items()}
-STUDENT_OURS["shapes"] |= dict(lr=0.002)
+STUDENT_OURS["shapes"] |= dict(lr=0.002, stem="conv")
 STUDENT_OURS["folder"] |= dict(img_size=32)
-STUDENTS = {"paper": STUDENT_PAPER, "cpu": STUDENT_CPU, "ours": STUDENT_OURS}
+STUDENT_GPU = STUDENT_OURS["cifar10"] | dict(
+    model="small", patch_size=4, epochs=300, batch=256, micro_batch=256, ema=0.999)
+STUDENTS = {"paper": STUDENT_PAPER, "cpu": STUDENT_CPU, "ours": STUDENT_OURS,
+            "gpu": {"cifar10": STUDENT_GPU, "cifar100": STUDENT_GPU}}
 
 # ---- Teachers: Saddle-LongTail's run.sh, PaCo's CIFAR-100 script ---------------------------------
 
 LDAM_CIFAR = dict(
-    arch="resnet32", loss="ldam", img_size=32, norm="cifar", augment="weak",
+    arch="resnet32", loss="ldam", img_size=32, norm="cifar", augment="weak", mixing=0.0,
     epochs=200, batch=128, lr=0.1, weight_decay=0.0002,
     schedule="step", decay=0.01,                        # 0.1, from 160 on 1e-3, from 180 on 1e-5
     warmup_epochs=5, rho=0.8, rho_schedule="constant",
@@ -95,12 +98,12 @@ LDAM_CPU = {
 FAST = LDAM_CPU_CIFAR | dict(arch="fast", loss="la", beta=0.0, epochs=40, batch=128,
                              weight_decay=5e-4, warmup_epochs=4, rho=0.0)
 LA_OURS = {
-    "cifar10": FAST, "cifar100": FAST,
+    "cifar10": FAST | dict(mixing=0.5), "cifar100": FAST | dict(mixing=0.5),
     "shapes": FAST | dict(img_size=16, epochs=20, batch=32, lr=0.03, warmup_epochs=2),
     "folder": FAST | dict(epochs=20, warmup_epochs=2, drw_epoch=8),
 }
 PACO_CIFAR100 = dict(
-    arch="resnet32", loss="paco", img_size=32, norm="cifar", augment="weak",
+    arch="resnet32", loss="paco", img_size=32, norm="cifar", augment="weak", mixing=0.0,
     epochs=400, batch=128, lr=0.05, weight_decay=0.0005,
     schedule="step", decay=0.1,                         # 0.05, from 320 on 5e-3, from 360 on 5e-4
     warmup_epochs=10, rho=0.05, rho_schedule="constant", beta=0.0,
@@ -131,6 +134,8 @@ TEACHERS = [
     ("paper", (), LDAM_PAPER), ("cpu", (), LDAM_CPU), ("ours", (), LA_OURS),
     ("paper", PACO, PACO_PAPER), ("cpu", PACO, PACO_CPU), ("ours", PACO, PACO_CPU),
     ("paper", PADDED, STRONG_PAPER), ("cpu", PADDED, STRONG_CPU), ("ours", PADDED, STRONG_OURS),
+    ("gpu", (), {name: LA_OURS[name] for name in ("cifar10", "cifar100")}),
+    ("gpu", PACO, {name: PACO_PAPER[name] for name in ("cifar10", "cifar100")}),
 ]
 ONLY_LDAM, ONLY_REWEIGHTED = {"max_margin"}, {"drw_epoch"}
 ONLY_PACO = {"alpha", "temperature", "queue", "projection", "key_momentum"}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from resnet import CosineClassifier, FastNet, make, resnet32, resnet50
+from resnet import CosineClassifier, FastNet, FastStem, make, resnet32, resnet50
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -298,6 +298,37 @@ def test_fastnets_convolutions_begin_by_passing_their_input_on():
     assert out[:, 24:].abs().amax() > 0
     x = torch.randn(2, 64, 8, 8)
     torch.testing.assert_close(net.blocks[0].conv2(x), x)
+
+
+@pytest.mark.parametrize("P, size, blocks", [(2, 16, 1), (4, 32, 2), (8, 32, 3), (16, 32, 3)])
+def test_a_students_stem_begins_as_its_teachers_blocks(P, size, blocks):
+    """Weights copied into the wrong block, or pixels normalised twice or by the wrong network.
+
+    The stem adds a row and a column in front of the image. A teacher of fewer blocks leaves the
+    others at their Dirac kernels.
+    """
+    torch.manual_seed(0)
+    net = randomise_batchnorm(FastNet(5, img_size=size)).double().eval()
+    stem = FastStem(P, 12).double().eval()
+    before = [block.conv1.weight.clone() for block in stem.blocks]
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    stem.start_from(net, mean.view(3, 1, 1).double(), std.view(3, 1, 1).double())
+    x = torch.rand(2, 3, 4 * P, 4 * P, dtype=torch.float64)
+    assert stem(normalise(x, IMAGENET_MEAN, IMAGENET_STD)).shape == (2, 12, 4, 4)
+    padded = F.pad(normalise(x, CIFAR_MEAN, CIFAR_STD), (1, 0, 1, 0), mode="replicate")
+    expected = F.gelu(net.stem(padded))
+    for mine, theirs in zip(stem.blocks, net.blocks):
+        expected = theirs(expected)
+    for mine in stem.blocks[blocks:]:
+        expected = mine(expected)
+    torch.testing.assert_close(stem(normalise(x, IMAGENET_MEAN, IMAGENET_STD)),
+                               stem.proj(expected))
+    changed = [not torch.equal(old, block.conv1.weight) for old, block in zip(before, stem.blocks)]
+    assert changed == [b < blocks for b in range(len(stem.blocks))]
+    stem.train()(normalise(x, IMAGENET_MEAN, IMAGENET_STD)).square().sum().backward()
+    assert stem.stem.weight.grad is None and stem.blocks[0].conv1.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="no stem of FastNet for patches of 6 px"):
+        FastStem(6, 12)
 
 
 def test_fastnet_takes_a_cosine_classifier_and_a_name():

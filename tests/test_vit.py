@@ -385,7 +385,7 @@ def test_the_convolutional_stem_makes_the_same_grid(P, widths):
     """A grid of another size or order, widths that do not double, BatchNorm left out or after
     the ReLU, a missing border."""
     torch.manual_seed(0)
-    stem = vit.STEMS["conv"](P, 8).double()
+    stem = vit.ConvStem(P, 8).double()
     assert [m.num_features for m in stem.layers if isinstance(m, torch.nn.BatchNorm2d)] == widths
     for norm in stem.layers:
         if isinstance(norm, torch.nn.BatchNorm2d):
@@ -401,7 +401,7 @@ def test_the_convolutional_stem_makes_the_same_grid(P, widths):
 
 def test_a_network_with_a_convolutional_stem_learns_all_of_it():
     """A stem that the patches do not pass through, or that no gradient reaches."""
-    model = small_vit(stem="conv").train()
+    model = small_vit(stem=vit.ConvStem).train()
     assert "patch_embed.proj.weight" not in model.state_dict()
     before = model.patch_embed.layers[1].running_mean.clone()
     sum(logits.square().sum() for logits in model(torch.rand(2, 3, 8, 8))).backward()

@@ -486,6 +486,7 @@ def test_drop_path_reaches_every_block():
     (("--img-size", 32), lambda net: net.img_size == 32 and net.pos_embed.shape[1] == 2 + 16),
     (("--patch-size", 4), lambda net: net.patch_embed.proj.kernel_size == (4, 4)),
     (("--stem", "conv"), lambda net: hasattr(net.patch_embed, "layers")),
+    (("--stem", "fast"), lambda net: len(net.patch_embed.blocks) == 3),
     (("--tokens", 1), lambda net: not net.distilled and not hasattr(net, "dist_token")),
     (("--layer-scale", 0.5), lambda net: net.blocks[0].gamma_1.unique().tolist() == [0.5]),
     (("--layer-scale", 0), lambda net: net.blocks[0].gamma_1 is None),
@@ -1089,6 +1090,18 @@ def test_a_strong_teacher_learns_from_mixed_images(watch):
         assert (made["size"], made["crop"], made["rand_ops"]) == (8, "resized", 2)
         assert (made["magnitude"], made["erasing"]) == (9, 0.25)
         assert (call["mixup"], call["cutmix"], call["smoothing"]) == (0.8, 1.0, 0.1)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_a_share_of_a_teachers_batches_is_mixed(share, watch):
+    """Weak images that are never mixed, or always; the same draw for mixing in every step."""
+    mixed, criteria = watch(augment, "mixup_cutmix"), watch(losses.VSLoss, "forward")
+    train_a_teacher(teacher_settings("--loss", "la", "--rho", 0, "--beta", 0, "--mixing", share,
+                                     epochs=20))
+    expected = {0: (0, 0), 0.5: (18, 42), 1: (60, 60)}[share]            # of 60 steps
+    assert len(criteria) == 60 and expected[0] <= len(mixed) <= expected[1]
+    assert sum(call["target"].ndim == 2 for call, _ in criteria) == len(mixed)
+    assert all(call["smoothing"] == 0 for call, _ in mixed)
 
 
 @pytest.mark.parametrize("dataset, loss, made_by", [
