@@ -342,8 +342,8 @@ def check(args, changed, rt):
         raise UserError(f"--batch {args.batch} cannot be shared by {rt.world} processes")
     if (args.crop == "loader") != (args.dataset in data_lt.LISTS):
         raise UserError("--crop loader is for data sets that stay on disk, and their only one")
-    if args.stem == "conv" and args.img_size == args.patch_size:
-        raise UserError("--stem conv: its BatchNorm needs an --img-size above --patch-size")
+    if args.stem != "patch" and args.img_size == args.patch_size:
+        raise UserError(f"--stem {args.stem}: its BatchNorm needs an --img-size above --patch-size")
     if args.distill == "none" and args.tokens == 2:
         raise UserError("--distill none leaves DIST nothing to learn: --tokens 1")
     if args.teacher_view == "weak" and args.mixup + args.cutmix > 0:

@@ -239,9 +239,10 @@ def test_a_teacher_of_weights_that_are_not_finite_is_refused(teacher, tiny_cifar
     assert not (tmp_path / "run").exists()
 
 
-def test_a_conv_stem_of_one_patch_is_refused(tiny_cifar, tmp_path, refused):
+@pytest.mark.parametrize("stem", ["conv", "fast"])
+def test_a_stem_with_batchnorm_of_one_patch_is_refused(tiny_cifar, tmp_path, refused, stem):
     """A traceback of BatchNorm's, which has one value per channel of one image."""
-    flags = [*STUDENT, "--data-dir", tiny_cifar, "--stem", "conv", "--patch-size", 16,
+    flags = [*STUDENT, "--data-dir", tiny_cifar, "--stem", stem, "--patch-size", 16,
              "--micro-batch", 1, "--out", tmp_path / "run"]
     assert "--patch-size" in refused(train_student, *flags)
     assert not (tmp_path / "run").exists()
