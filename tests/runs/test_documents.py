@@ -18,14 +18,16 @@ import train_teacher
 from conftest import ROOT
 from engine.runtime import Runtime, run_main
 from engine.settings import flag
-from experiments import ablate, bench, crt, deit3, minutes, resnet18, runs_table
+from experiments import (ablate, bench, crt, deit3, minutes, one_gpu, resnet18, runs_table,
+                         steps)
 
 DOCUMENTS = ["README.md", "results/README.md"]
 TRAINING = {ablate.STUDENT: train_student, ablate.TEACHER: train_teacher, ablate.CRT: crt,
             ablate.DEIT3: deit3}
 SCRIPTS = {"analyze.py": analyze, "-m experiments.ablate": ablate, "-m experiments.bench": bench,
            "-m experiments.runs_table": runs_table, "-m experiments.minutes": minutes,
-           "-m experiments.resnet18": resnet18}
+           "-m experiments.resnet18": resnet18, "-m experiments.one_gpu": one_gpu,
+           "-m experiments.steps": steps}
 COMMAND = re.compile(r"(?:OMP_NUM_THREADS=\S+ )?(?:python3? |torchrun )")
 
 
@@ -128,9 +130,13 @@ def try_command(command, monkeypatch):
         assert ablate.folder_of(shlex.join([*program.split(), *flags]), rt)
     elif program == "analyze.py":
         analyze.parse()
-    elif program == "-m experiments.ablate":
+    elif program in ("-m experiments.ablate", "-m experiments.one_gpu"):
         sys.argv.append("--commands")
-        run_main(ablate.main)
+        run_main(SCRIPTS[program].main)
+    elif program == "-m experiments.steps":
+        monkeypatch.setattr(steps, "matmul_peak", lambda rt: 1e12)
+        monkeypatch.setattr(steps, "measure_step", lambda *_: "")
+        run_main(steps.main)
     elif program == "-m experiments.resnet18":
         make_images(flags)
         assert resnet18.resolved(train_teacher.parse(flags), Runtime(torch.device("cpu"))).out
