@@ -111,13 +111,14 @@ def teacher_commands(options, seconds):
 
 
 def student_commands(options, seconds):
-    """Both are of one size, and have half of the time each."""
+    """Both are of one size, which is the gpu recipe's, and have half of the time each."""
     size = SIZE["cpu" if options.device == "cpu" else "cuda"]
+    ours = f"--recipe ours {size}" if options.device == "cpu" else "--recipe gpu"
     planned = []
-    for name, more in (("ours", ""), ("paper", f" {AT_32_PX}")):
+    for name, recipe in (("ours", ours), ("paper", f"--recipe paper {size} {AT_32_PX}")):
         teacher = os.path.join(options.out, f"teacher_{name}")
-        flags = (f"{STUDENT} --recipe {name} {size}{more} --teacher {shlex.quote(teacher)} "
-                 f"--device {options.device} {minutes(seconds / 2)}")
+        flags = (f"{STUDENT} {recipe} --teacher {shlex.quote(teacher)} --device {options.device} "
+                 f"{minutes(seconds / 2)}")
         planned.append(training(options, name, flags, needs=teacher, seconds=seconds / 2))
     return planned
 
