@@ -23,7 +23,7 @@ import augment
 import data_lt
 import losses
 import train_teacher
-from engine import evaluation, runtime, training
+from engine import evaluation, runtime
 from engine.datasets import describe, load_data, print_data_summary, survey
 from engine.minutes import fit_epochs
 from engine.networks import (NORMALISATIONS, STEMS, build_student, load_teacher, short_name,
@@ -33,7 +33,8 @@ from engine.runtime import UserError
 from engine.settings import (Interval, Parser, Setting, add_run_flags, add_settings, defaults,
                              fill_settings, fit_to_folder, flag, flags_of_teacher, pick_recipe,
                              resolve_data, run_name, schedule_text)
-from engine.training import EMA, FiniteScaler, cosine_lr, micro_batches, parameter_groups, set_lr
+from engine.training import (EMA, FiniteScaler, compiled, cosine_lr, micro_batches,
+                             parameter_groups, set_lr)
 from vit import MODELS
 
 # Every setting once: name, the paper's value for CIFAR, what is allowed, what it is. The published
@@ -62,8 +63,7 @@ SETTINGS = [
     Setting("beta", 0.9999, Interval(0, 0.999999), "of the class weights; 0: no re-weighting"),
     Setting("mix_drw", False, None, "go on mixing in the re-weighted epochs"),
     Setting("repeats", 3, Interval(1), "repeated augmentation: times an image is in an epoch"),
-    Setting("crop", "resized", ("resized", "padded", "loader"),
-            "random area, padded, or by the loader"),
+    Setting("crop", "resized", ("resized", "padded", "loader"), "random area, padded, loader's"),
     Setting("rand_ops", 2, Interval(0), "RandAugment: operations per image"),
     Setting("magnitude", 9.0, Interval(0, 10), "RandAugment: their strength"),
     Setting("erasing", 0.25, Interval(0, 1), "probability of random erasing"),
@@ -75,7 +75,8 @@ SETTINGS = [
     Setting("eval_every", 10, Interval(1), "epochs between evaluations on the test set"),
 ]
 # Recipes change some of them. cpu: the same method, small and short. ours: cpu, with what was
-# better on held-out images (results/README.md). gpu: ours, larger, for minutes of a GPU.
+# better on held-out images (results/README.md); own photographs, for minutes: crop and flip only.
+# gpu: ours, larger, for minutes of a GPU.
 CPU = dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4,
            drop_path=0.0, drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0,
            eval_every=5)
@@ -84,13 +85,15 @@ SHAPES = dict(model="micro", stem="conv", epochs=30, lr=2e-3, warmup_epochs=2, d
 LARGE = dict(epochs=1400, batch=2048, lr=5e-4, drw_epoch=1200, mix_drw=True, crop="loader")
 OURS = CPU | dict(stem="fast", lr=1e-3, distill="soft", logit_adjustment=True, beta=0.0,
                   smoothing=0.0)
+OURS_FOLDER = OURS | dict(rand_ops=0, erasing=0.0, mixup=0.0, cutmix=0.0)
 GPU = OURS | dict(model="small", patch_size=4, epochs=300, batch=256, micro_batch=256, ema=0.999)
 RECIPES = {
     "paper": {"cifar10": {}, "cifar100": {}, "imagenet_lt": LARGE,
               "inat18": LARGE | dict(epochs=1000, drw_epoch=900),
               "folder": dict(model="small", epochs=400, drw_epoch=360, eval_crop=1.0)},
     "cpu": {"cifar10": CPU, "cifar100": CPU, "shapes": CPU | SHAPES, "folder": CPU},
-    "ours": {"cifar10": OURS, "cifar100": OURS, "shapes": OURS | SHAPES, "folder": OURS},
+    "ours": {"cifar10": OURS, "cifar100": OURS, "shapes": OURS | SHAPES,
+             "folder": OURS_FOLDER},
     "gpu": {"cifar10": GPU, "cifar100": GPU},
 }
 # What a method changes in its recipe.
@@ -129,7 +132,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
     run.start(args, data, state, METRICS if teacher else METRICS[:1], n, args.batch)
     model = DistributedDataParallel(net) if rt.world > 1 else net
     if args.compile:
-        model = training.compiled(model)
+        model = compiled(model)
     results = None
 
     for epoch in range(run.start_epoch, args.epochs):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import augment
 import data_lt
 import losses
-from engine import evaluation, runtime, training
+from engine import evaluation, runtime
 from engine.datasets import describe, load_data, print_data_summary, survey
 from engine.minutes import fit_epochs
 from engine.networks import NORMALISATIONS, build_teacher, whiten
@@ -31,7 +31,7 @@ from engine.runtime import UserError
 from engine.settings import (DATA_SETTINGS, Interval, Parser, Setting, add_run_flags, add_settings,
                              as_flags, defaults, fill_settings, fit_to_folder, flag, pick_recipe,
                              resolve_data, run_name, schedule_text)
-from engine.training import FiniteScaler, cosine_lr, set_lr
+from engine.training import FiniteScaler, compiled, cosine_lr, set_lr
 from images.policies import color_jitter
 from sam import SAM, frozen_batchnorm_statistics
 
@@ -129,7 +129,7 @@ def train(args, data, net, rt, run):
               args.batch, passes)
     model = DistributedDataParallel(trained) if rt.world > 1 else trained
     if args.compile:
-        model = training.compiled(model)
+        model = compiled(model)
     results = None
 
     for epoch in range(run.start_epoch, args.epochs):

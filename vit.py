@@ -131,8 +131,7 @@ class VisionTransformer(nn.Module):
 
     img_size, patch_size: side of the square image and of a patch, pixels. num_classes: K.
     embed_dim, depth, num_heads, mlp_ratio: D, number of blocks, H, hidden width of an MLP / D.
-    distilled: with the DIST token and its head, or without.
-    stem: class of what makes tokens of an image, called with patch_size and embed_dim.
+    distilled: with the DIST token and its head, or without. stem: PatchEmbed or a class like it.
     drop_path: stochastic depth rate of the last block; block i has drop_path * i / (depth - 1).
     layer_scale: initial gamma of LayerScale (DeiT-III: 1e-4); None: without.
     checkpointing: store only the inputs of blocks, compute the rest again in the backward pass.

@@ -60,7 +60,7 @@ STUDENT_CPU = {
 OURS = dict(stem="fast", lr=0.001, distill="soft", logit_adjustment=True, beta=0.0, smoothing=0.0)
 STUDENT_OURS = {dataset: row | OURS for dataset, row in STUDENT_CPU.items()}
 STUDENT_OURS["shapes"] |= dict(lr=0.002, stem="conv")
-STUDENT_OURS["folder"] |= dict(img_size=32)
+STUDENT_OURS["folder"] |= dict(img_size=32, rand_ops=0, erasing=0.0, mixup=0.0, cutmix=0.0)
 STUDENT_GPU = STUDENT_OURS["cifar10"] | dict(
     model="small", patch_size=4, epochs=300, batch=256, micro_batch=256, ema=0.999)
 STUDENTS = {"paper": STUDENT_PAPER, "cpu": STUDENT_CPU, "ours": STUDENT_OURS,
