@@ -23,7 +23,7 @@ import augment
 import data_lt
 import losses
 import train_teacher
-from engine import evaluation, runtime
+from engine import evaluation, runtime, training
 from engine.datasets import describe, load_data, print_data_summary, survey
 from engine.minutes import fit_epochs
 from engine.networks import (NORMALISATIONS, build_student, load_teacher, short_name, start_from,
@@ -127,7 +127,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
     run.start(args, data, state, METRICS if teacher else METRICS[:1], n, args.batch)
     model = DistributedDataParallel(net) if rt.world > 1 else net
     if args.compile:
-        model = torch.compile(model)
+        model = training.compiled(model)
     results = None
 
     for epoch in range(run.start_epoch, args.epochs):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import augment
 import data_lt
 import losses
-from engine import evaluation, runtime
+from engine import evaluation, runtime, training
 from engine.datasets import describe, load_data, print_data_summary, survey
 from engine.minutes import fit_epochs
 from engine.networks import NORMALISATIONS, build_teacher
@@ -126,7 +126,7 @@ def train(args, data, net, rt, run):
               args.batch, passes)
     model = DistributedDataParallel(trained) if rt.world > 1 else trained
     if args.compile:
-        model = torch.compile(model)
+        model = training.compiled(model)
     results = None
 
     for epoch in range(run.start_epoch, args.epochs):

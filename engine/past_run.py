@@ -18,6 +18,7 @@ from engine.networks import check_origin, teacher_files
 from engine.records import is_like, read_json, read_log_lines
 from engine.runtime import UserError, all_max, exit_together
 from engine.settings import NOT_RESUMED, defaults, flag, set_epochs
+from engine.training import check_compiler
 
 FORMAT = 2      # of a run folder's settings; runs without one were made before their names changed
 RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
@@ -52,6 +53,8 @@ class PastRun:
         self.lock, self.over = None, False
         self.check_sources(args)
         self.own(args, wait)
+        if args.compile and not self.over:
+            check_compiler(rt.device)           # before anything is read, trained or overwritten
         if self.over or self.overwrite:
             return
         if os.path.exists(self.checkpoint) or os.path.exists(self.previous):

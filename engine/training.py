@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from engine.runtime import UserError, all_sum, exit_together
+from engine.runtime import UserError, all_sum, exit_together, one_line
 
 
 def cosine_lr(t, epochs, peak, warmup_epochs, warmup_lr=1e-6, min_lr=1e-5):
@@ -47,6 +47,31 @@ def parameter_groups(net, weight_decay):
             decayed.append(p)
     return [{"params": decayed, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0}]
+
+
+def compiled(model):
+    """torch.compile of a network that is trained on images (B,3,S,S), with one graph for every B.
+
+    Batches of an epoch differ by an image. By itself torch.compile makes a graph of the first size
+    and another one of any size, in each mode of the network (SAM's second pass is one).
+    """
+    model = torch.compile(model)
+    model.register_forward_pre_hook(any_batch_size)
+    return model
+
+
+def any_batch_size(_, inputs):
+    torch._dynamo.maybe_mark_dynamic(inputs[0], 0)
+
+
+def check_compiler(device):
+    """Compile a function of one line. UserError if that cannot be done here."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except Exception as error:                  # of the compiler: no g++, no Python.h, no space
+        raise UserError(f"--compile does not work here ({one_line(error)}): leave it out, or "
+                        "install what it needs, a C++ compiler such as g++ and Python's header "
+                        "files") from None
 
 
 class EMA:
