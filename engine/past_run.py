@@ -43,7 +43,9 @@ class PastRun:
         self.teachers = []
         self.start_epoch, self.start_step = 0, 0
         self.defaults = defaults(table)
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0   # by torchrun
+        # By torchrun, of which each machine counts for itself: one that was started anew from 0.
+        restarts, = all_max([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], rt)
+        self.restarted = restarts > 0
         self.resume = args.resume or self.restarted         # its command is that of the start
         self.overwrite = args.overwrite and not self.restarted
         runtime.trains = True
@@ -67,6 +69,7 @@ class PastRun:
                             "from: --overwrite starts it again, --out names another folder")
         if args.resume and not self.resumed and not wait:
             rt.print(f"There is nothing to resume in {folder}: beginning")
+        self.check_place()
 
     # ---- Whose folder it is ----------------------------------------------------------------------
 
@@ -199,6 +202,14 @@ class PastRun:
             self.force(args, changes)
             self.start_step = 0         # the steps of a half-done epoch may be others now
         self.read_past_log(args)
+
+    def check_place(self):
+        """UserError if processes go on from different places: on machines without this folder."""
+        mine = [self.start_epoch, self.start_step]
+        if all_max(mine, self.rt) != [-n for n in all_max([-n for n in mine], self.rt)]:
+            exit_together(UserError(
+                f"not all processes find the same checkpoint in {self.folder}: put it where all "
+                "machines see it, or a copy of it on each of them"), self.rt)
 
     def changes(self, old, args, free):
         """"--lr 0.1 -> 0.05, ...": settings other than the run began with, but for those in `free`.

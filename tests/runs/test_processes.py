@@ -1,5 +1,6 @@
 """Several processes: the losses of one, one log, one error line, every test image once."""
 import os
+import shutil
 import signal
 import sys
 
@@ -169,6 +170,48 @@ def test_a_process_that_dies_ends_torchruns_job(tiny_cifar, tmp_path):
     code, printed = job.end()
     assert code != 0 and ("SIGKILL" in printed or "Connection" in printed), printed
     assert checkpoint(tmp_path / "run")["world"] == 2
+
+
+# ---- Several machines ----------------------------------------------------------------------------
+
+def restarted_beside_a_new_machine():
+    """In a process of its own: as torchrun has it where one machine of two was started anew."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(1 - int(os.environ["RANK"]))
+
+
+def a_folder_of_its_own():
+    """In a process of its own: the second machine does not see the run folder of the first."""
+    if os.environ["RANK"] == "1":
+        sys.argv[sys.argv.index("--out") + 1] += "_elsewhere"
+
+
+@pytest.fixture
+def begun_run(pacos_run, tiny_cifar, tmp_path):
+    """(a run without its result, of two processes; the flags to go on with it)."""
+    shutil.copytree(pacos_run, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    return tmp_path / "run", [*PACO, *FLOAT32, *WITHOUT_SAM, "--data-dir", tiny_cifar, "--out",
+                              tmp_path / "run"]
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_all_processes_go_on_if_one_was_restarted(more, begun_run, tmp_path):
+    """Of a machine that was started anew, one that refuses to go on, or that begins again."""
+    folder, flags = begun_run
+    before = records(folder)
+    code, printed = run(2, tmp_path / "log", "train_teacher", *flags, *more,
+                        prepare=restarted_beside_a_new_machine)
+    assert code == 0, printed
+    assert records(folder) == before and (folder / "result.json").exists()
+
+
+def test_a_checkpoint_that_one_process_does_not_see_is_refused(begun_run, tmp_path):
+    """A process that begins while the other goes on, and both wait for each other for ever."""
+    folder, flags = begun_run
+    code, printed = run(2, tmp_path / "log", "train_teacher", *flags, "--resume",
+                        prepare=a_folder_of_its_own)
+    assert code == 2 and printed.count("error: ") == 1 and "Traceback" not in printed
+    assert "not all processes find the same checkpoint" in printed and str(folder) in printed
 
 
 # ---- Stopped -------------------------------------------------------------------------------------
