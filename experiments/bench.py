@@ -1,10 +1,11 @@
 r"""How fast is it here? Each figure is measured now, beside what it is compared to.
 
-    python -m experiments.bench                     all sections: about ten minutes on 4 CPU threads
+    python -m experiments.bench                     all; 10 minutes on 4 threads, then growth
     python -m experiments.bench --only augment      augmentation, against timm's of PIL pictures
     python -m experiments.bench --only files        decoding of JPEG files, against ImageFolder
     python -m experiments.bench --only student      the ViT's step, against timm's; DeiT-LT's step
     python -m experiments.bench --only teacher      ResNet-32's step, with SAM and without
+    python -m experiments.bench --only growth       cost against sizes, files and processes: minutes
 
 timm's augmentation and network are measured too where timm is installed (`pip install timm`).
 
@@ -14,9 +15,12 @@ the baseline (the median over rounds). A share of the peak is relative to a larg
 measured in the same minute in the type that the networks train in.
 """
 import argparse
+import io
 import os
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -38,11 +42,12 @@ import losses
 import resnet
 import train_student
 import vit
-from engine import evaluation, runtime
+from engine import datasets, evaluation, runtime
 from engine.networks import build_student
+from engine.records import read_log
 from engine.runtime import Runtime
 from engine.training import EMA, FiniteScaler
-from images import decode, files
+from images import decode, files, lists
 from sam import SAM, frozen_batchnorm_statistics
 
 try:
@@ -287,13 +292,14 @@ def compare_networks(img_size, patch_size, batch, rt, n):
     print(f"  {ours}: {rate / peak:.0%} of the peak")
 
 
-def student_step(args, batch, rt):
+def student_step(args, batch, rt, K=10, depth=None):
     """(step(lap), FLOP per image) of train_student.train with a ResNet-32 teacher on random images.
 
-    lap(part) is called at the end of each part. args: settings, resolved.
+    lap(part) is called at the end of each part. args: settings, resolved. K: number of classes.
+    depth: the first so many blocks of the student, None: all.
     """
-    K = 10
     net = build_student(vars(args), K, distilled=True).to(rt.device).train()
+    net.blocks = net.blocks[:depth]
     teacher = resnet.resnet32(K).eval().requires_grad_(False)
     teacher.to(rt.device, memory_format=torch.channels_last)
     groups = train_student.parameter_groups(net, args.weight_decay)
@@ -432,8 +438,138 @@ def bench_teacher(rt, n, batch=128):
           f"  A step with SAM takes {ratio:.2f} times as long as one without")
 
 
+# ---- How cost grows ------------------------------------------------------------------------------
+
+USUAL = {"batch": 32, "pixels": 32, "blocks": 6, "classes": 10}
+GROWTH = {"batch": (8, 32, 128), "pixels": (32, 64, 96), "blocks": (3, 6, 12),
+          "classes": (10, 100, 1000, 8142)}
+
+
+def growth_of_steps(rt, n, growth=GROWTH):
+    """The student's step as one of its sizes grows and the others are as USUAL."""
+    print(f"\nDeiT-LT's training step, ViT 192 wide, patch 8, ResNet-32 teacher; {USUAL} but for\n"
+          "                   images/s  (slowest .. fastest)  GFLOP/image   time/image  FLOP/image")
+    for name, values in growth.items():
+        steps, flops = {}, {}
+        for value in values:
+            sizes = USUAL | {name: value}
+            args = train_student.parse(["--dataset", "cifar10", "--recipe", "cpu", "--model",
+                                        "tiny", "--img-size", str(sizes["pixels"])])
+            train_student.resolve(args, rt)
+            step, flops[value] = student_step(args, sizes["batch"], rt, sizes["classes"],
+                                              sizes["blocks"])
+            steps[value] = partial(step, lap=lambda part: None)
+        first = None
+        for value, seconds in measure(steps, n, rt).items():
+            images = (USUAL | {name: value})["batch"]
+            rates = sorted(images / each for each in seconds)
+            rate = statistics.median(rates)
+            first = first or rate
+            spread = f"({rates[0]:.0f} .. {rates[-1]:.0f})"
+            print(f"  {name:8s}{value:7,d}{rate:11.1f}  {spread:24s}{flops[value] / 1e9:9.3f}"
+                  f"{first / rate:11.2f} x{flops[value] / flops[values[0]]:10.2f} x", flush=True)
+
+
+def write_listing(folder, n, with_files):
+    """The two lists of iNaturalist 2018's layout, of n images of 1,000 classes; one in ten to test.
+
+    with_files: the files too, a small image and its number, all of one size: as among a million
+    photographs, each has others of its size and must be opened to see that it is no copy.
+    """
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(picture, "JPEG")
+    names = [os.path.join(folder, name) for name in datasets.LIST_NAMES["inat18"]]
+    with open(names[0], "w") as train, open(names[1], "w") as test:
+        for i in range(n):
+            k = i // 10 % 1000
+            path = f"train_val2018/Aves/{k}/{i:032x}.jpg"
+            (train if i % 10 else test).write(f"{path} {k}\n")
+            if with_files:
+                path = os.path.join(folder, path)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as file:
+                    file.write(picture.getvalue() + i.to_bytes(8, "big") + b"\xff\xd9")
+
+
+def read_lists(folder):
+    """The lines of both lists; no file is opened."""
+    lists.find_listed(*(os.path.join(folder, name) for name in datasets.LIST_NAMES["inat18"]),
+                      folder)
+
+
+def read_folders(folder):
+    """The names in the class folders; no file is opened."""
+    files.list_folder(os.path.join(folder, "train_val2018", "Aves"))
+
+
+def start_run(folder):
+    """All that a run does with its files before the first step: lists, copies, sizes, damage.
+
+    As the second process of a run does it, which prints nothing and compares no thumbnails.
+    """
+    args = train_student.parse(["--dataset", "inat18", "--recipe", "paper", "--data-dir", folder])
+    train_student.resolve(args, CPU)
+    datasets.load(args, Runtime(CPU.device, rank=1))
+
+
+READERS = {"lists, no file opened": read_lists, "folders, no file opened": read_folders,
+           "a run's start": start_run}
+
+
+def measure_listing(reader, folder):
+    """(seconds, GiB at its peak, GiB before). Call it in a new process: its memory only grows."""
+    runtime.setup("cpu")                                                # allocator
+    before, start = peak_memory(CPU), time.perf_counter()
+    READERS[reader](folder)
+    return seconds_since(start, CPU), peak_memory(CPU), before
+
+
+def growth_of_listing(sizes=(10_000, 100_000, 1_000_000), most=100_000):
+    """Time and peak memory of what is done with n file names; `most`: so many files are written."""
+    print("\nFile names of iNaturalist 2018's layout; bytes: of each file more than in the size "
+          "before\n  reader                       files   seconds   us/file   peak (GiB)   "
+          "bytes/file")
+    last = {}                           # {reader: (files, GiB)}
+    for n in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            write_listing(folder, n, with_files=n <= most)
+            for reader in READERS if n <= most else ["lists, no file opened"]:
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                    measured = process.submit(measure_listing, reader, folder)
+                    seconds, peak, before = measured.result()
+                fewer, lower = last.get(reader, (0, before))
+                last[reader] = n, peak
+                each = (peak - lower) * 2 ** 30 / (n - fewer)
+                print(f"  {reader:24s}{n:10,d}{seconds:10.2f}{seconds / n * 1e6:10.1f}{peak:13.2f}"
+                      f"{each:13.0f}", flush=True)
+
+
+def growth_of_processes(processes=(1, 2), flags=("--epochs", "2")):
+    """images/s of a plain ViT on `shapes` in its last epoch, under torchrun on the CPU."""
+    print("\nA plain ViT on shapes under torchrun (gloo), one thread in each process")
+    first = None
+    for n in processes:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
+                       "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", train_student.__file__,
+                       "--dataset", "shapes", "--method", "vit", "--recipe", "cpu", "--device",
+                       "cpu", "--out", folder, *flags]
+            subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True,
+                           stdout=subprocess.DEVNULL)
+            rate = read_log(folder)[-1]["images_per_second"]
+        first = first or rate
+        print(f"  {n} process(es){rate:9.0f} images/s{rate / first:9.2f} x", flush=True)
+
+
+def bench_growth(rt, n):
+    """Cost against batch, resolution, depth, classes, files and processes."""
+    growth_of_steps(rt, n)
+    growth_of_listing()
+    growth_of_processes()
+
+
 SECTIONS = {"augment": bench_augment, "files": bench_files, "student": bench_student,
-            "teacher": bench_teacher}
+            "teacher": bench_teacher, "growth": bench_growth}
 
 
 def main():

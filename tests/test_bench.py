@@ -8,6 +8,8 @@ from torch import nn
 import resnet
 import train_student
 import vit
+from conftest import script
+from engine.records import read_log
 from engine.runtime import Runtime
 from experiments import bench
 from pretended_gpu import GPU, PretendedGPU
@@ -111,3 +113,87 @@ def test_sections_print_their_tables(quick, monkeypatch, capsys):
     assert [rate.split(",")[0] for rate in rates] == [
         "augment.py", "augment.py", "ImageFolder", "images/decode.py", "vit.py",
         "channels first", "channels last", "channels last"]
+
+
+# ---- How cost grows ------------------------------------------------------------------------------
+
+def rows(capsys):
+    """The printed rows of numbers, split at two spaces or more."""
+    lines = capsys.readouterr().out.splitlines()
+    return [re.split(r"  +", line.strip()) for line in lines if re.match(r"  \S.*\d", line)]
+
+
+def test_growth_of_steps_changes_one_size_at_a_time(quick, monkeypatch, capsys):
+    """A size that does not reach the network or the batch, or one that stays for the next rows."""
+    monkeypatch.setitem(vit.MODELS, "tiny", vit.MODELS["micro"])
+    growth = {"batch": (2, 4), "pixels": (16, 32), "blocks": (1, 3), "classes": (10, 8142)}
+    monkeypatch.setattr(bench, "USUAL", {"batch": 2, "pixels": 16, "blocks": 1, "classes": 10})
+    bench.growth_of_steps(CPU, 1, growth)
+    found = rows(capsys)
+    assert [row[:2] for row in found] == [[name, f"{value:,}"] for name, values in growth.items()
+                                          for value in values]
+    work = [float(row[-1].removesuffix(" x")) for row in found]
+    assert work[::2] == [1] * 4 and work[1] == 1 and min(work[3::2]) > 1
+    assert all(float(row[2]) > 0 and float(row[4]) > 0 for row in found)
+
+
+class InThisProcess:
+    """In place of a pool of processes."""
+
+    def __init__(self, *_, **more):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *given):
+        self.found = function(*given)
+        return self
+
+    def result(self):
+        return self.found
+
+
+def test_growth_of_listing_reads_every_file(monkeypatch, capsys):
+    """Lists that the reader refuses, files taken for damaged or for copies, or none at all."""
+    seen = []
+
+    def counted(function, number_of):
+        def counting(*given, **more):
+            found = function(*given, **more)
+            seen.append(number_of(found))
+            return found
+        return counting
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(bench.runtime, "setup", lambda device: CPU)     # it changes the allocator
+    for module, name, number_of in (
+            (bench.lists, "find_listed", lambda found: len(found[0]) + len(found[1])),
+            (bench.files, "list_folder", len),
+            (bench.datasets, "load", lambda data: len(data.train_images) + len(data.test_images))):
+        monkeypatch.setattr(module, name, counted(getattr(module, name), number_of))
+    bench.growth_of_listing(sizes=(40, 60), most=50)
+    assert [row[:2] for row in rows(capsys)] == [
+        ["lists, no file opened", "40"], ["folders, no file opened", "40"], ["a run's start", "40"],
+        ["lists, no file opened", "60"]]
+    assert seen == [40, 40, 40, 60]
+
+
+def test_growth_of_processes_is_the_logs(no_pictures, monkeypatch, capsys):
+    """Flags that a script refuses; images/s of another epoch than the last, or of another run."""
+    launched = []
+
+    def in_this_process(command, **more):
+        at = command.index(train_student.__file__)
+        launched.append(command[:at])
+        script(train_student, monkeypatch, *command[at + 1:])
+    monkeypatch.setattr(bench.subprocess, "run", in_this_process)
+    monkeypatch.setattr(bench, "read_log", lambda folder: read_log(folder)[:1]
+                        + [{"images_per_second": 100 * len(launched)}])
+    flags = "--img-size 16 --imb 1000 --epochs 1 --warmup-epochs 0 --drw-epoch 1".split()
+    bench.growth_of_processes((1, 2), flags)
+    assert [command[3] for command in launched] == ["--nproc_per_node=1", "--nproc_per_node=2"]
+    assert rows(capsys)[-2:] == [["1 process(es)", "100 images/s", "1.00 x"],
+                                 ["2 process(es)", "200 images/s", "2.00 x"]]
