@@ -1,11 +1,11 @@
 r"""How fast is it here? Each figure is measured now, beside what it is compared to.
 
-    python -m experiments.bench                     all sections: about ten minutes on 4 CPU threads
+    python -m experiments.bench                     all; 10 minutes on 4 threads, then growth
     python -m experiments.bench --only augment      augmentation, against timm's of PIL pictures
     python -m experiments.bench --only files        decoding of JPEG files, against ImageFolder
     python -m experiments.bench --only student      the ViT's step, against timm's; DeiT-LT's step
     python -m experiments.bench --only teacher      ResNet-32's step, with SAM and without
-    python -m experiments.bench --only growth       cost against sizes, files and processes
+    python -m experiments.bench --only growth       cost against sizes, files and processes: minutes
 
 timm's augmentation and network are measured too where timm is installed (`pip install timm`).
 

@@ -99,8 +99,7 @@ def check(files, thorough=False):
     """Look for problems in all files, by threads: (mask of the good ones, problems)."""
     def check_one(path):
         return problem(path, thorough)
-    with workers() as pool:
-        results = list(pool.map(check_one, files.paths))
+    results = map_by_threads(check_one, files.paths)
     good = np.array([result is None for result in results], dtype=bool)
     return good, [result for result in results if result is not None]
 
@@ -365,6 +364,20 @@ def workers():
     return ThreadPoolExecutor(THREADS, initializer=one_thread)
 
 
+def map_by_threads(function, items):
+    """[function(item) of each item of a sequence], by threads.
+
+    A task is a part of the items: one for each file would take more memory than its name does.
+    """
+    size = max(1, min(256, len(items) // (8 * THREADS)))
+
+    def part(start):
+        return [function(item) for item in items[start:start + size]]
+    with workers() as pool:
+        parts = pool.map(part, range(0, len(items), size))
+        return [result for results in parts for result in results]
+
+
 def read_all(files, size, exact=False):
     """Decode the central squares of all files by threads.
 
@@ -387,8 +400,7 @@ def read_all(files, size, exact=False):
         except Exception:                       # damaged files raise nearly anything
             return problem(path, thorough=True) or f"{shown(path)}: cannot be decoded"
 
-    with workers() as pool:
-        results = list(pool.map(read_one, range(len(files))))
+    results = map_by_threads(read_one, range(len(files)))
     good = np.array([result is None for result in results], dtype=bool)
     if not good.all():
         images = images[torch.from_numpy(good)]

@@ -8,6 +8,8 @@ from torch import nn
 import resnet
 import train_student
 import vit
+from conftest import script
+from engine.records import read_log
 from engine.runtime import Runtime
 from experiments import bench
 from pretended_gpu import GPU, PretendedGPU
@@ -128,7 +130,7 @@ def test_growth_of_steps_changes_one_size_at_a_time(quick, monkeypatch, capsys):
     monkeypatch.setattr(bench, "USUAL", {"batch": 2, "pixels": 16, "blocks": 1, "classes": 10})
     bench.growth_of_steps(CPU, 1, growth)
     found = rows(capsys)
-    assert [row[:2] for row in found] == [[name, str(value)] for name, values in growth.items()
+    assert [row[:2] for row in found] == [[name, f"{value:,}"] for name, values in growth.items()
                                           for value in values]
     work = [float(row[-1].removesuffix(" x")) for row in found]
     assert work[::2] == [1] * 4 and work[1] == 1 and min(work[3::2]) > 1
@@ -179,9 +181,19 @@ def test_growth_of_listing_reads_every_file(monkeypatch, capsys):
     assert seen == [40, 40, 40, 60]
 
 
-def test_growth_of_processes_is_the_logs(capsys):
-    """Flags that the script refuses; images/s of another epoch or run. (One process: seconds.)"""
+def test_growth_of_processes_is_the_logs(no_pictures, monkeypatch, capsys):
+    """Flags that a script refuses; images/s of another epoch than the last, or of another run."""
+    launched = []
+
+    def in_this_process(command, **more):
+        at = command.index(train_student.__file__)
+        launched.append(command[:at])
+        script(train_student, monkeypatch, *command[at + 1:])
+    monkeypatch.setattr(bench.subprocess, "run", in_this_process)
+    monkeypatch.setattr(bench, "read_log", lambda folder: read_log(folder)[:1]
+                        + [{"images_per_second": 100 * len(launched)}])
     flags = "--img-size 16 --imb 1000 --epochs 1 --warmup-epochs 0 --drw-epoch 1".split()
-    bench.growth_of_processes((1,), flags)
-    (name, rate, ratio), = rows(capsys)
-    assert name.startswith("1 process(es)") and ratio == "1.00 x"
+    bench.growth_of_processes((1, 2), flags)
+    assert [command[3] for command in launched] == ["--nproc_per_node=1", "--nproc_per_node=2"]
+    assert rows(capsys)[-2:] == [["1 process(es)", "100 images/s", "1.00 x"],
+                                 ["2 process(es)", "200 images/s", "2.00 x"]]

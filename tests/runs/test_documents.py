@@ -217,7 +217,8 @@ def flags_of(program, monkeypatch, capsys):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_flag_of_the_documents_exists(document, monkeypatch, capsys):
     """A flag that is named in a sentence or a table cell without its command."""
-    known = {"--no-logit-adjustment", "--no-mix-drw", "--nproc_per_node", "--nnodes"}
+    known = {"--no-logit-adjustment", "--no-mix-drw", "--nproc_per_node", "--nnodes",
+             "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}
     for program in [*TRAINING, *SCRIPTS]:
         known |= flags_of(program, monkeypatch, capsys)
     named = re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / document).read_text())
