@@ -44,7 +44,7 @@ SETTINGS = [
     Setting("model", "base", tuple(MODELS), "network: micro, mini, tiny, small or base"),
     Setting("img_size", 224, Interval(1), "side of the student's images, pixels"),
     Setting("patch_size", 16, Interval(1), "side of a patch, pixels"),
-    Setting("stem", "patch", tuple(STEMS), "patch, conv, or fast: the teacher's blocks"),
+    Setting("stem", "patch", tuple(STEMS), "patch, conv, or fast: the teacher's FastNet"),
     Setting("tokens", 2, (1, 2), "2: CLS and DIST; 1: CLS learns from the teacher too"),
     Setting("layer_scale", 0.0, Interval(0), "initial value of LayerScale; 0: off"),
     Setting("epochs", 1200, Interval(1), "epochs, each of about as many samples as images"),
@@ -75,8 +75,7 @@ SETTINGS = [
     Setting("eval_every", 10, Interval(1), "epochs between evaluations on the test set"),
 ]
 # Recipes change some of them. cpu: the same method, small and short. ours: cpu, with what was
-# better on held-out images (results/README.md); own photographs, for minutes: crop and flip only.
-# gpu: ours, larger, for minutes of a GPU.
+# better on held-out images (results/README.md), on own photographs crop and flip only. gpu: larger.
 CPU = dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4,
            drop_path=0.0, drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0,
            eval_every=5)
@@ -86,7 +85,8 @@ LARGE = dict(epochs=1400, batch=2048, lr=5e-4, drw_epoch=1200, mix_drw=True, cro
 OURS = CPU | dict(stem="fast", lr=1e-3, distill="soft", logit_adjustment=True, beta=0.0,
                   smoothing=0.0)
 OURS_FOLDER = OURS | dict(rand_ops=0, erasing=0.0, mixup=0.0, cutmix=0.0)
-GPU = OURS | dict(model="small", patch_size=4, epochs=300, batch=256, micro_batch=256, ema=0.999)
+GPU = OURS | dict(model="small", patch_size=4, epochs=300, drw_epoch=200, batch=256,
+                  micro_batch=256, lr=5e-4, drop_path=0.1, ema=0.999)
 RECIPES = {
     "paper": {"cifar10": {}, "cifar100": {}, "imagenet_lt": LARGE,
               "inat18": LARGE | dict(epochs=1000, drw_epoch=900),
@@ -100,13 +100,13 @@ RECIPES = {
 NO_TEACHER = dict(distill="none", tokens=1)
 METHODS = {
     "deit-lt": {},
-    "deit": dict(beta=0.0),         # a teacher trained under strong augmentation; no re-weighting
+    "deit": dict(beta=0.0, rand_ops=2, erasing=0.25, mixup=0.8, cutmix=1.0),    # as its teacher
     "vit": NO_TEACHER,
 }
 BASELINES = {                       # with code of their own in experiments/
     "vit-crt": NO_TEACHER | dict(repeats=1, ema=0.0, logit_adjustment=False),
     "deit-iii": NO_TEACHER | dict(layer_scale=1e-4, rand_ops=0, erasing=0.0, smoothing=0.0,
-                                  logit_adjustment=False),
+                                  logit_adjustment=False, mixup=0.8, cutmix=1.0),
 }
 METRICS = ("loss", "loss_cls", "loss_dist", "teacher_accuracy")
 

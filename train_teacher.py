@@ -69,7 +69,8 @@ SETTINGS = [
 STRONG = ("padded", "resized", "loader")                # the student's augmentation
 PACO_ONLY = ("alpha", "temperature", "queue", "projection", "key_momentum")
 # Recipes change some of them. cpu: the same method in minutes on 2 cores. ours: a network that is
-# made for a CPU; the log prior in its loss does the work of re-weighting.
+# made for a CPU (gpu: for a ViT on a GPU too); the log prior in its loss does the work of
+# re-weighting.
 CPU = dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw_epoch=16,
            eval_every=4)
 SHAPES = CPU | dict(img_size=16, epochs=8, batch=32, lr=0.03, rho=0.05, rho_schedule="late",
@@ -310,10 +311,13 @@ def check(args, changed, rt):
         idle.add("decay")
     if args.rho == 0:
         idle.add("rho_schedule")
+    if args.augment in STRONG:
+        idle.add("mixing")
     idle &= changed.keys()
     if idle:
         raise UserError(f"{', '.join(map(flag, sorted(idle)))} would have no effect with --loss "
-                        f"{args.loss} --schedule {args.schedule} --rho {args.rho:g}")
+                        f"{args.loss} --schedule {args.schedule} --rho {args.rho:g} --augment "
+                        f"{args.augment}")
     strong = args.augment in STRONG
     mixing = f"--augment {args.augment}" if strong else f"--mixing {args.mixing:g}"
     if (strong or args.mixing > 0) and args.loss not in ("ce", "la", "vs"):

@@ -49,13 +49,13 @@ def constant_loss(args, counts):
     if settings.get("loss", "ce") not in ("ce", "la"):
         return None
     if "method" in settings:
-        mixed, smoothing = args.mixup + args.cutmix > 0, args.smoothing
+        mixed, smoothing = float(args.mixup + args.cutmix > 0), args.smoothing
     else:
-        mixed, smoothing = args.augment != "weak", 0.1 if args.loss == "ce" else 0.0
+        mixed = 1.0 if args.augment != "weak" else settings.get("mixing", 0.0)
+        smoothing = 0.1 if args.loss == "ce" else 0.0
+    smoothing *= mixed                      # in the mean over batches
     p = torch.tensor(counts, dtype=torch.double)
-    p = p / p.sum()
-    if mixed:
-        p = (1 - smoothing) * p + smoothing / len(p)
+    p = (1 - smoothing) * (p / p.sum()) + smoothing / len(p)
     return -(p * p.log()).sum().item()
 
 
@@ -156,7 +156,7 @@ class EarlyWarnings:
                  and getattr(args, "distill", "") != "none")
         if predicted < (max(2, seen / 8) if ahead else seen / 2):
             advice = "train longer (--epochs, --minutes)"
-            if args.recipe != "ours":
+            if args.recipe not in ("ours", "gpu"):
                 advice += " or try --recipe ours"
             often = 100 * number[k].item() / len(labels)
             self.say("classes", predicted, f"{when}: the network predicts {predicted} of {seen} "

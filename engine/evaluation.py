@@ -161,7 +161,7 @@ def class_scores(right, answers, total):
 def evaluate_student(net, data, img_size, eval_crop, rt):
     """{"cls", "dist", "avg": accuracies} of a student on the test set, see `evaluate`."""
     net.eval()
-    share_buffers(net, rt)                                  # --stem conv: BatchNorm's statistics
+    share_buffers(net, rt)                                  # of a stem with BatchNorm
 
     def predict(x):
         return student_heads(net, student_input(x, img_size, eval_crop))

@@ -145,11 +145,12 @@ def whiten(net, data, device):
 def start_stem(net, teacher, data, rt):
     """Begin a student's FastStem with its teacher's blocks, if that has a FastNet.
 
-    With another teacher, or None, with the stem that the training images give.
+    With another teacher, or None, with fresh blocks behind the stem that the training images give.
     """
     parts = teacher.modules() if teacher else []
     source = next((part for part in parts if isinstance(part, resnet.FastNet)), None)
     if source is None:
+        rt.print("--stem fast: no teacher with a FastNet, so its blocks begin untrained")
         source = resnet.FastNet(1, img_size=net.img_size).to(rt.device)
         whiten(source, data, rt.device)
     net.patch_embed.start_from(source, net.mean, net.std)

@@ -111,8 +111,8 @@ def add_run_flags(parser):
     run = parser.add_argument_group("run")
     recipes = ("auto", "paper", "cpu", "ours", "gpu", "best")
     run.add_argument("--recipe", default="auto", choices=recipes, metavar="NAME",
-                     help="paper, cpu, ours; gpu: ours, larger [GPU: paper; else cpu, for own "
-                          "images ours]")
+                     help="paper, cpu, ours; gpu: ours, larger, for CIFAR [GPU: paper; else cpu, "
+                          "for own images ours]")
     run.add_argument("--minutes", type=float, metavar="N",
                      help="as many epochs as fit here; 40 %% of it for a student's missing teacher")
     run.add_argument("--seed", type=int, default=0, metavar="N",

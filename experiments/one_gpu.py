@@ -18,6 +18,7 @@ next command begins. One process at a time, since several slow each other down. 
 skips finished runs. CIFAR, where it is missing, is downloaded within the minutes of `agree`.
 """
 import argparse
+import glob
 import math
 import os
 import platform
@@ -27,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +44,7 @@ from experiments.ablate import STUDENT, TEACHER, is_finished
 SHARES = {"machine": 0.02, "agree": 0.22, "speed": 0.16, "teachers": 0.24, "students": 0.36}
 GRACE = 15                  # seconds from SIGTERM, at which training saves, to SIGKILL
 BEGINNING = 10              # seconds of a child before its --minutes begin: imports
-WHOLE = 45                  # seconds with which our teacher has all epochs of its recipe on a GPU
+WHOLE = 90                  # seconds with which our teacher has all epochs of its recipe on a GPU
 COMPILING = 40              # seconds without which torch.compile is not tried
 SIZE = {"cuda": "--model small --img-size 32 --patch-size 4 --batch 256 --micro-batch 256",
         "cpu": "--model micro --img-size 32 --patch-size 8 --batch 64 --micro-batch 64"}
@@ -157,12 +159,13 @@ def run(command, limit, log):
     log: the file for what it prints. Whatever ends this function ends the child.
     """
     deadline, asked = time.monotonic() + limit, False
+    before = last_logged(command.folder)        # of an earlier call
     with open(log, "w") as file:
         child = subprocess.Popen([sys.executable, *shlex.split(command.text)], stdout=file,
                                  stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
         try:
             while child.poll() is None and time.monotonic() < deadline:
-                if command.stopped and not asked and has_epoch(command.folder):
+                if command.stopped and not asked and last_logged(command.folder) > before:
                     child.terminate()
                     asked = True
                 time.sleep(0.05)
@@ -192,9 +195,26 @@ def end(child):
             child.wait()
 
 
-def has_epoch(folder):
+def last_logged(folder):
+    """When an epoch was last logged in a run folder, in ns; 0: never."""
     log = os.path.join(folder, "log.jsonl")
-    return os.path.exists(log) and os.path.getsize(log) > 0
+    if not os.path.exists(log) or os.path.getsize(log) == 0:
+        return 0
+    return os.stat(log).st_mtime_ns
+
+
+def check_earlier_runs(options):
+    """UserError if OUT has runs of other data, seed or device, which would pass for this call's."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(options.out), "*", "config.json"))):
+        folder = os.path.dirname(path)
+        config = read_json(folder, "config.json")
+        expected = {name: getattr(options, name) for name in ("dataset", "imb", "seed", "device")}
+        if os.path.basename(folder) == "same_cpu":
+            expected["device"] = "cpu"
+        for name, value in expected.items():
+            if config.get(name) != value:
+                raise UserError(f"{folder} is a run with --{name} {config.get(name)}: choose "
+                                "another --out")
 
 
 def lines_of(log):
@@ -237,6 +257,8 @@ def run_stage(stage, options, seconds, report):
             planned.append(command)
     for i, command in enumerate(planned):
         start = time.monotonic()
+        with suppress(FileNotFoundError):
+            os.remove(report.log(command.name))         # of an earlier call
         limit = deadline - start - sum(later.seconds for later in planned[i + 1:])
         problem = attempt(command, limit, report.log(command.name))
         if problem:
@@ -253,6 +275,7 @@ def run_stage(stage, options, seconds, report):
 
 def run_stages(options):
     """All stages; then, whatever has ended them, what came of them."""
+    check_earlier_runs(options)
     report, began, took = Report(options.out), time.monotonic(), []
     report.write(f"# {options.device}, {options.minutes:g} minutes, "
                  f"{time.strftime('%Y-%m-%d %H:%M')}")
@@ -340,17 +363,23 @@ def results_table(options, names):
     """Accuracies of these runs in percent: of one that is not finished, its last evaluation's."""
     lines = ["| run | epochs | overall | head | mid | tail | minutes | images/s |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    return [*lines, *(result_row(name, os.path.join(options.out, name)) for name in names)]
+    for name in names:
+        folder = os.path.join(options.out, name)
+        lines.append(result_row(name, folder))
+        if name in RUNS["students"]:
+            lines.append(result_row(f"{name}, averaged weights", folder, "ema"))
+    return lines
 
 
-def result_row(name, folder):
-    if not has_epoch(folder):
+def result_row(name, folder, head="avg"):
+    if not last_logged(folder):
         return f"| {name} | none |{' - |' * 6}"
     try:
         epochs, log = read_json(folder, "config.json")["epochs"], read_log(folder)
-        accuracies = [epoch["avg"] for epoch in log if "avg" in epoch]
+        accuracies = [epoch[head] for epoch in log if head in epoch]
         if is_finished(folder):
-            accuracies = [read_json(folder, "result.json")["avg"]]
+            result = read_json(folder, "result.json")
+            accuracies = [result[head]] if head in result else []
     except UserError as error:                  # a damaged file
         return f"| {name} | {one_line(error)} |{' - |' * 6}"
     cells = ["-"] * len(COLUMNS)

@@ -36,6 +36,7 @@ STEPS = {  # name: (script, flags, and those of a CPU besides)
     "mini": (STUDENT, "--recipe cpu", "--batch 16"),                    # 32 px, patch 8, batch 64
     "small": (STUDENT, "--recipe paper --model small --img-size 32 --patch-size 4 --batch 256 "
                        "--micro-batch 256", "--batch 2"),
+    "gpu": (STUDENT, "--recipe gpu", "--batch 2 --micro-batch 2"),      # 32 px, patch 4, batch 256
     "base": (STUDENT, "--recipe paper", "--model tiny --batch 2 --micro-batch 1"),  # 8 x 128
 }
 TIMED, PROFILED = 3, 2      # steps: timed at least; profiled

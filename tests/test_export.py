@@ -14,6 +14,7 @@ from PIL import Image
 import analyze
 from analysis import loading, predict
 from conftest import ROOT, script
+from engine.networks import Network, build_student
 from finished_runs import RT, runs  # noqa: F401: a fixture
 from images import decode
 
@@ -108,3 +109,15 @@ def test_the_lines_that_are_shown_predict_as_predict(runs, tmp_path, monkeypatch
         assert [answer[0] for answer in answers] == [row[f"class{r}"] for r in ("", " 2", " 3")]
         for answer, r in zip(answers, ("", " 2", " 3"), strict=True):
             assert float(answer[1]) == pytest.approx(100 * float(row[f"probability{r}"]), abs=0.2)
+
+
+@needs_onnx
+def test_a_student_of_our_recipe_is_exported(tmp_path):
+    """FastStem's padding or pooling in another way than torch's, any batch size lost."""
+    torch.manual_seed(0)
+    config = dict(method="deit-lt", model="micro", img_size=32, patch_size=8, drop_path=0,
+                  stem="fast")
+    net = build_student(config, 4, True).eval().requires_grad_(False)
+    network = Network(net, "student", "", config, list("abcd"))
+    lines = predict.export(network, str(tmp_path / "m"))
+    assert sum("logits agree" in line for line in lines) == 2

@@ -29,12 +29,13 @@ TEACHERS = {
     "PaCo under SAM": ("--loss", "paco", "--queue", 32),
     "strong": (*DRW, "--loss", "ce", "--rho", 0, "--augment", "resized"),
     "vector scaling": (*DRW, "--loss", "vs", "--rho", 0),
+    "ours": ("--arch", "fast", "--loss", "la", "--beta", 0, "--rho", 0, "--mixing", 0.5),
 }
 STUDENTS = {
     "DeiT-LT": ("--micro-batch", 6, "--ema", 0.9, "--drop-path", 0.1, "--repeats", 3,
                 "--crop", "resized"),
-    "ours": ("--stem", "conv", "--distill", "soft", "--alpha", 0.909, "--logit-adjustment",
-             "--beta", 0, "--ema", 0.9),
+    "ours": ("--stem", "fast", "--distill", "soft", "--logit-adjustment", "--beta", 0,
+             "--ema", 0.9),
     "weak images, one token": ("--tokens", 1, "--teacher-view", "weak", "--mixup", 0,
                                "--cutmix", 0, "--teacher-size", 40),
 }

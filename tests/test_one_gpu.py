@@ -149,7 +149,7 @@ def test_our_teacher_has_its_recipes_epochs_where_there_is_time():
         options = options_of(*flags)
         command = one_gpu.commands("teachers", options, 60 * options.minutes * 0.24)[0]
         return "--minutes" in command.text
-    assert not asks("--minutes", 10)
+    assert not asks("--minutes", 30)
     assert asks("--minutes", 2) and asks("--minutes", 10, "--device", "cpu")
 
 
@@ -227,11 +227,14 @@ def save(*_):
     sys.exit(143)
 signal.signal(15, save)
 time.sleep(0.5)
-open({str(tmp_path / 'log.jsonl')!r}, "w").write("x")
+with open({str(tmp_path / 'log.jsonl')!r}, "w") as file:
+    file.write("x")
 """
     log = tmp_path / "log.txt"
     command = Command("x", python(code + "time.sleep(60)"), str(tmp_path), stopped=True)
     assert one_gpu.run(command, 30, log) == ""
+    assert log.read_text() == "saved\n"
+    assert one_gpu.run(command, 30, log) == ""      # though an earlier call has left an epoch
     assert log.read_text() == "saved\n"
     command = Command("x", python("print(1)"), str(tmp_path / "nothing"), stopped=True)
     assert one_gpu.run(command, 30, log) == "ended before it could be stopped"
@@ -420,9 +423,9 @@ def test_steps_of_the_table(device):
         assert resolved["resnet32"].rho > 0 and resolved["resnet32"].batch == 128
         assert resolved["fast"].arch == "fast"
         sizes = [(args.model, args.img_size, args.patch_size, args.batch, args.micro_batch)
-                 for name, args in resolved.items() if name in ("mini", "small", "base")]
+                 for name, args in resolved.items() if name in ("mini", "small", "gpu", "base")]
         assert sizes == [("mini", 32, 8, 64, 64), ("small", 32, 4, 256, 256),
-                         ("base", 224, 16, 1024, 128)]
+                         ("small", 32, 4, 256, 256), ("base", 224, 16, 1024, 128)]
 
 
 def event(name, device, microseconds, annotation=False, children=()):
@@ -554,7 +557,7 @@ def test_a_small_version(tiny_cifar, tmp_path, monkeypatch, no_pictures, short_r
     monkeypatch.setattr(one_gpu, "minutes", lambda seconds: "--minutes 0.01")
     monkeypatch.setattr(one_gpu, "COMPILING", 1000)
     monkeypatch.setattr(steps, "matmul_peak", lambda rt: 1e12)
-    for name in ("small", "base"):
+    for name in ("small", "gpu", "base"):
         monkeypatch.delitem(steps.STEPS, name)
     out = tmp_path / "out"
     flags = ("--device", "cpu", "--data-dir", tiny_cifar, "--imb", 12, "--minutes", 5,
@@ -576,6 +579,8 @@ def test_a_small_version(tiny_cifar, tmp_path, monkeypatch, no_pictures, short_r
     assert re.search(r"\| fast, 32 px \| 16 \| \d+ ", text)
     saved = json.loads((out / "ours" / "result.json").read_text())
     assert saved["teacher"] == str(out / "teacher_ours")
+    with pytest.raises(SystemExit):                             # other data would go by its name
+        script(one_gpu, monkeypatch, *flags, "--seed", 1)
     # Again: nothing is trained, everything is still said.
     monkeypatch.setattr(one_gpu, "run", lambda *_: "")
     script(one_gpu, monkeypatch, *flags, "--only", "teachers", "students")

@@ -62,7 +62,8 @@ STUDENT_OURS = {dataset: row | OURS for dataset, row in STUDENT_CPU.items()}
 STUDENT_OURS["shapes"] |= dict(lr=0.002, stem="conv")
 STUDENT_OURS["folder"] |= dict(img_size=32, rand_ops=0, erasing=0.0, mixup=0.0, cutmix=0.0)
 STUDENT_GPU = STUDENT_OURS["cifar10"] | dict(
-    model="small", patch_size=4, epochs=300, batch=256, micro_batch=256, ema=0.999)
+    model="small", patch_size=4, epochs=300, drw_epoch=200, batch=256, micro_batch=256, lr=0.0005,
+    drop_path=0.1, ema=0.999)
 STUDENTS = {"paper": STUDENT_PAPER, "cpu": STUDENT_CPU, "ours": STUDENT_OURS,
             "gpu": {"cifar10": STUDENT_GPU, "cifar100": STUDENT_GPU}}
 

@@ -17,7 +17,7 @@ pytest_plugins = ["tiny_runs", "several_processes"]
 # 89 images in four steps, of 23 or 22.
 FLAGS = {train_teacher: [*TEACHER, "--batch", "26"],
          train_student: [*STUDENT, *("--batch 26 --micro-batch 26 --drop-path 0 --stem "
-                                     "conv").split()]}
+                                     "fast").split()]}
 GRAPHS = {train_teacher: 2, train_student: 1}       # SAM's second pass has one of its own
 
 
