@@ -364,31 +364,31 @@ def results_table(options, names):
     lines = ["| run | epochs | overall | head | mid | tail | minutes | images/s |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name in names:
-        folder = os.path.join(options.out, name)
-        lines.append(result_row(name, folder))
-        if name in RUNS["students"]:
-            lines.append(result_row(f"{name}, averaged weights", folder, "ema"))
+        lines += result_rows(name, os.path.join(options.out, name))
     return lines
 
 
-def result_row(name, folder, head="avg"):
+def result_rows(name, folder):
+    """The row of a run, and one of its averaged weights, if it has them."""
     if not last_logged(folder):
-        return f"| {name} | none |{' - |' * 6}"
+        return [f"| {name} | none |{' - |' * 6}"]
     try:
         epochs, log = read_json(folder, "config.json")["epochs"], read_log(folder)
-        accuracies = [epoch[head] for epoch in log if head in epoch]
-        if is_finished(folder):
-            result = read_json(folder, "result.json")
-            accuracies = [result[head]] if head in result else []
+        result = read_json(folder, "result.json") if is_finished(folder) else {}
     except UserError as error:                  # a damaged file
-        return f"| {name} | {one_line(error)} |{' - |' * 6}"
-    cells = ["-"] * len(COLUMNS)
-    if accuracies:
-        cells = [f"{accuracies[-1][column]:.1f}" for column in COLUMNS]
+        return [f"| {name} | {one_line(error)} |{' - |' * 6}"]
     seconds = sum(epoch["seconds"] for epoch in log)
     speed = statistics.median(epoch["images_per_second"] for epoch in log)
-    return (f"| {name} | {len(log)} of {epochs} | {' | '.join(cells)} | {seconds / 60:.1f} | "
-            f"{speed:.0f} |")
+    rows = []
+    for head, title in (("avg", name), ("ema", f"{name}, averaged weights")):
+        evaluations = [each[head] for each in (*log, result) if head in each]
+        cells = ["-"] * len(COLUMNS)
+        if evaluations:
+            cells = [f"{evaluations[-1][column]:.1f}" for column in COLUMNS]
+        if evaluations or head == "avg":
+            rows.append(f"| {title} | {len(log)} of {epochs} | {' | '.join(cells)} | "
+                        f"{seconds / 60:.1f} | {speed:.0f} |")
+    return rows
 
 
 # ---- The script ----------------------------------------------------------------------------------

@@ -343,6 +343,11 @@ def test_results_of_finished_and_of_other_runs(tmp_path):
     assert rows[0] == f"| ours | 4 of 4 |{' 61.2 |' * 4} 2.0 | 100 |"
     assert rows[1] == f"| paper | 3 of 10 |{' 33.0 |' * 4} 1.5 | 100 |"
     assert rows[2].startswith("| teacher_ours | ") and rows[2].endswith(" - | - | - | - | - | - |")
+    log = (tmp_path / "paper" / "log.jsonl").read_text().replace('"avg"', '"ema"', 2)
+    (tmp_path / "paper" / "log.jsonl").write_text(log)
+    rows = one_gpu.results_table(options, ("paper",))[2:]
+    assert rows == [f"| paper | 3 of 10 |{' - |' * 4} 1.5 | 100 |",
+                    f"| paper, averaged weights | 3 of 10 |{' 33.0 |' * 4} 1.5 | 100 |"]
 
 
 def test_the_machine_with_a_gpu_and_without(monkeypatch):
