@@ -248,7 +248,9 @@ def load_weights(model, weights, what):
     except (RuntimeError, ValueError, TypeError) as error:      # TypeError: there are none
         raise UserError(f"{what} does not fit the network: {one_line(error)}") from None
     for key, own in model.state_dict().items():
-        tensor, dtype = weights.get(key, own), own.dtype        # old files lack BatchNorm's counts
+        if key not in weights:                                  # old files lack BatchNorm's counts
+            continue
+        tensor, dtype = weights[key], own.dtype
         if tensor.is_floating_point() != dtype.is_floating_point:
             raise UserError(f"{what} does not fit the network: {key} is {tensor.dtype}; save the "
                             "weights as float32")

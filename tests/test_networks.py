@@ -334,6 +334,15 @@ def test_torchvisions_networks(tmp_path, arch):
         check(found, x, [expected], arch, "imagenet norm", names=names)
 
 
+def test_a_file_from_before_batchnorm_counted(tmp_path):
+    """Published CIFAR networks of 2018, without num_batches_tracked, refused."""
+    state, x = resnet32_state(4), images(32)
+    old = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    assert len(old) < len(state)
+    found = networks.load_network(save(tmp_path, {"state_dict": old, "best_prec1": 92.6}))
+    check(found, x, [resnet32_by_hand(state, x)], "ResNet-32")
+
+
 @pytest.mark.parametrize("norm", CONSTANTS)
 def test_another_normalisation_and_size_on_request(tmp_path, norm):
     """norm= ignored, applied to the text only, or with other constants; size= ignored."""
