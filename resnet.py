@@ -7,7 +7,8 @@ ResNet-32 is the paper's CIFAR network, 6n + 2 layers with n = 5, not an ImageNe
 Its shortcuts have no parameters: where the size halves, they take every second pixel and pad the
 new channels with zeros ("option A"). 464,154 parameters at K = 10. ResNet-50 is torchvision's v1.5:
 bottlenecks with the stride in the 3x3 convolution, 1x1 convolutions as shortcuts. FastNet is not
-residual: few wide convolutions, a good teacher after minutes on a CPU. `make(arch, K)` builds one
+residual: few wide convolutions, a good teacher after minutes on a CPU; FastStem makes its blocks
+the stem of a student. `make(arch, K)` builds one
 by its name, also the CIFAR networks of other depths (CIFAR_BLOCKS), or any other classification
 network of torchvision.
 
@@ -258,6 +259,8 @@ class FastStem(nn.Module):
 
     def start_from(self, net, mean, std):
         """Copy a FastNet's weights. mean, std: of the ViT (3,1,1), which normalises for itself."""
+        # Images come as (x - m) / s; the FastNet had (x - m_t) / s_t, of which its stem makes
+        # w (x - m_t) / s_t + b  =  (w s / s_t) (x - m) / s  +  b + sum w (m - m_t) / s_t.
         weight, first = net.stem.weight, self.stem
         first.weight.data = weight * std / net.std                  # (24,3,2,2)
         first.bias.data = net.stem.bias + (weight * (mean - net.mean) / net.std).sum((1, 2, 3))
