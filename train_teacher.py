@@ -88,7 +88,6 @@ RECIPES = {
     "cpu": {"cifar10": CPU, "cifar100": CPU, "shapes": SHAPES, "folder": CPU},
     "ours": {"cifar10": OURS_CIFAR, "cifar100": OURS_CIFAR, "folder": OURS,
              "shapes": OURS | dict(img_size=16, epochs=20, batch=32, lr=0.03, warmup_epochs=2)},
-    "gpu": {"cifar10": OURS_CIFAR, "cifar100": OURS_CIFAR},
 }
 # --loss paco: PaCo needs no re-weighting, the log prior in its loss does that work. Neither its
 # CIFAR-10 recipe nor its rho is published: rho as in the same authors' GLMC+SAM. Ten classes have
@@ -290,7 +289,7 @@ def resolve(args, rt):
             row["batch"] //= 2
         if paco:
             row["alpha"] = 1e-4 * images.classes
-    if strong and args.recipe not in ("ours", "gpu"):   # DeiT's: no SAM, so twice the epochs
+    if strong and args.recipe != "ours":            # DeiT's: no SAM, so twice the epochs
         row = row | dict(loss="ce", augment="padded", rho=0.0, epochs=2 * row["epochs"], beta=0.0)
     changed = fill_settings(args, SETTINGS, row)
     check(args, changed, rt)

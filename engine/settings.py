@@ -233,10 +233,10 @@ def pick_recipe(args, recipes, rt):
 
     recipes: {recipe: {dataset: row}}. "auto" is the paper's on a GPU; without one cpu, the paper's
     method in small, but ours for a user's own images; or whichever the data set has. "best" is an
-    older name of "ours". UserError if there is none.
+    older name of "ours". The teacher of "gpu" is that of "ours". UserError if there is none.
     """
     known = [name for name in recipes if args.dataset in recipes[name]]
-    if args.recipe == "best":
+    if args.recipe == "best" or (args.recipe == "gpu" and "gpu" not in recipes):
         args.recipe = "ours"
     if args.recipe == "auto":
         order = ["cpu", *known, "paper"]
