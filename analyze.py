@@ -74,7 +74,8 @@ def command_eval(options, rt):
     rt.print(tables.write(out, tables.as_csv(class_rows)))
     table_of_pairs = tables.as_csv(confused) if confused else "class,taken for,images,of,%\n"
     rt.print(tables.write(confusion_path(out), table_of_pairs))
-    if loading.names_other_data(network, flags["data_flags"]):
+    changed = network.data and network.data != data.fingerprint
+    if changed or loading.names_other_data(network, flags["data_flags"]):
         rt.print("the temperature is not kept for predict and export: these data may be others "
                  "than those of the training")
         return
@@ -247,6 +248,11 @@ def parse():
         parser.error(f"--mirror is for {', '.join(MIRRORED)}, not for {options.command}")
     if options.test_prior and options.command != "eval":
         parser.error(f"--test-prior is for eval, not for {options.command}")
+    if options.csv and options.command != "predict":
+        parser.error(f"--csv is for predict; for {options.command} it is --out")
+    if options.out and options.command in ("predict", "runs"):
+        parser.error(f"--out is not for {options.command}" + "; it is --csv" * (
+            options.command == "predict"))
     if options.labels:
         options.labels = [shown(label) for label in options.labels]
     if options.classes:

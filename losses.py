@@ -24,8 +24,7 @@ scaling (Kini et al., NeurIPS 2021, arXiv 2103.01550); focal loss (Lin et al., a
     L_VS    = w[y] CE(z_k / D_k + tau ln pi_k, y),  D_k = (n_max / n_k)^gamma               (4)
     L_focal = (1 - e^-l)^gamma l,                   l = w[y] CE(z, y)                       (5)
 
-pi_k = n_k / N. With gamma = 0, (4) is logit adjustment. (5) has the weight in the exponent, as
-LDAM-DRW's code; with the weights (2) from the first epoch on it is "CB-Focal".
+pi_k = n_k / N. With gamma = 0, (4) is logit adjustment. (5) is as in LDAM-DRW's code.
 
 PaCo (Cui et al., ICCV 2021, arXiv 2107.12028): of two views of image i, one gives logits z_ic and a
 unit vector v_i, the anchor; the other, through a slowly following copy of the network, a unit key

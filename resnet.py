@@ -8,9 +8,10 @@ Its shortcuts have no parameters: where the size halves, they take every second 
 new channels with zeros ("option A"). 464,154 parameters at K = 10. ResNet-50 is torchvision's v1.5:
 bottlenecks with the stride in the 3x3 convolution, 1x1 convolutions as shortcuts. FastNet is not
 residual: few wide convolutions, a good teacher after minutes on a CPU; FastStem makes its blocks
-the stem of a student. `make(arch, K)` builds one
-by its name, also the CIFAR networks of other depths (CIFAR_BLOCKS), or any other classification
-network of torchvision.
+the stem of a student.
+
+`make(arch, K)` builds a network by its name: these, the CIFAR networks of other depths
+(CIFAR_BLOCKS), or any other classification network of torchvision.
 
 State-dict keys: ResNet-32 as LDAM-DRW and Saddle-LongTail, ResNet-50 as torchvision. B images,
 K classes. Like every network here they take images in [0, 1] and normalise them themselves;
@@ -206,7 +207,7 @@ class FastNet(ResNet):
     After Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498. Blocks halve the image down
     to 2 to 4 pixels: 3 blocks at 32 px, 5 at 128. A training step of a 32 px image takes 0.39
     GFLOP, as ResNet-32's, but in few large convolutions, which a CPU computes at nearly its full
-    rate. Logits are halved, so that the classifier learns more slowly than the features.
+    rate. Features are halved, so that a linear classifier learns more slowly than they do.
     """
 
     def __init__(self, num_classes, cosine=False, img_size=32, mean=CIFAR_MEAN, std=CIFAR_STD):

@@ -173,7 +173,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                             g = evaluation.teacher_logits(teacher, view)        # g(x) (b,K)
                             y_t = g if args.distill == "soft" else g.argmax(dim=1)      # (b,)
                             if args.logit_adjustment:
-                                update_teacher_prior(teacher_prior, y_t, args.tau, fraction, rt)
+                                update_prior(teacher_prior, y_t, args.tau, accumulation_steps, rt)
                                 # f_d + tau ln pi_t
                                 dist_logits = dist_logits + args.tau * log_prior_of(teacher_prior)
                             # 4. L = (1 - alpha) CE(f_c, y) + alpha w[y_t] CE(f_d, y_t)
@@ -217,13 +217,13 @@ def weak_augment(images):
     return augment.to_float(augment.random_crop_flip(images, images.shape[-1] // 8))
 
 
-def update_teacher_prior(teacher_prior, y_t, tau, fraction, rt):
+def update_prior(teacher_prior, y_t, tau, accumulation_steps, rt):
     """Move pi_t (K,), the teacher's label frequencies, towards those of y_t, (b,) or (b,K).
 
-    A running mean over about 100 steps and all processes. fraction: of the step's images.
+    A running mean over about 100 steps, of so many micro-batches each, and all processes.
     """
     now = losses.teacher_label_distribution(y_t, len(teacher_prior), tau)
-    teacher_prior.lerp_(runtime.all_sum(now, rt) / rt.world, 0.01 * fraction)
+    teacher_prior.lerp_(runtime.all_sum(now, rt) / rt.world, 0.01 / accumulation_steps)
 
 
 def log_prior_of(pi):
@@ -279,6 +279,7 @@ def parse(argv=None):
 
 
 OWN_TEACHERS = ("auto", "ldam", "paco", "strong")       # train_teacher.py makes them
+ABOUT_TEACHER = ("teacher_rho", "teacher_norm", "teacher_size")
 
 
 def resolve(args, rt):
@@ -292,10 +293,10 @@ def resolve(args, rt):
         largest = {"paper": 224, "cpu": 64, "ours": 32}[args.recipe]    # px: ours is for minutes
         row = fit_to_folder(row, survey(args), largest)
     changed = fill_settings(args, SETTINGS, row | (METHODS | BASELINES)[args.method])
-    check(args, changed, rt)
-    for name in ("teacher_rho", "teacher_norm", "teacher_size"):
+    for name in ABOUT_TEACHER:
         if getattr(args, name) is not None:
             changed[name] = getattr(args, name)
+    check(args, changed, rt)
     if args.teacher != "auto":
         changed["by"] = short_name(args.teacher)
     if args.finetune:
@@ -321,18 +322,18 @@ def resolve(args, rt):
 
 def check(args, changed, rt):
     """UserError for settings that exclude each other, or a changed one that has no effect."""
-    about_teacher = [flag(name) for name in ("teacher_rho", "teacher_norm", "teacher_size")
-                     if getattr(args, name) is not None]
     idle = []
     if args.distill == "none":
-        idle += [*about_teacher, *(flag(name) for name in ("alpha", "beta", "teacher_view", "tau")
-                                   if name in changed)]
+        idle += [flag(name) for name in (*ABOUT_TEACHER, "alpha", "beta", "teacher_view", "tau")
+                 if name in changed]
         if args.teacher != "auto":
             idle.append("--teacher")
     elif args.distill == "hard" and "tau" in changed:
         idle.append("--tau")
     if args.rand_ops == 0 and "magnitude" in changed:
         idle.append("--magnitude")
+    if args.mixup + args.cutmix == 0:
+        idle += [flag(name) for name in ("smoothing", "mix_drw") if name in changed]
     if idle:
         raise UserError(f"{', '.join(idle)} would have no effect with --method {args.method} "
                         f"--distill {args.distill} --rand-ops {args.rand_ops}")

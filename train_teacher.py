@@ -148,7 +148,7 @@ def train(args, data, net, rt, run):
             set_lr(sam, learning_rate(args, epoch + step / steps))
             x = view(images, args)                                      # (B,3,S,S) in [0,1]
             if is_mixed(args):
-                # Smoothed labels of rare classes are mostly smoothing: no log prior fits them.
+                # Smoothing gives a rare class e/K, far above its frequency, on which la, vs rely.
                 smoothing = 0.1 if args.loss == "ce" else 0.0
                 x, y = augment.mixup_cutmix(x, y, K, smoothing=smoothing)       # y (B,K)
             if paco:
@@ -203,17 +203,15 @@ def make_criterion(args, counts, device):
         criterion = losses.PaCoLoss(counts, args.alpha, temperature=args.temperature)
     elif args.loss == "vs":
         criterion = losses.VSLoss(counts)
-    elif args.loss == "la":                         # logit adjustment
+    else:                                           # la, logit adjustment
         criterion = losses.VSLoss(counts, gamma=0)
-    else:
-        raise ValueError(f"there is no loss {args.loss!r} yet")
     return criterion.to(device)
 
 
 def learning_rate(args, t):
     """At fractional epoch t: linear warm-up, then "step" (the published one) or "cosine".
 
-    Warm-up and step change once an epoch, cosine and a warm-up of less than an epoch at every step.
+    Warm-up rises once an epoch, or at every step if it is shorter than an epoch, as cosine falls.
     """
     if t < args.warmup_epochs:
         done = int(t) + 1 if args.warmup_epochs >= 1 else t
@@ -254,9 +252,7 @@ def view(images, args):
 
 def is_mixed(args):
     """Whether this step's batch is mixed."""
-    if args.mixing == 0 or args.augment in STRONG:
-        return args.augment in STRONG
-    return torch.rand(()).item() < args.mixing
+    return args.augment in STRONG or (args.mixing > 0 and torch.rand(()).item() < args.mixing)
 
 
 def to_network(images):
@@ -297,7 +293,7 @@ def resolve(args, rt):
     if paco:
         kind, changed = "teacher_paco", {k: v for k, v in changed.items() if k != "loss"}
     elif strong:
-        kind, changed = "teacher_strong", {k: v for k, v in changed.items() if k != "augment"}
+        kind, changed = "teacher_strong", {k: v for k, v in changed.items() if v != "padded"}
     args.out = args.out or f"runs/{run_name(kind, args, changed)}"
 
 
@@ -312,11 +308,13 @@ def check(args, changed, rt):
         idle.add("rho_schedule")
     if args.augment in STRONG:
         idle.add("mixing")
+    if args.beta == 0:
+        idle.add("drw_epoch")
     idle &= changed.keys()
     if idle:
         raise UserError(f"{', '.join(map(flag, sorted(idle)))} would have no effect with --loss "
-                        f"{args.loss} --schedule {args.schedule} --rho {args.rho:g} --augment "
-                        f"{args.augment}")
+                        f"{args.loss} --schedule {args.schedule} --rho {args.rho:g} --beta "
+                        f"{args.beta:g} --augment {args.augment}")
     strong = args.augment in STRONG
     mixing = f"--augment {args.augment}" if strong else f"--mixing {args.mixing:g}"
     if (strong or args.mixing > 0) and args.loss not in ("ce", "la", "vs"):

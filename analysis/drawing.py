@@ -170,13 +170,16 @@ def row_label(axis, text):
 
 # ---- Choosing images -----------------------------------------------------------------------------
 
-def rare_classes(data):
-    """The tail classes that have test images; if none has, those of mid, then of head."""
+def rare_group(data):
+    """"tail", or "mid" or "head" if the rarer ones have no test images."""
     tested = set(data.test_labels.tolist())
-    for group in ("tail", "mid", "head"):
-        classes = [k for k in data.groups[group] if k in tested]
-        if classes:
-            return classes
+    return next(name for name in ("tail", "mid", "head") if tested & set(data.groups[name]))
+
+
+def rare_classes(data):
+    """The classes of the rare group that have test images."""
+    tested = set(data.test_labels.tolist())
+    return [k for k in data.groups[rare_group(data)] if k in tested]
 
 
 def chosen_classes(names, data):
@@ -195,9 +198,9 @@ def chosen_classes(names, data):
     return classes
 
 
-def classes_text(names):
+def classes_text(names, data):
     """What chosen_classes has chosen, for people."""
-    return ", ".join(names) if names else "the tail classes"
+    return ", ".join(names) if names else f"the {rare_group(data)} classes"
 
 
 def images_of(labels, classes, n):

@@ -342,10 +342,11 @@ def summary(subject, result, log):
     student_figures.draw_images(axes[0], subject, index)
     student_figures.draw_maps(axes[1:], subject, index)
     avg, kind = result["avg"], "balanced" if "balanced" in result["avg"] else "overall"
+    rare = drawing.rare_group(data)
     title = ("{method} {model} on {dataset}, imbalance {imb:g}, {epochs} epochs: ".format(**result)
-             + f"{avg[kind]:.1f} % {kind}, {avg['tail']:.1f} % on the tail classes")
+             + f"{avg[kind]:.1f} % {kind}, {avg[rare]:.1f} % on the {rare} classes")
     figure.suptitle(title, fontsize=12, y=0.95)
-    figure.text(0.5, 0.065, "Bottom: test images of the tail classes, and where each token looks "
-                "(attention rollout). Above each map, what that token predicts, bold when right.",
+    figure.text(0.5, 0.065, f"Bottom: test images of the {rare} classes, and where each token looks"
+                " (attention rollout). Above each map, what that token predicts, bold when right.",
                 ha="center", fontsize=8)
     return figure

@@ -38,7 +38,7 @@ def attention(subjects, rt, classes=None, index=None, columns=8, images=None, se
     else:
         wanted = drawing.chosen_classes(classes, data)
         shown = drawing.example_images(data, wanted, columns, seed)
-        title = f"test images of {drawing.classes_text(classes)}"
+        title = f"test images of {drawing.classes_text(classes, data)}"
     rows = 1 + sum(s.net.num_tokens for s in subjects)
     size = (max(6, 1.2 * len(shown) + 1), 1.38 * rows)
     figure, axes = plt.subplots(rows, len(shown), squeeze=False, figsize=size, layout="constrained")
@@ -168,8 +168,9 @@ def distance(subjects, rt, classes=None, images=None):
     drawing.label_axes(axis, "block", "mean attention distance, px")
     if len(subjects) > 1:
         axis.legend(frameon=False, fontsize=9)
+    whose = drawing.classes_text(classes, subjects[0].data)
     note = ("A dot per head, a line through their means; dotted: attention spread evenly over the "
-            f"image. Over {len(index)} test images of {drawing.classes_text(classes)}.")
+            f"image. Over {len(index)} test images of {whose}.")
     drawing.finish(figure, "How far the heads look", subjects, note)
     return Figure(figure, table, rows, note)
 
@@ -219,12 +220,13 @@ def rank(subjects, rt, classes=None, images=None):
                          "features": features.shape[-1]}
                 errors.append(entry | {"error": [round(e, 7) for e in error]})
                 table.append(entry | {f"block {b}": r for b, r in zip(blocks, ranks)})
-    finish_rank(axes, drawing.classes_text(classes))
+    whose = drawing.classes_text(classes, subjects[0].data)
+    finish_rank(axes, whose)
     drawing.shared_legend(figure, axes[0], columns=3)
     n = {row["images"]: row["n"] for row in table}
     note = (f"Features of the tokens as they leave each block, of {n['all']} test images of all "
-            f"classes and {n[rare]} of {drawing.classes_text(classes)}; each feature vector's own "
-            "mean is subtracted. Dotted: 1 %, where the rank is read.")
+            f"classes and {n[rare]} of {whose}; each feature vector's own mean is subtracted. "
+            "Dotted: 1 %, where the rank is read.")
     drawing.finish(figure, "How many directions the features span", subjects, note)
     return Figure(figure, table, {"rank": table, "reconstruction_error": errors}, note)
 

@@ -28,7 +28,7 @@ from data_lt import (DATASETS, LISTS, LongTailData, load_shapes, long_tailed_cou
 from engine.groups import group_classes, groups_text
 from engine.runtime import barrier
 from images.copies import without_copies
-from images.decode import Stream, check, read_all, sides, white_level
+from images.decode import Stream, check, problem, read_all, sides, white_level
 from images.files import (DataError, Files, list_folder, natural, refuse, shown, some,
                           subfolders)
 from images.holdout import group_names, hold_out
@@ -407,7 +407,8 @@ def split_folder(root, holdout, holdout_by):
     train_root, test_root, remarks = find_splits(root)
     if holdout and test_root:
         raise DataError(f"{shown(root)} has images to test on in "
-                        f"{shown(os.path.basename(test_root))}/: leave --holdout out")
+                        f"{shown(os.path.basename(test_root))}/: leave --holdout out, or say "
+                        "--holdout 0 if a run has one")
     remarks += check_classes(root, train_root)
     train = replace(list_folder(train_root), remarks=remarks)
     if test_root:
@@ -429,7 +430,8 @@ def split_folder(root, holdout, holdout_by):
 def split_listed(train, test, base, name, holdout, holdout_by, published=False):
     """(training Files, test Files) of a list of this name, split by `holdout` if test is None."""
     if holdout and test is not None:
-        raise DataError(f"{shown(name)} has images to test on: leave --holdout out")
+        raise DataError(f"{shown(name)} has images to test on: leave --holdout out, or say "
+                        "--holdout 0 if a run has one")
     if test is None and not holdout:
         raise DataError(f"{shown(name)} has no images to test on: give it a column split that says "
                         "train or test, or name a --test-list, or keep a part of each class for "
@@ -485,7 +487,8 @@ def survey_folder(place, settings):
     train, _ = own_folder(*settings)
     shorter_sides = sides(train)
     if len(shorter_sides) == 0:
-        lines = [f"{shown(place)} has no image that can be used", *train.problems[:1]]
+        first = train.problems or [problem(path) for path in train.paths[:1]]
+        lines = [f"{shown(place)} has no image that can be used", *filter(None, first[:1])]
         raise DataError("; ".join(lines))
     return Survey(len(train), int((train.counts() > 0).sum()), int(np.median(shorter_sides)))
 
@@ -559,10 +562,10 @@ def print_data_summary(data, args, rt):
     ]
     if untested:
         sentences.append("Without a test image, so without an accuracy: "
-                         f"{', '.join(untested[:10])}.")
+                         f"{some(untested, most=10)}.")
     if coarse:
-        sentences.append(f"{coarse} classes have fewer than 10 test images: their accuracies are "
-                         "coarse.")
+        sentences.append(f"Of {coarse} of the {data.num_classes} classes there are fewer than 10 "
+                         "test images: their accuracies are coarse.")
     patches = f" in patches of {args.patch_size} px" if hasattr(args, "patch_size") else ""
     sentences.append(f"Half of the images are at least {found.side} px on their shorter side; of "
                      f"the central square {args.img_size} px{patches} are used.")

@@ -154,7 +154,7 @@ class EarlyWarnings:
         # Deferred re-weighting is to find the rare classes: until then an eighth is enough.
         ahead = (args.beta > 0 and epoch < args.drw_epoch < args.epochs
                  and getattr(args, "distill", "") != "none")
-        if predicted < (max(2, seen / 8) if ahead else seen / 2):
+        if predicted < min(seen, max(2, seen / 8 if ahead else seen / 2)):
             advice = "train longer (--epochs, --minutes)"
             if args.recipe not in ("ours", "gpu"):
                 advice += " or try --recipe ours"

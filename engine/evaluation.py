@@ -319,8 +319,8 @@ def accuracy_on_clean(net, data, rt, n=500):
 def teacher_summary(net, data, rt):
     """How right and how sure a teacher is on training images, for result.json.
 
-    {"clean", "strong" (the mixed images): {"accuracy": percent, "entropy": nats}}: means over
-    images, so over the long-tailed distribution.
+    {"clean", "strong": {"accuracy": percent, "entropy": nats}}: means over images, so over the
+    long-tailed distribution. "strong" is result.json's old name for the mixed images.
     """
     found = teacher_on_training_images(net, data, rt, ("clean", "mixed"))
     summary = {}
@@ -446,5 +446,7 @@ def table(results, title=""):
 
 def brief(result):
     """A row of results in a few words, for an epoch's line: 52.2 (66.4 47.6 44.2)."""
-    text = "{overall:.1f} ({head:.1f} {mid:.1f} {tail:.1f})".format(**result)
+    groups = ["-" if math.isnan(result[group]) else f"{result[group]:.1f}"
+              for group in ("head", "mid", "tail")]
+    text = f"{result['overall']:.1f} ({' '.join(groups)})"
     return f"{result['balanced']:.1f}, overall {text}" if "balanced" in result else text

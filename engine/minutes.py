@@ -3,9 +3,9 @@ r"""--minutes: how many epochs a run has time for on this machine.
 A `Probe` takes the place of the run's folder in a training loop, which so trains a copy of the
 network for three short epochs: the first to warm up, then two of which the steps are timed, as
 training itself takes them (loading, augmentation, teacher, both passes of SAM, averages). The
-schedule shrinks to three epochs, so the last one is re-weighted and has late SAM. After each of
-them a part of the test set is evaluated. Nothing of this reaches the run: everything random in its
-steps follows from (seed, epoch, step, rank).
+schedule shrinks to three epochs, so the last one has late SAM and, in most recipes, re-weighting.
+After each of them a part of the test set is evaluated. Nothing of this reaches the run: everything
+random in its steps follows from (seed, epoch, step, rank).
 
     seconds(E) = steps ((E - E // 3) t_2 + E // 3 t_3) + evaluations(E) t
 
@@ -35,7 +35,7 @@ SUMMARY = 20000                     # training images of a teacher's summary, at
 
 
 class TooSlow(Exception):
-    """A few steps took so long that what is known must do."""
+    """Measuring on would cost too much: the estimate is made from the steps so far."""
 
 
 class Probe:
@@ -125,7 +125,7 @@ def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
     tests, images = len(data.test_labels), len(data.train_labels)
     few = replace(data, test_labels=data.test_labels[:args.batch])
     end = 0 if at_end else PICTURE
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([rt.device] if rt.device.type == "cuda" else []):
         twin = copy.deepcopy(net)
         try:
             train(short, few, twin, *more, probe, **replacements)

@@ -304,7 +304,10 @@ def restore(part, state, path):
         elif isinstance(part, torch.nn.Module):
             load_weights(part, state, path)
         else:
+            decays = [group["weight_decay"] for group in getattr(part, "param_groups", [])]
             part.load_state_dict(state)
+            for group, decay in zip(getattr(part, "param_groups", []), decays):
+                group["weight_decay"] = decay       # this run's (--force), not the checkpoint's
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not fit this run: {runtime.one_line(error)}") from None
 

@@ -13,8 +13,9 @@ def cosine_lr(t, epochs, peak, warmup_epochs, warmup_lr=1e-6, min_lr=1e-5):
         t < W:  warmup_lr + (peak - warmup_lr) t / W
         else:   min_lr + (peak - min_lr) (1 + cos(pi t / epochs)) / 2
 
-    W = warmup_epochs. The cosine starts at epoch 0, not at W.
+    W = warmup_epochs. The cosine starts at epoch 0, not at W. No rate is above the peak.
     """
+    warmup_lr, min_lr = min(warmup_lr, peak), min(min_lr, peak)
     if t < warmup_epochs:
         return warmup_lr + (peak - warmup_lr) * t / warmup_epochs
     return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * t / epochs))
@@ -195,7 +196,7 @@ class FiniteScaler:
         return int(self.counts["in_a_row"])
 
     def begin_counting(self):
-        """Count steps that are not finite from 0 again: those before are in the checkpoint."""
+        """Start the count towards LIMIT again: a resumed run gets as many new tries."""
         self.counts["in_a_row"].zero_()
 
     @property

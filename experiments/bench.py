@@ -322,7 +322,7 @@ def student_step(args, batch, rt, K=10, depth=None):
             cls_logits, dist_logits = net(x)
             if args.logit_adjustment:
                 cls_logits = cls_logits + train_student.log_prior_of(prior)
-                train_student.update_teacher_prior(prior, y_t, args.tau, 1.0, rt)
+                train_student.update_prior(prior, y_t, args.tau, 1, rt)
                 dist_logits = dist_logits + args.tau * train_student.log_prior_of(prior)
             loss, *_ = losses.distillation_loss(cls_logits, dist_logits, target, y_t, args.alpha,
                                                 tau=args.tau)

@@ -58,7 +58,8 @@ def main():
     args = train_student.parse()
     refuse_minutes(args)
     rt = runtime.setup(args.device, args.amp)
-    first = argparse.Namespace(**vars(args) | dict(method="vit", out=None, resume=True))
+    first = argparse.Namespace(**vars(args) | dict(method="vit", out=None, resume=True,
+                                                   overwrite=False))
     train_student.run_student(first, rt, wait=True)
     second = second_run(first)
     second.resume, second.overwrite, second.out = args.resume, args.overwrite, args.out

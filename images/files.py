@@ -45,6 +45,7 @@ class Files:
     content: np.ndarray = None      # (N,) a number that files of the same content share
     group: np.ndarray = None        # (N,) text, of a list's column: what belongs together
     columns: tuple = ()             # names of a list's columns
+    base: str = None                # the folder that a list's paths are relative to
 
     def __post_init__(self):
         if self.content is None:
@@ -64,9 +65,12 @@ class Files:
         return [os.path.relpath(path, os.fsencode(root)) for path in self.paths]
 
     def fingerprint(self, root):
-        """16 hexadecimal digits that change with any file's name, size or class."""
+        """16 hexadecimal digits that change with any file's name, size or class.
+
+        Names are relative to root, or for a list's images to what the list's paths are relative to.
+        """
         digest = hashlib.sha256()
-        for name, path, label in zip(self.names(root), self.paths, self.labels):
+        for name, path, label in zip(self.names(self.base or root), self.paths, self.labels):
             size = os.path.getsize(path) if os.path.exists(path) else -1
             digest.update(name + f" {size} {self.class_names[label]}\n".encode())
         return digest.hexdigest()[:16]

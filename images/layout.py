@@ -109,12 +109,7 @@ def check_classes(root, train_root):
         else:
             advice = f"Images are expected as {place}/<class>/*.jpg, two classes at least."
         refuse_layout(root, f"{place} has {found}, so fewer than two classes", advice)
-    remarks, alike = [], {}
-    for name in classes:
-        alike.setdefault(plain(name), []).append(name)
-    for names in alike.values():
-        if len(names) > 1:
-            remarks.append(f"{some(names)} are taken for {len(names)} classes.")
+    remarks = alike_remarks(classes)
     inner = [set(with_images(os.path.join(train_root, name))) for name in classes]
     for name, folders in zip(classes, inner):
         purposes = {split_of(folder) for folder in folders}
@@ -128,6 +123,15 @@ def check_classes(root, train_root):
         remarks.append(f"Classes are {some(classes)}; folders in them count as theirs: "
                        f"{some(sorted(set.union(*inner)))}.")
     return remarks
+
+
+def alike_remarks(class_names):
+    """A line of text for each group of classes whose names hardly differ."""
+    alike = {}
+    for name in class_names:
+        alike.setdefault(plain(name), []).append(name)
+    return [f"{some(names)} are taken for {len(names)} classes."
+            for names in alike.values() if len(names) > 1]
 
 
 def plain(name):
@@ -146,7 +150,7 @@ def renumber(test, class_names, test_root, train_root):
             if plain(name) in alike:
                 line += f"; if it is {alike[plain(name)]}, rename one of the two folders"
             problems.append(line)
-    number = np.array([known.get(name, -1) for name in test.class_names])
+    number = np.array([known.get(name, -1) for name in test.class_names], dtype=np.int64)
     labels = number[test.labels]
     test = replace(test, labels=labels, class_names=class_names, problems=test.problems + problems)
     return test.keep(labels >= 0)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from images.files import DataError, Files, class_name, is_image, natural, shown, some
-from images.layout import renumber, split_of
+from images.layout import alike_remarks, renumber, split_of
 
 ROLES = ("image", "label", "split", "group")        # of columns
 TABLES = (".csv", ".tsv")                           # endings of lists that need a header
@@ -46,6 +46,7 @@ def find_listed(train_list, test_list, root, columns=None, by=None, otherwise=No
     parts, base, problems = read_list(train_list, root, "train", columns, by)
     train = part_of(parts, train_list, "train")
     train.problems.extend(problems)
+    train.remarks.extend(alike_remarks(train.class_names))
     tested = [split for split in ("test", "val") if split in parts]
     test_list = test_list or (None if tested else otherwise)
     if test_list:
@@ -111,18 +112,18 @@ def read_list(path, root, whole, columns=None, by=None):
         raise DataError(f"the list {shown(path)}: its column of splits never says train, val or "
                         f"test, but {some(dict.fromkeys(splits))}; name another, as in "
                         "--list-columns split=fold, or put these words there")
-    parts = {split: as_files(images, header, by) for split, images in good.items()}
-    parts = parts or {whole: as_files([], header, by)}
+    parts = {split: as_files(images, base, header, by) for split, images in good.items()}
+    parts = parts or {whole: as_files([], base, header, by)}
     return parts, base, problems
 
 
-def as_files(images, header, by):
-    """Files of (path, class, group) of each image."""
+def as_files(images, base, header, by):
+    """Files of (path, class, group) of each image; paths begin with the folder `base`."""
     names = sorted({name for _, name, _ in images}, key=natural)
     number = {name: k for k, name in enumerate(names)}
     files = Files(np.array([path for path, _, _ in images], dtype=np.bytes_),
                   np.array([number[name] for _, name, _ in images], dtype=np.int64), names,
-                  columns=tuple(header))
+                  columns=tuple(header), base=base)
     if by and header:
         groups = np.array([group for _, _, group in images], dtype=np.str_)
         files.group = groups if (groups != "").any() else None

@@ -180,6 +180,12 @@ def test_eval_on_other_data_leaves_the_temperature_alone(own_run, tiny_cifar, mo
         script(analyze, monkeypatch, "eval", own_run, *flags)
         assert "the temperature is not kept" in capsys.readouterr().out
         assert (own_run / "calibration.json").read_bytes() == kept
+    state = load_checkpoint(str(own_run))
+    save_checkpoint(own_run / "last.pt", **state | {"data": "another folder's"})
+    script(analyze, monkeypatch, "eval", own_run, "--data-dir", tiny_cifar)
+    assert "the temperature is not kept" in capsys.readouterr().out
+    assert (own_run / "calibration.json").read_bytes() == kept
+    save_checkpoint(own_run / "last.pt", **state)
     (own_run / "calibration.json").unlink()
     script(analyze, monkeypatch, "eval", own_run, "--imb", 4, "--data-dir", tiny_cifar)
     assert (own_run / "calibration.json").read_bytes() == kept          # its own data, named

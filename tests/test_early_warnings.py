@@ -130,6 +130,12 @@ def test_a_network_that_predicts_few_classes(classes, changes, words, capsys):
     assert all(words in line and "--recipe ours" in line for line in lines)
 
 
+def test_one_answer_for_two_classes(capsys):
+    """Half of two classes are enough."""
+    line, = watched(capsys, falling(0.7, 0.3), 1, tests=(50, 50, *[0] * 8))
+    assert "the network predicts 1 of 2 classes" in line
+
+
 def result(overall, balanced):
     return {"avg": {"overall": overall, "per_class": [float(balanced)] * K}}
 

@@ -351,7 +351,7 @@ def test_tables_name_their_columns_and_show_no_nan():
     head, line = evaluation.table(rows, "vit").splitlines()
     assert head.split() == ["vit", "overall", "head", "mid", "tail"]
     assert line.split() == ["cls", "62.6", "1.0", "2.0", "-"]
-    assert evaluation.brief(rows["cls"]) == "62.6 (1.0 2.0 nan)"
+    assert evaluation.brief(rows["cls"]) == "62.6 (1.0 2.0 -)"
 
 
 def test_a_skewed_test_set_is_shown_by_balanced_accuracy_first():

@@ -9,6 +9,7 @@ from engine.datasets import own_folder
 from image_folders import write_files
 from images.files import DataError, shown
 from images.layout import split_of
+from images.lists import find_listed
 
 TWO = ("cat", "dog")
 
@@ -258,3 +259,10 @@ def test_names_that_differ_in_case_or_blanks_are_named(other, tmp_path):
     write_files(tmp_path, {f"train/{other}": 3, f"test/{other}": 1})
     remark, = load(tmp_path)[3]
     assert "are taken for 2 classes" in remark
+
+
+def test_names_of_a_list_that_hardly_differ_are_named(tmp_path):
+    """Two classes of one kind of animal, in silence."""
+    (tmp_path / "list.csv").write_text("image,label\na.jpg,cat\nb.jpg,Cat\nc.jpg,dog\n")
+    train, _, _ = find_listed(str(tmp_path / "list.csv"), None, str(tmp_path))
+    assert train.remarks == ["Cat, cat are taken for 2 classes."]

@@ -124,6 +124,16 @@ def test_paths_are_of_the_data_folder_or_of_the_lists(tmp_path):
     assert names(train, base) == EXPECTED and not train.problems
 
 
+def test_a_fingerprint_does_not_depend_on_the_folder_the_command_is_given_in(tmp_path, monkeypatch):
+    """--resume from elsewhere refused, as if the images beside the list were others."""
+    write_files(tmp_path, {"lists/a": 2, "lists/b": 1})
+    path, found = write(tmp_path / "lists", TABLE), set()
+    for folder in (tmp_path, tmp_path / "lists"):
+        monkeypatch.chdir(folder)
+        found.add(find_listed(path, None, "data")[0].fingerprint("data"))
+    assert len(found) == 1
+
+
 def test_absolute_paths_may_lie_beside_the_list(tmp_path):
     """Every row refused as not below the default data folder, because an absolute path is found
     from any folder."""

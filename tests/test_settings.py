@@ -237,6 +237,7 @@ def test_people_are_told_what_the_schedule_became(flags, words):
     ("--method vit --teacher ldam", "--teacher would have no effect"),
     ("--method vit --teacher-rho 0", "--teacher-rho would have no effect"),
     ("--rand-ops 0 --magnitude 3", "--magnitude would have no effect"),
+    ("--mixup 0 --cutmix 0 --smoothing 0.2 --mix-drw", "--smoothing, --mix-drw would have no"),
     ("--teacher-view weak", "--mixup 0 --cutmix 0"),
     ("--teacher a.pth --teacher-rho 0", "--teacher-rho is for"),
     ("--teacher ldam,paco", "a run folder or a file"), ("--stem pool", "--stem is one of"),
@@ -267,6 +268,7 @@ def test_students_that_cannot_be(flags, words):
     ("--queue 3", "--queue would have no effect"), ("--decay 0.1", "--decay would have no"),
     ("--loss ce --max-margin 0.1", "--max-margin would have no effect"),
     ("--loss paco --beta 0.9", "--beta would have no effect"), ("--rho nan", "--rho must be"),
+    ("--recipe ours --drw-epoch 9", "--drw-epoch would have no effect"),
     ("--loss paco --temperature 0", "--temperature must be"), ("--loss x", "--loss is one of")])
 def test_teachers_that_cannot_be(flags, words):
     """As above."""

@@ -29,6 +29,12 @@ def test_warm_up_is_linear_and_the_cosine_ends_at_the_minimum():
     assert cosine_lr(100, 100, 1e-3, 5) == pytest.approx(1e-5)
 
 
+def test_no_learning_rate_is_above_the_peak():
+    """Ten times the rate that was asked for, at the end of a careful fine-tuning."""
+    assert all(cosine_lr(t, 10, 1e-7, 2) == pytest.approx(1e-7) for t in range(11))
+    assert cosine_lr(1, 10, 0.0, 2) == cosine_lr(9, 10, 0.0, 2) == 0
+
+
 def test_every_parameter_group_gets_the_learning_rate():
     """A group (of biases, say) that stays at the rate that the optimizer began with."""
     a, b = (nn.Parameter(torch.zeros(1)) for _ in range(2))

@@ -736,7 +736,7 @@ def test_micro_batches_move_the_teachers_prior_as_far_as_their_batch():
 def test_classes_among_thousands_are_adjusted_by_their_own_frequency():
     """A floor under the teacher's prior, against ln 0, above what a class of many has."""
     prior = torch.full((8142,), 1 / 8142)
-    train_student.update_teacher_prior(prior, torch.zeros(4).long(), 1.0, 1.0, CPU)
+    train_student.update_prior(prior, torch.zeros(4).long(), 1.0, 1, CPU)
     log_prior = train_student.log_prior_of(prior)
     assert log_prior[1:].exp().tolist() == pytest.approx([0.99 / 8142] * 8141, rel=1e-4)
 

@@ -1,4 +1,4 @@
-"""README.md and results/README.md: every command runs, every link leads somewhere, it is short.
+"""README.md and results/*.md: every command runs, every link leads somewhere, it is short.
 
 Commands in the docstrings of the scripts and in experiments/ are tried, too.
 """
@@ -21,7 +21,7 @@ from engine.settings import flag
 from experiments import (ablate, bench, crt, deit3, minutes, one_gpu, resnet18, runs_table,
                          steps)
 
-DOCUMENTS = ["README.md", "results/README.md"]
+DOCUMENTS = ["README.md", "results/README.md", "results/jpeg_copy.md"]
 TRAINING = {ablate.STUDENT: train_student, ablate.TEACHER: train_teacher, ablate.CRT: crt,
             ablate.DEIT3: deit3}
 SCRIPTS = {"analyze.py": analyze, "-m experiments.ablate": ablate, "-m experiments.bench": bench,

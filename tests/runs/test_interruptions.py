@@ -245,9 +245,12 @@ def test_other_settings_are_refused_with_their_list_unless_forced(shared_run, tm
     flags = [*flags, "--out", tmp_path / "run", "--resume", "--epochs", "3", "--lr", "0.05"]
     error = refused(module, *flags)
     assert "--epochs 2 -> 3" in error and "--lr 0.1 -> 0.05" in error and "--force" in error
-    train(module, *flags, "--force")
+    train(module, *flags, "--force", "--weight-decay", "0.5")
     assert "--epochs 2 -> 3" in capsys.readouterr().out
     assert len(records(tmp_path / "run")) == 3
+    # A checkpoint's decay, under a config.json that says the new one.
+    optimizer = checkpoint(tmp_path / "run")["optimizer"]["base_optimizer"]
+    assert optimizer["param_groups"][0]["weight_decay"] == 0.5
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])

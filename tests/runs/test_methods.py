@@ -99,7 +99,7 @@ def test_crt_trains_a_new_classifier_and_nothing_else(own_runs, tmp_path, monkey
     assert orders and all(len(order) == 89 for order in orders)
     assert read("run", "result.json")["teacher"] is None
     capsys.readouterr()
-    train(crt, *flags, "--out", "again")
+    train(crt, *flags, "--out", "again", "--overwrite")
     assert f"{first.relative_to(tmp_path)} is finished" in capsys.readouterr().out
     torch.testing.assert_close(checkpoint("again")["model"], after, rtol=0, atol=0)
 
