@@ -249,10 +249,9 @@ def parse():
     if options.test_prior and options.command != "eval":
         parser.error(f"--test-prior is for eval, not for {options.command}")
     if options.csv and options.command != "predict":
-        parser.error(f"--csv is for predict; for {options.command} it is --out")
+        parser.error("--csv is for predict; elsewhere it is --out")
     if options.out and options.command in ("predict", "runs"):
-        parser.error(f"--out is not for {options.command}" + "; it is --csv" * (
-            options.command == "predict"))
+        parser.error("--out is not for predict, where it is --csv, nor for runs")
     if options.labels:
         options.labels = [shown(label) for label in options.labels]
     if options.classes:

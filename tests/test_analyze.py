@@ -414,6 +414,16 @@ def test_images_that_have_changed_are_pointed_out(runs, tiny_cifar, tmp_path, ca
         assert "its images have changed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["predict x.jpg --checkpoint run --out x.csv",
+                                     "runs run --out x", "eval run --csv x.csv"])
+def test_an_output_that_nobody_would_write_is_refused(command, monkeypatch, capsys):
+    """Predictions of an hour, printed and not kept."""
+    monkeypatch.setattr(sys, "argv", ["analyze.py", *command.split()])
+    with pytest.raises(SystemExit):
+        analyze.parse()
+    assert "--csv" in capsys.readouterr().err
+
+
 def test_flags_that_name_other_data():
     """The run's own setting taken for another; a folder that has moved; held-out images of a file
     whose training nobody knows."""
