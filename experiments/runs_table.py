@@ -6,7 +6,7 @@ r"""A CSV table of finished runs: one row for each run folder.
 A row replaces the row of the same name (the folder's) and keeps its note unless --note is given.
 
 overall, head, mid, tail    accuracy in percent at the last epoch: mean of the heads' logits
-cls_, dist_, ema_           the same of one head, and of the averaged weights
+cls_, dist_, ema_, both_    the same of one head, of the averaged weights, of student and teacher
 clean_, strong_             a teacher on its own training images: accuracy (%), entropy (nats)
 teacher_right               how often the teacher's label was that of the image (if mixed: of its
                             larger part), percent, mean of the epochs before re-weighting
@@ -26,10 +26,10 @@ from engine.checkpoints import write_atomically
 from engine.records import read_json, read_log
 from engine.runtime import UserError, run_main
 
-HEADS, GROUPS = ("cls", "dist", "ema"), ("overall", "head", "mid", "tail")
+HEADS = {"cls": "cls", "dist": "dist", "ema": "ema", "both": "avg+teacher"}     # in result.json
+GROUPS = ("overall", "head", "mid", "tail", "balanced", "macro_f1")
 COLUMNS = ["name", "kind", "data", "dataset", "imb", "recipe", "method", "model", "teacher",
-           "epochs", "seed", *GROUPS, "balanced", "macro_f1",
-           *(f"{head}_{group}" for head in HEADS for group in GROUPS),
+           "epochs", "seed", *GROUPS, *(f"{head}_{group}" for head in HEADS for group in GROUPS),
            "clean_accuracy", "clean_entropy", "strong_accuracy", "strong_entropy",
            "teacher_right", "cosine", "settings", "seconds", "minutes", "hardware", "amp_dtype",
            "torch", "date", "command", "per_class", "note"]
@@ -66,8 +66,8 @@ def row_of(folder):
     row |= {"name": os.path.basename(os.path.abspath(folder)), "kind": kind,
             "data": result["dataset"], "dataset": config["dataset"], "teacher": ",".join(teachers),
             "minutes": round(result["seconds"] / 60, 1), "torch": config["versions"]["torch"]}
-    for head in HEADS:
-        for group, accuracy in result.get(head, {}).items():
+    for head, name in HEADS.items():
+        for group, accuracy in result.get(name, {}).items():
             row[f"{head}_{group}"] = accuracy
     for images, measured in result.get("training_images", {}).items():
         for quantity, value in measured.items():

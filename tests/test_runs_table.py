@@ -31,7 +31,8 @@ def runs(tmp_path):
     earlier = finished_run(
         tmp_path / "earlier", {"adjust": "both", "beta": 0.0, "lr": 0.001, "alpha": 0.909},
         {"command": "python train_student.py --adjust both --beta 0 --seed 1 --save-every 3m",
-         "teacher": "runs/a,runs/b", "cls": HEAD, "ema": HEAD, "per_class": {"avg": [51.0, 50.0]}},
+         "teacher": "runs/a,runs/b", "cls": HEAD, "ema": HEAD, "avg+teacher": HEAD,
+         "per_class": {"avg": [51.0, 50.0]}},
         [{"epoch": 0, "drw": False, "teacher_accuracy": 40.0},
          {"epoch": 1, "drw": False, "teacher_accuracy": 30.0},
          {"epoch": 2, "drw": True, "teacher_accuracy": 90.0, "cosine": 0.7}])
@@ -58,6 +59,7 @@ def test_rows_of_earlier_and_of_todays_runs(runs, tmp_path):
     assert (row["kind"], row["teacher"]) == ("student", "a,b")
     assert row["settings"] == "adjust=both beta=0.0"
     assert (row["overall"], row["cls_tail"], row["ema_head"]) == ("50.5", "10.0", "80.0")
+    assert (row["both_mid"], row["both_balanced"]) == ("30.0", "")
     assert (row["teacher_right"], row["cosine"], row["minutes"]) == ("35.0", "0.7", "1.5")
     assert (row["amp_dtype"], row["torch"], row["per_class"]) == ("float32", "2.6.0", "51.0 50.0")
 
