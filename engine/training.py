@@ -50,13 +50,14 @@ def parameter_groups(net, weight_decay):
             {"params": others, "weight_decay": 0.0}]
 
 
-def compiled(model):
+def compiled(model, mode=None):
     """torch.compile of a network that is trained on images (B,3,S,S), with one graph for every B.
 
     Batches of an epoch differ by an image. By itself torch.compile makes a graph of the first size
-    and another one of any size, in each mode of the network (SAM's second pass is one).
+    and another one of any size, in each mode of the network (SAM's second pass is one). mode:
+    torch.compile's; "reduce-overhead" replays a pass's kernels as one CUDA graph.
     """
-    model = torch.compile(model)
+    model = torch.compile(model, mode=mode)
     model.register_forward_pre_hook(any_batch_size)
     return model
 

@@ -77,8 +77,9 @@ def commands(stage, options, seconds):
     if stage == "speed":
         steps = f"-m experiments.steps {common_flags(options)} --device {options.device} "
         steps += f"--seconds {min(3, 0.3 * options.minutes):.1f}"
-        return [Command("steps", steps),
-                Command("compiled", f"{steps} --only small --compile", least=COMPILING)]
+        compiled = f"{steps} --only resnet32 small --compile"
+        return [Command("steps", steps), Command("compiled", compiled, least=COMPILING),
+                Command("graphs", f"{compiled} --graphs", least=COMPILING)]
     if stage == "teachers":
         return teacher_commands(options, seconds)
     if stage == "students":
@@ -308,8 +309,9 @@ def section(stage, options, report):
     if stage == "agree":
         return agreement_table(options, report)
     if stage == "speed":
-        logs = *lines_of(report.log("steps")), *lines_of(report.log("compiled"))[2:]
-        return [line for line in logs if line.startswith("|")]
+        logs = [lines_of(report.log(name)) for name in ("steps", "compiled", "graphs")]
+        lines = [*logs[0], *logs[1][2:], *logs[2][2:]]
+        return [line for line in lines if line.startswith("|")]
     return results_table(options, RUNS[stage])
 
 

@@ -2,6 +2,7 @@ r"""A training step, looked at closely: images/s, kernel launches, how busy the 
 
     python -m experiments.steps --data-dir data           the steps of this project's runs
     python -m experiments.steps --only small --compile    one of them, with torch.compile
+    python -m experiments.steps --only resnet32 --compile --graphs     and CUDA graphs
     python -m experiments.steps --device cpu              on a CPU: smaller batches and networks
 
 Each row is a training script's own loop, with its settings, augmentation, data and mixed precision;
@@ -16,6 +17,7 @@ GiB        largest memory of the GPU's tensors in a step; on a CPU of this proce
 import argparse
 import math
 import time
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -27,6 +29,7 @@ from engine import runtime
 from engine.datasets import load_data
 from engine.minutes import Probe
 from engine.runtime import one_line
+from engine.training import compiled
 from experiments.ablate import STUDENT, TEACHER
 from experiments.bench import forward_flops, matmul_peak, peak_memory, type_name
 
@@ -93,12 +96,13 @@ class Meter(Probe):
         return len(kernels) / PROFILED, seconds / PROFILED
 
 
-def measure_step(script, flags, seconds, peak, rt):
-    """A row of the table. flags: a list; peak: FLOP/s."""
+def measure_step(script, flags, seconds, peak, rt, mode=None):
+    """A row of the table. flags: a list; peak: FLOP/s; mode: of torch.compile."""
     if rt.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     module = train_teacher if script == TEACHER else train_student
+    module.compiled = partial(compiled, mode=mode)              # what its train() calls
     args = module.parse(flags)
     module.resolve(args, rt)
     data = load_data(args, rt)
@@ -114,7 +118,7 @@ def measure_step(script, flags, seconds, peak, rt):
         teachers = [teacher.to(rt.device, memory_format=torch.channels_last)]
         flops += forward_flops(*teachers, 32, rt)
     if args.compile:
-        title += ", compiled"
+        title += ", compiled" if mode is None else ", compiled, graphs"
     meter = Meter(rt, seconds)
     try:
         module.train(args, data, net, *teachers, rt, meter)
@@ -134,10 +138,12 @@ def main():
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP",
                         help=", ".join(STEPS))
     parser.add_argument("--seconds", type=float, default=3.0, help="timed in each row [3]")
+    parser.add_argument("--graphs", action="store_true",
+                        help="with --compile: replay kernels as CUDA graphs")
     options, common = parser.parse_known_args()                 # further flags go to every run
     settings = train_teacher.parse(common)
     rt = runtime.setup(settings.device, settings.amp)
-    peak = matmul_peak(rt)
+    peak, mode = matmul_peak(rt), "reduce-overhead" if options.graphs else None
     print(f"| step ({type_name(rt)}, peak {peak / 1e12:.2f} TFLOP/s) | batch | images/s | ms | "
           "launches | GPU busy | of peak | GiB |\n"
           "| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
@@ -147,7 +153,8 @@ def main():
         if rt.device.type == "cpu":
             flags += on_cpu.split()
         try:
-            print(measure_step(script, [*flags, *common], options.seconds, peak, rt), flush=True)
+            row = measure_step(script, [*flags, *common], options.seconds, peak, rt, mode)
+            print(row, flush=True)
         except RuntimeError as error:                           # too little memory, say
             print(f"| {name} | failed: {one_line(error)} |{' - |' * 6}", flush=True)
 

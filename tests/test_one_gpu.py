@@ -377,10 +377,10 @@ def test_a_machine_without_a_gpu(monkeypatch, capsys):
 @pytest.fixture
 def cells(tiny_cifar, short_resnet):
     """cells(*flags) -> the cells of a row of the table of steps, on the CPU, by a peak of 1e12."""
-    def cells(program, *flags, rt=CPU):
+    def cells(program, *flags, rt=CPU, **more):
         flags = [*"--dataset cifar10 --imb 12 --recipe cpu --data-dir".split(), str(tiny_cifar),
                  *map(str, flags)]
-        row = steps.measure_step(program, flags, 0, 1e12, rt)
+        row = steps.measure_step(program, flags, 0, 1e12, rt, **more)
         return [cell.strip() for cell in row.strip("|").split("|")]
     return cells
 
@@ -399,6 +399,20 @@ def test_steps_are_the_training_scripts_own(cells):
         assert row[1] == "8" and row[5] == "-"
         # 89 images are 11 batches of 8 and one more.
         assert float(row[2]) == pytest.approx(8000 / float(row[3]), rel=0.1)
+
+
+def test_steps_are_compiled_as_asked(cells, monkeypatch):
+    """A row that says CUDA graphs and has none."""
+    modes = []
+
+    def not_compiled(model, mode):
+        modes.append(mode)
+        return model
+    monkeypatch.setattr(torch, "compile", not_compiled)
+    flags = ablate.TEACHER, "--batch", 8, "--rho", 0, "--compile"
+    assert cells(*flags)[0] == "resnet32, 32 px, compiled"
+    assert cells(*flags, mode="reduce-overhead")[0] == "resnet32, 32 px, compiled, graphs"
+    assert modes == [None, "reduce-overhead"]
 
 
 def test_all_measured_batches_are_of_one_size():
@@ -491,7 +505,7 @@ def test_a_step_that_fails_is_a_row(monkeypatch, capsys):
     """A GPU with too little memory for the largest network, which ends the table."""
     monkeypatch.setattr(steps, "matmul_peak", lambda rt: 1e12)
 
-    def measure_step(program, flags, seconds, peak, rt):
+    def measure_step(program, flags, seconds, peak, rt, mode):
         if "--patch-size" in flags:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         return "| a row |"
@@ -571,7 +585,7 @@ def test_a_small_version(tiny_cifar, tmp_path, monkeypatch, no_pictures, short_r
     text = (out / "report.md").read_text()
     assert not re.search(r"exit code|killed|time limit,|No table", text)
     problems = text.partition("did not fit:\n\n")[2].splitlines()
-    assert problems == ["- compiled: not begun: no time is left"]
+    assert problems == [f"- {name}: not begun: no time is left" for name in ("compiled", "graphs")]
     assert text.count("| agrees |") == 3
     for line in text.splitlines():
         if line.startswith(("| float32", "| stopped, resumed")):
