@@ -171,7 +171,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                             # 3. Teacher: the same images, out of distribution for it.
                             view = x if args.teacher_view == "same" else weak_augment(part)
                             g = evaluation.teacher_logits(teacher, view)        # g(x) (b,K)
-                            y_t = g if args.distill == "soft" else g.argmax(dim=1)      # (b,)
+                            y_t = g if args.distill == "soft" else g.argmax(dim=1)  # (b,K) or (b,)
                             if args.logit_adjustment:
                                 update_prior(teacher_prior, y_t, args.tau, accumulation_steps, rt)
                                 # f_d + tau ln pi_t

@@ -167,7 +167,9 @@ class FiniteScaler:
         for dtype, tensors in self.moved.items():
             kept = torch.where(bad, self.before[dtype], flat(tensors))
             parts = kept.split([t.numel() for t in tensors])
-            torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors)])
+            # In the memory format of each tensor: else foreach copies one after the other.
+            parts = [part.as_strided(t.shape, t.stride()) for part, t in zip(parts, tensors)]
+            torch._foreach_copy_(tensors, parts)
             self.before[dtype] = kept
         c = self.counts
         c["skipped"] += bad
@@ -215,5 +217,5 @@ class FiniteScaler:
 
 
 def flat(tensors):
-    """One new tensor (n,) of all elements."""
-    return torch.cat([t.reshape(-1) for t in tensors])
+    """One new tensor (n,) of all elements, those of a tensor in their order in memory."""
+    return torch.cat([t.as_strided((t.numel(),), (1,)) for t in tensors])

@@ -309,9 +309,9 @@ def section(stage, options, report):
     if stage == "agree":
         return agreement_table(options, report)
     if stage == "speed":
-        logs = [lines_of(report.log(name)) for name in ("steps", "compiled", "graphs")]
-        lines = [*logs[0], *logs[1][2:], *logs[2][2:]]
-        return [line for line in lines if line.startswith("|")]
+        tables = [[line for line in lines_of(report.log(name)) if line.startswith("|")]
+                  for name in ("steps", "compiled", "graphs")]
+        return [*tables[0], *tables[1][2:], *tables[2][2:]]             # one heading
     return results_table(options, RUNS[stage])
 
 

@@ -90,8 +90,10 @@ class Meter(Probe):
                          if event.name.startswith("aten::") and not event.cpu_children]
             return len(operators) / PROFILED, math.nan
         kernels = [event for event in events if event.device_type.name == "CUDA"
-                   and not event.name.startswith(("Memcpy", "Memset"))
+                   and not event.name.startswith(("Memcpy", "Memset", "Context Sync"))
                    and not getattr(event, "is_user_annotation", False)]
+        if not kernels:                                         # the profiler was not let in
+            return math.nan, math.nan
         seconds = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
         return len(kernels) / PROFILED, seconds / PROFILED
 
@@ -126,8 +128,9 @@ def measure_step(script, flags, seconds, peak, rt, mode=None):
         pass
     memory, (launches, kernel_seconds) = peak_memory(rt), meter.launches()
     speed = meter.images / meter.timed / meter.step             # images/s
+    launches = "-" if math.isnan(launches) else f"{launches:.0f}"
     busy = "-" if math.isnan(kernel_seconds) else f"{kernel_seconds / meter.step:.0%}"
-    return (f"| {title} | {args.batch} | {speed:.0f} | {1000 * meter.step:.1f} | {launches:.0f} | "
+    return (f"| {title} | {args.batch} | {speed:.0f} | {1000 * meter.step:.1f} | {launches} | "
             f"{busy} | {flops * speed / peak:.1%} | {memory:.1f} |")
 
 

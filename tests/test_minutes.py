@@ -133,6 +133,24 @@ def test_an_epoch_longer_than_the_minutes_is_one_with_a_warning(step, most, monk
     assert "1 epoch of" in text and f"{needed:.1f} times the --minutes," in text
 
 
+@pytest.mark.parametrize("device, enough", [("cpu", True), ("cuda", False)])
+def test_a_gpus_first_step_is_no_measure_of_it(device, enough, monkeypatch):
+    """Ten seconds of loading kernels, taken for a step: one epoch in the minutes of forty."""
+    clock = Clock(monkeypatch)
+    probe = minutes.Probe(Runtime(torch.device(device)), 36)
+    monkeypatch.setattr(probe, "now", lambda: clock.now)
+    probe.begin_epoch(0)
+    seconds = iter([10, 0.1])
+    try:
+        for step in (0, 1):
+            clock.now += next(seconds)
+            probe.after_step(0, step, 1, None, None)
+    except minutes.TooSlow:
+        assert enough
+    else:
+        assert not enough and probe.warm_step == pytest.approx(0.1)
+
+
 def counted(function, calls):
     def count(*args):
         calls.append(args)

@@ -481,6 +481,13 @@ def test_operators_on_a_cpu():
     assert operators == 1 and math.isnan(seconds)
 
 
+def test_a_profiler_that_sees_no_kernel_counts_none():
+    """A GPU that is 0 % busy, where the profiler has no rights."""
+    meter = steps.Meter(Runtime(GPU), 0.0)
+    meter.profiler = SimpleNamespace(events=lambda: [event("cudaLaunchKernel", "CPU", 1)])
+    assert all(map(math.isnan, meter.launches()))
+
+
 @pytest.mark.parametrize("program", [ablate.TEACHER, ablate.STUDENT])
 def test_a_step_on_a_gpu(program, cells, monkeypatch):
     """A tensor on the CPU; copies, launches or annotations that count as kernels; time of two

@@ -152,6 +152,15 @@ def test_extra_tensors_are_restored_too():
     assert extra[0].tolist() == [5, 5, 5] and extra[1].tolist() == [5, 5]
 
 
+def test_a_tensor_in_another_memory_format_keeps_its_elements_places():
+    """A frozen kernel in channels_last whose numbers change places with every step."""
+    start = torch.arange(24.0).view(2, 3, 2, 2)
+    extra = start.contiguous(memory_format=torch.channels_last)
+    batches = [(x * torch.inf if i == 2 else x, y) for i, (x, y) in enumerate(some_batches())]
+    train("adamw", batches, extra=(extra,))
+    assert torch.equal(extra, start + 5) and extra.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_after_loading_a_bad_step_goes_back_to_what_was_loaded():
     """A copy taken before a checkpoint was loaded: the first bad step would undo the loading."""
     net = new_net()
