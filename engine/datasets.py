@@ -564,8 +564,8 @@ def print_data_summary(data, args, rt):
         sentences.append("Without a test image, so without an accuracy: "
                          f"{some(untested, most=10)}.")
     if coarse:
-        sentences.append(f"Of {coarse} of the {data.num_classes} classes there are fewer than 10 "
-                         "test images: their accuracies are coarse.")
+        sentences.append(f"{coarse} of {data.num_classes} classes have fewer than 10 test images: "
+                         "their accuracies are coarse.")
     patches = f" in patches of {args.patch_size} px" if hasattr(args, "patch_size") else ""
     sentences.append(f"Half of the images are at least {found.side} px on their shorter side; of "
                      f"the central square {args.img_size} px{patches} are used.")

@@ -534,8 +534,9 @@ def test_outputs_are_tried_before_the_work(flags, message, runs, tmp_path, monke
     for command in analyze.COMMANDS:
         monkeypatch.setitem(analyze.COMMANDS, command, None)                # all work
     given = [flag.format(tmp=tmp_path) for flag in flags]
+    command = ("predict", "x.png", "--checkpoint") if "--csv" in flags else ("curves",)
     with pytest.raises(SystemExit) as stop:
-        script(analyze, monkeypatch, "curves", runs["vit"], *given)
+        script(analyze, monkeypatch, *command, runs["vit"], *given)
     line, = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and message.format(tmp=tmp_path) in line
 

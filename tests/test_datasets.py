@@ -603,7 +603,7 @@ def test_the_summary_of_a_folder_says_what_is_in_it(tmp_path):
                   "smallest 'only one'; 6 images to test on",
                   "head: 1 of 10 or more; mid: 2 of 8 to 9; tail: 1 of 1 or fewer.",
                   "Without a test image, so without an accuracy: only one.",
-                  "3 classes have fewer than 10 test images",
+                  "3 of 4 classes have fewer than 10 test images",
                   "at least 70 px", "32 px in patches of 8 px", "3 epochs make 84 samples",
                   "Recipe cpu"):
         assert words in text, words

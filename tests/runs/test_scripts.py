@@ -104,7 +104,7 @@ class Compiled(torch.nn.Module):
     """In place of torch.compile, whose import alone takes seconds."""
     calls = 0
 
-    def __init__(self, module):
+    def __init__(self, module, mode=None):
         super().__init__()
         self._orig_mod = module
 
