@@ -1,10 +1,12 @@
 """images/lists.py: tables as people have them, the published lists, and what is wrong with both."""
+import argparse
 import random
 import time
 from dataclasses import replace
 
 import pytest
 
+from engine.datasets import survey
 from image_folders import write_files
 from images.files import DataError
 from images.lists import find_listed, read_list
@@ -287,3 +289,21 @@ def test_2000_damaged_lists_are_read_or_named(table, tmp_path):
                  for name, k in zip(found.paths.tolist(), found.labels.tolist()) if name in truth]
         assert sum(right) >= len(right) - 6                     # a changed label: another class
         assert all(str(path) in problem for problem in found.problems)
+
+
+def test_a_list_of_missing_files_says_what_is_missing(tmp_path):
+    """"No image that can be used", where a backslash or a wrong --data-dir is the reason."""
+    path = write(tmp_path, "image,label,split\na\\x.jpg,a,train\nb\\y.jpg,b,test\n")
+    args = argparse.Namespace(data_dir=str(tmp_path), imb=None, imb_type="exp", holdout=None,
+                              holdout_by=None, train_list=path, test_list=None, list_columns=None)
+    with pytest.raises(DataError, match=r"no image that can be used; .*x\.jpg: No such file"):
+        survey(args)
+
+
+def test_no_test_image_at_all_is_counted_as_none(tmp_path):
+    """A traceback about float64 for a list whose rows are all outside of the data folder."""
+    write_files(tmp_path / "data", {"a": 2, "b": 1})
+    other = write(tmp_path, "/elsewhere/x.jpg 0\n", "test.txt")
+    path = write(tmp_path, "a/0.png 0\nb/0.png 1\n", "train.txt")
+    _, test, _ = find_listed(path, other, str(tmp_path / "data"))
+    assert test.counts().tolist() == [0, 0] and len(test.problems) == 1
