@@ -148,7 +148,7 @@ def train(args, data, net, rt, run):
             set_lr(sam, learning_rate(args, epoch + step / steps))
             x = view(images, args)                                      # (B,3,S,S) in [0,1]
             if is_mixed(args):
-                # Smoothing gives a rare class e/K, far above its frequency, on which la, vs rely.
+                # Smoothed, a rare class has e/K, far above the frequency that la and vs add.
                 smoothing = 0.1 if args.loss == "ce" else 0.0
                 x, y = augment.mixup_cutmix(x, y, K, smoothing=smoothing)       # y (B,K)
             if paco:
@@ -211,7 +211,7 @@ def make_criterion(args, counts, device):
 def learning_rate(args, t):
     """At fractional epoch t: linear warm-up, then "step" (the published one) or "cosine".
 
-    Warm-up rises once an epoch, or at every step if it is shorter than an epoch, as cosine falls.
+    Warm-up rises once an epoch (at every step if it is shorter); cosine falls at every step.
     """
     if t < args.warmup_epochs:
         done = int(t) + 1 if args.warmup_epochs >= 1 else t
