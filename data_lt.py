@@ -78,9 +78,9 @@ def published_groups(dataset):
 # ---- The order of an epoch -----------------------------------------------------------------------
 
 def epoch_generator(seed, epoch):
-    """A random generator that depends on (seed, epoch) alone; no step of it has the same seed."""
+    """The generator of an epoch's order; spawn_key keeps its seed apart from every step's."""
     key = np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(key >> 1))
+    return torch.Generator().manual_seed(int(key) >> 1)
 
 
 def shuffled(n, seed, epoch):
@@ -99,7 +99,7 @@ def repeated_augmentation(n, seed, epoch, repeats=3):
 
 
 def steps_per_epoch(n, batch):
-    """Batches of at most `batch` samples that n samples make."""
+    """Number of batches of at most `batch` samples that n samples are cut into."""
     return -(-n // batch)
 
 
@@ -131,7 +131,7 @@ class LongTailData:
     groups: dict                    # of class numbers: head, mid, tail
     class_ids: list = None          # the data set's own number of each class; None: 0..K-1
     fingerprint: str = ""           # changes with the data
-    white: int = 65535              # level of deep images that is white, see images/decode.py
+    white: int = 65535              # value of white in deep images, see images/decode.py
 
     def __post_init__(self):
         if self.class_ids is None:
@@ -154,7 +154,7 @@ class LongTailData:
     def batches(self, steps, key):
         """(step, index (b,)) in -> (step, images (b,3,H,W), labels (b,)) out, on the device.
 
-        Images on disk are decoded ahead; those of LISTS are cropped by (*key, step) alone.
+        Images on disk are decoded ahead; those of LISTS are cropped with a seed from (*key, step).
         """
         device = self.train_labels.device
         if isinstance(self.train_images, Stream):

@@ -27,9 +27,9 @@ scaling (Kini et al., NeurIPS 2021, arXiv 2103.01550); focal loss (Lin et al., a
 pi_k = n_k / N. With gamma = 0, (4) is logit adjustment. (5) is as in LDAM-DRW's code.
 
 PaCo (Cui et al., ICCV 2021, arXiv 2107.12028): of two views of image i, one gives logits z_ic and a
-unit vector v_i, the anchor; the other, through a slowly following copy of the network, a unit key
-k_i. An anchor is contrasted with the bank = [v_1..v_B; k_1..k_B; a queue of earlier keys] (P_i: its
-other rows with image i's label) and with the classes; the log prior makes rare ones win by more:
+unit vector v_i, the anchor; the other, through a slowly following copy of the network (the key
+encoder), a unit key k_i. An anchor is contrasted with the bank = [v_1..v_B; k_1..k_B; a queue of
+earlier keys] (P_i: its other rows of i's label) and the classes (ln pi: rare ones win by more):
 
     s_ic = z_ic + ln pi_c,    t_ia = v_i . bank_a / T                                       (6)
     D_i  = sum_c e^s_ic + gamma sum_{a != i} e^t_ia                                         (7)
@@ -61,14 +61,12 @@ def drw_weights(counts, epoch, drw_epoch, beta=0.9999):
     return class_balanced_weights(counts, beta) if epoch >= drw_epoch else None
 
 
-def soft_cross_entropy(logits, target):
-    """Mean of -sum_k target_k log softmax(logits)_k; target (B,K), or class numbers (B,)."""
-    return F.cross_entropy(full_precision(logits), target)
+def cross_entropy(logits, target, weight=None):
+    """Mean of -sum_k t_k log softmax(logits)_k for soft labels t (B,K) or class numbers y (B,).
 
-
-def weighted_cross_entropy(logits, labels, weight=None):
-    """sum_i w[y_i] l_i / sum_i w[y_i], l_i = -log softmax(logits_i)[y_i]; w (K,), None: ones."""
-    return F.cross_entropy(full_precision(logits), labels, weight)
+    With class weights w (K,): sum_i w[y_i] l_i / sum_i w[y_i], l_i = -log softmax(logits_i)[y_i].
+    """
+    return F.cross_entropy(full_precision(logits), target, weight)
 
 
 def soft_distillation(dist_logits, teacher_logits, tau=1.0, weight=None):
@@ -77,9 +75,9 @@ def soft_distillation(dist_logits, teacher_logits, tau=1.0, weight=None):
     DeiT's code divides by K as well. weight (K,): each image weighs as its teacher label.
     (The published code re-normalises weighted log-probabilities, which gives no distribution.)
     """
-    p = (full_precision(teacher_logits) / tau).log_softmax(dim=1)
-    q = (full_precision(dist_logits) / tau).log_softmax(dim=1)
-    kl = (p.exp() * (p - q)).sum(dim=1)                                 # (B,)
+    log_p = (full_precision(teacher_logits) / tau).log_softmax(dim=1)
+    log_q = (full_precision(dist_logits) / tau).log_softmax(dim=1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=1)                     # (B,)
     w = torch.ones_like(kl) if weight is None else weight[teacher_logits.argmax(dim=1)]
     return tau ** 2 * (w * kl).sum() / w.sum()
 
@@ -91,9 +89,9 @@ def distillation_loss(cls_logits, dist_logits, target, teacher_targets, alpha=0.
     target: soft labels (B,K) or class numbers (B,). teacher_targets: hard labels y_t (B,), or the
     teacher's logits (B,K), which DIST then follows softly at temperature tau.
     """
-    loss_cls = soft_cross_entropy(cls_logits, target)
+    loss_cls = cross_entropy(cls_logits, target)
     if teacher_targets.ndim == 1:
-        loss_dist = weighted_cross_entropy(dist_logits, teacher_targets, weight)
+        loss_dist = cross_entropy(dist_logits, teacher_targets, weight)
     else:
         loss_dist = soft_distillation(dist_logits, teacher_targets, tau, weight)
     return (1 - alpha) * loss_cls + alpha * loss_dist, loss_cls, loss_dist          # (1)
@@ -137,7 +135,7 @@ class VSLoss(nn.Module):
         self.register_buffer("shift", (tau * (counts / counts.sum()).log()).float())        # (K,)
 
     def forward(self, logits, target, weight=None):
-        """logits (B,K), target (B,), class weights (K,) or None -> scalar."""
+        """logits (B,K), target (B,) or (unweighted) (B,K), weights (K,) or None -> scalar."""
         z = full_precision(logits) / self.delta + self.shift
         return F.cross_entropy(z, target, weight)                       # (4)
 
@@ -179,8 +177,8 @@ class PaCo(nn.Module):
 
     A step: keys() once; forward() and PaCoLoss, under SAM twice with the same keys; enqueue() once.
     net(x, return_features=True) -> logits (B,K), features (B,num_features). dim: of anchors, keys.
-    queue: keys remembered, at first zeros of label -1 (published: random). momentum: share of its
-    weights that the key encoder keeps in a step.
+    queue: keys remembered, at first zeros of label -1 (published: random). momentum: the
+    fraction of its weights that the key encoder keeps in a step.
     """
 
     def __init__(self, net, num_features, dim=32, queue=1024, momentum=0.999):

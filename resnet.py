@@ -206,7 +206,7 @@ class FastNet(ResNet):
 
     After Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498. Blocks halve the image down
     to 2 to 4 pixels: 3 blocks at 32 px, 5 at 128. A training step of a 32 px image takes 0.39
-    GFLOP, as ResNet-32's, but in few large convolutions, which a CPU computes at nearly its full
+    GFLOP (ResNet-32: 0.41), but in few large convolutions, which a CPU computes at nearly its full
     rate. Features are halved, so that a linear classifier learns more slowly than they do.
     """
 
@@ -259,7 +259,7 @@ class FastStem(nn.Module):
         self.proj = nn.Conv2d(net.fc.in_features, embed_dim, 1)
 
     def start_from(self, net, mean, std):
-        """Copy a FastNet's weights. mean, std: of the ViT (3,1,1), which normalises for itself."""
+        """Copy a FastNet's stem and blocks. mean, std (3,1,1): of the ViT, which normalises."""
         # Images come as (x - m) / s; the FastNet had (x - m_t) / s_t, of which its stem makes
         # w (x - m_t) / s_t + b  =  (w s / s_t) (x - m) / s  +  b + sum w (m - m_t) / s_t.
         weight, first = net.stem.weight, self.stem

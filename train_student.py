@@ -31,8 +31,8 @@ from engine.networks import (NORMALISATIONS, STEMS, build_student, load_teacher,
 from engine.run_folder import Run
 from engine.runtime import UserError
 from engine.settings import (Interval, Parser, Setting, add_run_flags, add_settings, defaults,
-                             fill_settings, fit_to_folder, flag, flags_of_teacher, pick_recipe,
-                             resolve_data, run_name, schedule_text)
+                             fill_settings, fit_to_folder, flag, flags_of_teacher, has_second_phase,
+                             pick_recipe, resolve_data, run_name, schedule_text)
 from engine.training import (EMA, FiniteScaler, compiled, cosine_lr, micro_batches,
                              parameter_groups, set_lr)
 from vit import MODELS
@@ -62,7 +62,7 @@ SETTINGS = [
     Setting("drw_epoch", 1100, Interval(0), "first epoch (from 0) that is re-weighted, not mixed"),
     Setting("beta", 0.9999, Interval(0, 0.999999), "of the class weights; 0: no re-weighting"),
     Setting("mix_drw", False, None, "go on mixing in the re-weighted epochs"),
-    Setting("repeats", 3, Interval(1), "repeated augmentation: times an image is in an epoch"),
+    Setting("repeats", 3, Interval(1), "repeated augmentation: views of an image; 1: off"),
     Setting("crop", "resized", ("resized", "padded", "loader"), "random area, padded, loader's"),
     Setting("rand_ops", 2, Interval(0), "RandAugment: operations per image"),
     Setting("magnitude", 9.0, Interval(0, 10), "RandAugment: their strength"),
@@ -71,7 +71,7 @@ SETTINGS = [
     Setting("cutmix", 1.0, Interval(0), "Beta parameter of CutMix; 0: off"),
     Setting("smoothing", 0.1, Interval(0, 1), "label smoothing while images are mixed"),
     Setting("ema", 0.99984, Interval(0, 0.999999), "decay per step of averaged weights; 0: off"),
-    Setting("eval_crop", 0.875, Interval(0.1, 1), "centre of the test image that is looked at"),
+    Setting("eval_crop", 0.875, Interval(0.1, 1), "side of the central square that is tested"),
     Setting("eval_every", 10, Interval(1), "epochs between evaluations on the test set"),
 ]
 # Recipes change some of them. cpu: the same method, small and short. ours: cpu, with what was
@@ -114,9 +114,9 @@ METRICS = ("loss", "loss_cls", "loss_dist", "teacher_accuracy")
 def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=None, order_of=None):
     """The training loop. Returns {"cls", "dist", "avg" and, with --ema, "ema": accuracies}.
 
-    augment_images, label_loss, order_of: replaced by the baselines in experiments/."""
+    rt: device and processes; run: its folder. The last three are replaced in experiments/."""
     augment_images = augment_images or strong_augment
-    label_loss = label_loss or losses.soft_cross_entropy
+    label_loss = label_loss or losses.cross_entropy
     order_of = order_of or epoch_order
     K, counts = data.num_classes, torch.tensor(data.counts, device=rt.device)
     log_prior = (counts / counts.sum()).log()                           # ln pi (K,)
@@ -148,7 +148,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                                         args.warmup_epochs))
             metrics = torch.zeros(len(run.metrics), device=rt.device)
             for i in range(accumulation_steps):
-                # Every n-th image, so that an image's copies (repeats) are in different ones.
+                # Strided, so that an image's copies (--repeats) are in different micro-batches.
                 part = images[i::accumulation_steps]                    # uint8 (b,3,H,W)
                 target = labels[i::accumulation_steps]                  # (b,)
                 fraction = len(part) / len(labels)
@@ -164,7 +164,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                         # 2. Student.
                         cls_logits, dist_logits = model(x)              # f_c, f_d (b,K)
                         if dist_logits is None:
-                            dist_logits = cls_logits                    # one token is both
+                            dist_logits = cls_logits                    # one token learns both
                         if args.logit_adjustment:
                             cls_logits = cls_logits + log_prior         # f_c + ln pi
                         if teacher:
@@ -179,7 +179,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                             # 4. L = (1 - alpha) CE(f_c, y) + alpha w[y_t] CE(f_d, y_t)
                             loss, *terms = losses.distillation_loss(
                                 cls_logits, dist_logits, target, y_t, args.alpha, weight, args.tau)
-                            loss = loss + 0 * g.sum()       # not finite where g(x) is not
+                            loss = loss + 0 * g.sum()       # NaN if g(x) is: then no step
                             values = [loss, *terms, teacher_accuracy(g, target)]
                         else:
                             loss = label_loss(cls_logits, target)
@@ -201,7 +201,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
             cosine = evaluation.token_cosine(net, data, args.img_size, args.eval_crop, rt)
         run.after_epoch(epoch, results, drw=weight is not None, cosine=cosine,
                         lr=optimizer.param_groups[0]["lr"])
-    return results or evaluate(net, ema, data, args, rt)                # resumed after the last
+    return results or evaluate(net, ema, data, args, rt)                # no epoch was left
 
 
 # ---- Parts of a step -----------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def weak_augment(images):
 def update_prior(teacher_prior, y_t, tau, accumulation_steps, rt):
     """Move pi_t (K,), the teacher's label frequencies, towards those of y_t, (b,) or (b,K).
 
-    A running mean over about 100 steps, of so many micro-batches each, and all processes.
+    A running mean over about 100 steps of accumulation_steps micro-batches, and all processes.
     """
     now = losses.teacher_label_distribution(y_t, len(teacher_prior), tau)
     teacher_prior.lerp_(runtime.all_sum(now, rt) / rt.world, 0.01 / accumulation_steps)
@@ -232,7 +232,7 @@ def log_prior_of(pi):
 
 
 def teacher_accuracy(g, target):
-    """Percent of images whose teacher's label is the true one, or the larger part of a mixed one.
+    """Percent of images that the teacher labels right; of a mixed one, its larger part counts.
 
     g: teacher's logits (b,K); target: labels (b,) or mixed ones (b,K).
     """
@@ -290,7 +290,7 @@ def resolve(args, rt):
     resolve_data(args)
     row = defaults(SETTINGS) | pick_recipe(args, RECIPES, rt)
     if args.dataset == "folder":
-        largest = {"paper": 224, "cpu": 64, "ours": 32}[args.recipe]    # px: ours is for minutes
+        largest = {"paper": 224, "cpu": 64, "ours": 32}[args.recipe]    # px; ours is for minutes
         row = fit_to_folder(row, survey(args), largest)
     changed = fill_settings(args, SETTINGS, row | (METHODS | BASELINES)[args.method])
     for name in ABOUT_TEACHER:
@@ -322,30 +322,32 @@ def resolve(args, rt):
 
 def check(args, changed, rt):
     """UserError for settings that exclude each other, or a changed one that has no effect."""
-    idle = []
+    idle = set()
     if args.distill == "none":
-        idle += [flag(name) for name in (*ABOUT_TEACHER, "alpha", "beta", "teacher_view", "tau")
-                 if name in changed]
-        if args.teacher != "auto":
-            idle.append("--teacher")
-    elif args.distill == "hard" and "tau" in changed:
-        idle.append("--tau")
-    if args.rand_ops == 0 and "magnitude" in changed:
-        idle.append("--magnitude")
+        idle |= {*ABOUT_TEACHER, "alpha", "beta", "teacher_view", "tau"}
+    elif args.distill == "hard":
+        idle.add("tau")
+    if args.rand_ops == 0:
+        idle.add("magnitude")
     if args.mixup + args.cutmix == 0:
-        idle += [flag(name) for name in ("smoothing", "mix_drw") if name in changed]
+        idle |= {"smoothing", "mix_drw"}
+    if not has_second_phase(args):
+        idle.add("drw_epoch")
+    idle = [flag(name) for name in sorted(idle & changed.keys())]
+    if args.distill == "none" and args.teacher != "auto":
+        idle.append("--teacher")
     if idle:
         raise UserError(f"{', '.join(idle)} would have no effect with --method {args.method} "
-                        f"--distill {args.distill} --rand-ops {args.rand_ops}")
+                        f"--distill {args.distill} --rand-ops {args.rand_ops} --beta {args.beta:g}")
     several = teacher_files(args.teacher)
     if len(several) > 1 and set(several) & set(OWN_TEACHERS):
-        raise UserError(f"--teacher {args.teacher}: of several, each is a run folder or a file")
+        raise UserError(f"--teacher {args.teacher}: each of several must be a run folder or a file")
     if args.teacher_rho is not None and args.teacher not in OWN_TEACHERS:
         raise UserError(f"--teacher-rho is for --teacher {', '.join(OWN_TEACHERS)}")
     if args.batch % rt.world or args.batch < rt.world:
         raise UserError(f"--batch {args.batch} cannot be shared by {rt.world} processes")
     if (args.crop == "loader") != (args.dataset in data_lt.LISTS):
-        raise UserError("--crop loader is for data sets that stay on disk, and their only one")
+        raise UserError("--crop loader is for imagenet_lt and inat18, and their only crop")
     if args.stem != "patch" and args.img_size == args.patch_size:
         raise UserError(f"--stem {args.stem}: its BatchNorm needs an --img-size above --patch-size")
     if args.distill == "none" and args.tokens == 2:
@@ -377,11 +379,11 @@ def run_student(args, rt, prepare=None, wait=False, **replacements):
     """
     teacher_flags = resolve(args, rt)
     run = Run(args.out, args, rt, SETTINGS, wait)
+    data = load_data(args, rt)
+    run.check_data(data)
     if run.print_if_finished(args.epochs, args.method, draw_summary):
         return
-    data = load_data(args, rt)
     print_data_summary(data, args, rt)
-    run.check_data(data)
     net, teacher = new_network(args, data, rt, resumed=bool(run.resumed)), None
     if prepare:
         prepare(net)

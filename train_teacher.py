@@ -12,7 +12,7 @@ Published for ResNet-32 on CIFAR-10-LT and CIFAR-100-LT, imbalance 100: LDAM-DRW
 
 The LDAM teacher sees weak augmentation only, crop and flip; the student will give it strongly
 augmented, mixed images. That makes DeiT-LT's distillation out-of-distribution. At the end the
-script says how right and how sure it is on both kinds of images. Output: runs/teacher_.../
+script prints its accuracy and entropy on both kinds of images. Output: runs/teacher_.../
 """
 import shlex
 
@@ -44,8 +44,8 @@ SETTINGS = [
     Setting("img_size", 32, Interval(1), "side of the network's images, pixels"),
     Setting("norm", "cifar", tuple(NORMALISATIONS), "pixel statistics to normalise with"),
     Setting("augment", "weak", ("weak", "padded", "resized", "loader"),
-            "weak: crop, flip; else the student's strong augmentation with that crop"),
-    Setting("mixing", 0.0, Interval(0, 1), "share of the batches that are mixed; strong: all"),
+            "weak: shift by up to 4 px, flip; else the student's augmentation with that crop"),
+    Setting("mixing", 0.0, Interval(0, 1), "fraction of the batches that are mixed; strong: all"),
     Setting("epochs", 200, Interval(1), "passes over the training images"),
     Setting("batch", 128, Interval(1), "images per step, all processes together"),
     Setting("lr", 0.1, Interval(0), "peak learning rate of SGD with momentum 0.9"),
@@ -77,7 +77,7 @@ SHAPES = CPU | dict(img_size=16, epochs=8, batch=32, lr=0.03, rho=0.05, rho_sche
                     drw_epoch=5, warmup_epochs=1, eval_every=4)
 OURS = CPU | dict(arch="fast", loss="la", beta=0.0, epochs=40, batch=128, weight_decay=5e-4,
                   warmup_epochs=4, rho=0.0)
-OURS_CIFAR = OURS | dict(mixing=0.5)        # it would know the images by heart; on few it hurts
+OURS_CIFAR = OURS | dict(mixing=0.5)        # else it memorises them; with few, mixing hurts
 LARGE = dict(arch="resnet50", img_size=224, epochs=90, batch=256, lr=0.2, schedule="cosine",
              warmup_epochs=0, rho=0.5, rho_schedule="step", drw_epoch=60, max_margin=0.3,
              norm="imagenet")
@@ -148,7 +148,7 @@ def train(args, data, net, rt, run):
             set_lr(sam, learning_rate(args, epoch + step / steps))
             x = view(images, args)                                      # (B,3,S,S) in [0,1]
             if is_mixed(args):
-                # Smoothed, a rare class has e/K, far above the frequency that la and vs add.
+                # Smoothing gives a rare class e/K, far above the frequency of la and vs.
                 smoothing = 0.1 if args.loss == "ce" else 0.0
                 x, y = augment.mixup_cutmix(x, y, K, smoothing=smoothing)       # y (B,K)
             if paco:
@@ -186,7 +186,7 @@ def train(args, data, net, rt, run):
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             results = evaluation.evaluate_teacher(net, data, rt)
         run.after_epoch(epoch, results, drw=weight is not None, lr=sgd.param_groups[0]["lr"])
-    return results or evaluation.evaluate_teacher(net, data, rt)        # None: no epoch was left
+    return results or evaluation.evaluate_teacher(net, data, rt)        # no epoch was left
 
 
 # ---- Parts of a step -----------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def train(args, data, net, rt, run):
 def make_criterion(args, counts, device):
     """criterion(logits, labels, weight=class weights or None); PaCo's takes the bank too."""
     if args.loss == "ce":
-        return losses.weighted_cross_entropy
+        return losses.cross_entropy
     if args.loss == "focal":
         return losses.focal_loss
     if args.loss == "ldam":
@@ -273,7 +273,7 @@ def resolve(args, rt):
     resolve_data(args)
     paco = args.loss == "paco"
     recipes = PACO_RECIPES if paco else RECIPES
-    if args.loss not in (None, "la"):               # ours has one loss, so has gpu
+    if args.loss not in (None, "la"):               # ours and gpu are for la
         recipes = {name: recipes[name] for name in ("paper", "cpu")}
         args.recipe = {"ours": "cpu", "best": "cpu", "gpu": "paper"}.get(args.recipe, args.recipe)
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)
@@ -365,7 +365,7 @@ def run_teacher(args, rt, wait=False, train=train):
     net = new_network(args, data, rt)
     fit_epochs(run, train, args, data, net, rt, at_end=evaluation.teacher_summary)
     rt.print(f"Teacher ({args.recipe} recipe): {args.arch}, {args.loss}, SAM rho {args.rho:g}, "
-             f"{schedule_text(args, args.beta > 0)} on {describe(data, args)}. Run folder: "
+             f"{schedule_text(args)} on {describe(data, args)}. Run folder: "
              f"{args.out}")
     results = train(args, data, net, rt, run)
     summary = evaluation.teacher_summary(net, data, rt)

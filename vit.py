@@ -91,7 +91,7 @@ class Attention(nn.Module):
 
 
 def drop_path(branch, p, training):
-    """Stochastic depth: drop a residual branch (B,T,D) with probability p, for each image apart."""
+    """Stochastic depth: drop a residual branch (B,T,D) of each image with probability p."""
     if not training or p == 0:
         return branch
     keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= p
@@ -174,10 +174,10 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(self.dist_token, std=0.02)
 
     def forward_features(self, x, return_attention=False, keep=None):
-        """Images (B,3,S,S) in [0, 1] -> tokens (B,T,D) after the last norm, attention weights.
+        """Images (B,3,S,S) in [0, 1] -> tokens (B,T,D) after the last norm, list of attention.
 
         Token 0 is CLS, token 1 DIST (if distilled), then the patches, row by row. keep: only the
-        first `keep` tokens. return_attention: the list has (B,H,T,T) of each block, else nothing.
+        first `keep` tokens. return_attention: the list has (B,H,T,T) of each block; else empty.
         """
         if x.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(f"the network was built for {self.img_size} px, the images have "
@@ -191,7 +191,7 @@ class VisionTransformer(nn.Module):
             if return_attention:
                 q, k, _ = block.attn.split_heads(block.norm1(x))
                 attention.append(block.attn.attend(q, k))
-            kept = keep if block is self.blocks[-1] else None       # keys are needed until then
+            kept = keep if block is self.blocks[-1] else None       # before, all tokens are keys
             if self.checkpointing and self.training:    # not the stem: BatchNorm would count twice
                 x = checkpoint(block, x, kept, use_reentrant=False)
             else:

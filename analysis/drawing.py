@@ -216,17 +216,19 @@ def example_images(data, classes, n, seed=0):
                          for i in range(n)])
 
 
-def measured_images(subject, classes, images, default):
-    """Indices of the test images to measure on: of --classes; --images of them, else `default`."""
-    classes = chosen_classes(classes, subject.data)
-    return images_of(subject.data.test_labels, classes, image_count(subject, images, default))
+def measured_images(subject, classes, n):
+    """Indices of (up to) n test images to measure on: of --classes, else of the rare ones."""
+    return images_of(subject.data.test_labels, chosen_classes(classes, subject.data), n)
 
 
-def image_count(subject, images, default):
-    """--images, else the default, of which large images (a minute or two on a CPU) get a sixth."""
+def image_count(subjects, images, default):
+    """--images, else the default, or a sixth if any network's images are large (minutes on a CPU).
+
+    The same for all networks of a figure: ranks of few images cannot be as high.
+    """
     if images:
         return images
-    return default if subject.net.img_size <= 64 else default // 6
+    return default if all(s.net.img_size <= 64 for s in subjects) else default // 6
 
 
 def student_images(subject, index):

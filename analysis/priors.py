@@ -14,6 +14,7 @@ from engine.runtime import UserError, one_line
 from images.files import class_name, shown, some
 
 TRAIN, EQUAL = "the training frequencies", "equal frequencies"
+INVERSE = "the inverse training frequencies"
 
 
 def test_prior(spec, data):
@@ -82,9 +83,13 @@ def assumed_prior(config):
         return None
     reweighted = config.get("beta", 0) > 0 and config.get("drw_epoch", 0) < config["epochs"]
     if "method" not in config:                                          # a teacher
+        if config["loss"] in ("la", "vs") and reweighted:
+            return -1.0, f"about {INVERSE} (the log prior in its loss and re-weighting)"
         if config["loss"] in ("la", "vs", "paco"):
             return 0.0, f"{EQUAL} (the log prior in its loss)"
         return (0.0, f"about {EQUAL} (re-weighting)") if reweighted else (1.0, TRAIN)
+    if config.get("logit_adjustment") and reweighted and config.get("distill") != "none":
+        return -0.5, f"between, CLS {EQUAL}, DIST about {INVERSE} (re-weighting as well)"
     if config.get("logit_adjustment"):
         return 0.0, f"{EQUAL} (logit adjustment)"
     if config["method"] == "vit-crt":

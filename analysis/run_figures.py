@@ -158,10 +158,13 @@ def imbalance(logs, rt, labels=None):
     """Tail accuracy against the imbalance factor (Figure 1c), a line per label.
 
     From each run's result.json: the prediction's tail accuracy at the last epoch. Without `labels`,
-    runs are labelled by method and model. Runs of one label and one imbalance are repetitions.
+    runs are labelled by method and model, and by data set and recipe where these differ. Runs of
+    one label and one imbalance are repetitions.
     """
     results = [run_result(run.path, "method", "model", "imb", "seed", "avg") for run in logs]
-    names = labels or [f"{result['method']} {result['model']}" for result in results]
+    fields = ["method", "model", *(name for name in ("dataset", "recipe")
+                                   if len({result.get(name) for result in results}) > 1)]
+    names = labels or [" ".join(str(result.get(name)) for name in fields) for result in results]
     rows = [{"series": name, "run": short_name(run.path), "imbalance": result["imb"],
              "seed": result["seed"], "overall %": result["avg"]["overall"],
              "tail %": result["avg"]["tail"]} for name, run, result in zip(names, logs, results)]

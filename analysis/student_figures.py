@@ -43,11 +43,11 @@ def attention(subjects, rt, classes=None, index=None, columns=8, images=None, se
     size = (max(6, 1.2 * len(shown) + 1), 1.38 * rows)
     figure, axes = plt.subplots(rows, len(shown), squeeze=False, figsize=size, layout="constrained")
     draw_images(axes[0], subjects[0], shown)
-    table, row = [], 1
+    table, row, n = [], 1, drawing.image_count(subjects, images, 300)
     for s in subjects:
         draw_maps(axes[row:row + s.net.num_tokens], s, shown)
         row += s.net.num_tokens
-        table += attention_rows(s, drawing.measured_images(s, classes, images, 300), seed)
+        table += attention_rows(s, drawing.measured_images(s, classes, n), seed)
     spread = []
     for entry in table:
         name = entry["token"] if len(subjects) == 1 else f"{entry['run']} {entry['token']}"
@@ -143,11 +143,11 @@ def distance(subjects, rt, classes=None, images=None):
     test images. The dotted line: uniform attention. The paper's claim: DeiT-LT's early blocks have
     local heads, a plain ViT's look far.
     """
-    rows, table = [], []
+    rows, table, n = [], [], drawing.image_count(subjects, images, 300)
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for i, s in enumerate(subjects):
         G, P = s.net.img_size // s.net.patch_size, s.net.patch_size
-        index = drawing.measured_images(s, classes, images, 300)
+        index = drawing.measured_images(s, classes, n)
         pixels = attention_distances(s, index).cpu().numpy()        # (blocks,H)
         even = float(quantities.patch_distances(G, P).mean())
         offset = 0.14 * (i - (len(subjects) - 1) / 2)               # runs side by side
@@ -198,13 +198,13 @@ def rank(subjects, rt, classes=None, images=None):
     the tail. A set with fewer images than features cannot show a high rank.
     """
     table, errors = [], []
-    rare = "chosen" if classes else "tail"
+    rare, count = "chosen" if classes else "tail", drawing.image_count(subjects, images, 1000)
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained",
                                 width_ratios=[1, 1, 1.15])
     for i, s in enumerate(subjects):
         every = drawing.images_of(s.data.test_labels, range(s.data.num_classes),
-                                  drawing.image_count(s, images, 1000))
-        measured = {"all": every, rare: drawing.measured_images(s, classes, images, 1000)}
+                                  count)
+        measured = {"all": every, rare: drawing.measured_images(s, classes, count)}
         for axis, (name, index) in zip(axes, measured.items()):
             for token, features in token_features(s, index).items():            # (blocks,n,d)
                 dashed = token == "DIST"
@@ -312,7 +312,8 @@ def training_views(args, data, n, seed, rt):
                                     args.erasing)
     target = augment.smooth_one_hot(labels, data.num_classes)
     views = {"clean": (clean, target), "strong": (strong, target)}
-    if args.mixup + args.cutmix > 0:
+    mixed_once = getattr(args, "drw_epoch", 1) > 0 or getattr(args, "mix_drw", False)
+    if args.mixup + args.cutmix > 0 and mixed_once:
         views["mixed"] = augment.mixup_cutmix(strong, labels, data.num_classes, args.mixup,
                                               args.cutmix, smoothing=0.0)
     return views

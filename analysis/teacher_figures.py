@@ -12,7 +12,7 @@ from analysis.drawing import Figure, plt
 from analysis.loading import check, is_number
 from engine.evaluation import teacher_input, teacher_on_training_images
 from engine.runtime import UserError
-from losses import LDAMLoss, VSLoss, focal_loss, weighted_cross_entropy
+from losses import LDAMLoss, VSLoss, cross_entropy, focal_loss
 from resnet import FastNet
 
 
@@ -76,11 +76,12 @@ def sharpness(subjects, rt, images=None, seed=0):
     """How fast the loss rises around a teacher's weights w: is SAM's minimum flatter (Section 3.2)?
 
     The loss that the teacher was trained with (PaCo and files from elsewhere: cross-entropy), over
-    training images, equally many of every class (`images`, default 500, in all), as re-weighting
-    has it at the end of a training. It is taken at w + r ||w|| d for a unit direction d: SAM's, up
-    the gradient, and the mean of 3 random ones whose filters are as long as w's (quantities). r is
-    relative to the length of w's matrices and kernels, since BatchNorm makes a network's function
-    nearly independent of that length. The network is in evaluation mode, as a student uses it.
+    training images, equally many of every class as far as there are (`images`, default 500, in
+    all), nearly as re-weighting has it at the end of a training. It is taken at w + r ||w|| d for a
+    unit direction d: SAM's, up the gradient, and the mean of 3 random ones whose filters are as
+    long as w's (quantities). r is relative to the length of w's matrices and kernels, since
+    BatchNorm makes a network's function nearly independent of that length. The network is in
+    evaluation mode, as a student uses it.
     """
     rows, table, losses_used = [], [], []
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained")
@@ -106,8 +107,8 @@ def sharpness(subjects, rt, images=None, seed=0):
                            "rise of the loss, nats", TITLES[direction])
         axis.set_xticks(steps[::2])
     drawing.shared_legend(figure, axes[0])
-    note = ("Mean loss of training images, equally many of every class (solid), and of the tail "
-            "classes among them (dashed), above its value at the trained weights. Losses: "
+    note = ("Mean loss of training images, of every class equally many or all (solid), and of the "
+            "tail classes among them (dashed), above its value at the trained weights. Losses: "
             f"{', '.join(losses_used)}.")
     drawing.finish(figure, "How fast the loss rises around the weights", subjects, note)
     return Figure(figure, table, rows, note)
@@ -127,7 +128,7 @@ def teacher_loss(subject):
     elif name == "focal":
         criterion = focal_loss
     elif name in ("ce", "paco"):
-        name, criterion = "ce", weighted_cross_entropy
+        name, criterion = "ce", cross_entropy
     else:
         raise UserError(f"sharpness does not know the teacher's loss {name}")
     if isinstance(criterion, nn.Module):

@@ -29,8 +29,8 @@ from images.files import class_name
 def write_atomically(path, write, previous=None):
     """Call write(file) on a temporary file in the same folder, force it to disk, rename it to path.
 
-    previous: where to keep the file that was there. Raises UserError if it cannot be written; the
-    file that was there is then intact, or if `path` is there and no file.
+    previous: where to keep the file that was there. Raises UserError if it cannot be written (the
+    old file is then intact), or if `path` exists and is not a regular file.
     """
     if os.path.exists(path) and not os.path.isfile(path):       # a folder, or /dev/stdout
         raise UserError(f"cannot write {path}: it is not a regular file; name another")

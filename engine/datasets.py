@@ -182,7 +182,7 @@ def sort_classes(dataset, label, train, test, class_names, fingerprint=None):
     ids = descending(counts)[:(counts > 0).sum()]
     if len(ids) < 2:
         raise DataError(f"{label} has images of only one class to train on: {class_names[ids[0]]}")
-    number = np.full(len(class_names), -1)                      # the data set's number -> ours
+    number = np.full(len(class_names), -1, np.int64)            # the data set's number -> ours
     number[ids] = np.arange(len(ids))
     known = np.where(number[test_y] >= 0)[0]
     if len(known) < len(test_y):
@@ -539,7 +539,7 @@ def own_name(args):
 # ---- For people ----------------------------------------------------------------------------------
 
 def describe(data, args):
-    """CIFAR-10-LT (imb 100, 12,406 images, 10 classes of 5000 to 50); the actual imbalance."""
+    """CIFAR-10 (imb 100, 12,406 images, 10 classes of 5000 to 50); the actual imbalance."""
     imb = f"{data.imb:.4g}"
     if args.imb is not None and abs(data.imb / args.imb - 1) > 0.01:
         imb += f" for --imb {args.imb:g}"

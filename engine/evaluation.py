@@ -100,7 +100,7 @@ def evaluate(predict, images, labels, groups, rt):
 
 @torch.no_grad()
 def answers(predict, images, labels, rt, batch=500):
-    """What every head says of this process's images: (their labels (n,), {head: classes (n,)}).
+    """What each head predicts for this process's images: (labels (n,), {head: classes (n,)}).
 
     predict, images, labels: see evaluate. Class -1: see predicted. Both are on the CPU.
     """
@@ -297,7 +297,7 @@ def accuracy_on_clean(net, data, rt, n=500):
     in another order, or wrong pixel statistics, before a student learns from them.
 
     Chance is 1 / classes, counting those that are in the sample: the mean recall of any answer that
-    does not depend on the image. Near it, where there is a warning, are odds below twice chance's:
+    does not depend on the image. It warns if the odds of being right are below twice chance's:
     67 % of 2 classes, 18 % of 10, 2 % of 100.
     """
     index = balanced_sample(data.train_labels.cpu(), n).to(rt.device)

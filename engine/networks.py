@@ -37,6 +37,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import augment
+import data_lt
 import resnet
 import vit
 from engine.checkpoints import are_names, check_tensors, is_run, load_checkpoint, load_weights
@@ -47,6 +48,7 @@ NORMALISATIONS = {  # mean and standard deviation of the pixels that a network w
     "cifar": (resnet.CIFAR_MEAN, resnet.CIFAR_STD),
     "imagenet": (resnet.IMAGENET_MEAN, resnet.IMAGENET_STD),
     "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),         # many of timm's ViTs
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 STEMS = {"patch": vit.PatchEmbed, "conv": vit.ConvStem, "fast": resnet.FastStem}    # of students
@@ -65,7 +67,7 @@ class Network:
     class_names: list = None    # in the order of the outputs, or None
     data: str = ""              # fingerprint of the data that a run was trained on
     numbering: str = "own"      # of outputs without names: as the data set's own, or by "count"
-    white: int = 65535          # level of deep images that is white, see images/decode.py
+    white: int = 65535          # value of white in deep images, see images/decode.py
     weights: str = ""           # 16 hexadecimal digits that change with any weight
     unfinished: str = None      # where a run stands that is not finished, or ""; None: not known
     teacher: nn.Module = None   # what a student's answers are combined with, see `joined`
@@ -153,6 +155,10 @@ def start_stem(net, teacher, data, rt):
         rt.print("--stem fast: no teacher with a FastNet, so its blocks begin untrained")
         source = resnet.FastNet(1, img_size=net.img_size).to(rt.device)
         whiten(source, data, rt.device)
+        source.blocks = net.patch_embed.blocks
+    elif len(source.blocks) < len(net.patch_embed.blocks):
+        rt.print(f"--stem fast: the teacher's FastNet has {len(source.blocks)} block(s) of "
+                 f"{len(net.patch_embed.blocks)}; the others begin untrained")
     net.patch_embed.start_from(source, net.mean, net.std)
 
 
@@ -606,7 +612,7 @@ def match_classes(network, data, what):
         raise UserError(f"{what} knows {network.num_classes} classes, the data have {len(names)}")
     by_count = list(range(len(names)))
     if known is None:
-        check_order_is_known(data, what)
+        check_order_is_known(data, network, what)
         order = data.class_ids if network.numbering == "own" else by_count
     elif sorted(known) == sorted(names):
         order = [list(known).index(name) for name in names]
@@ -621,7 +627,7 @@ def match_classes(network, data, what):
     return network
 
 
-def check_order_is_known(data, what):
+def check_order_is_known(data, network, what):
     """UserError if outputs without names may be in one order of the data's classes or another."""
     numbers = range(data.num_classes)
     own = sorted(numbers, key=lambda k: data.class_ids[k])              # as the data set has them
@@ -633,6 +639,9 @@ def check_order_is_known(data, what):
         k = differ[0]
         reason = (f"output {k} may be class {own[k]} or, as torchvision's ImageFolder sorts, class "
                   f"{sorted(own)[k]}")
+    elif data.name in data_lt.LISTS and network.what.startswith("torchvision's resnet50,"):
+        reason = ("output 0 may be class 0 of the lists or, as Saddle-LongTail numbers them, the "
+                  "most frequent one")
     else:
         return
     raise UserError(f"{what} has no class names, and {reason}: put their names beside it, one a "

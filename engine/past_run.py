@@ -5,6 +5,7 @@ locked (engine/lock.py), and then begun, resumed from its checkpoint, or refused
 another run, was begun with other settings, on other images or by another teacher. engine/run_folder
 goes on from here.
 """
+import hashlib
 import math
 import os
 import sys
@@ -22,6 +23,8 @@ from engine.training import check_compiler
 
 FORMAT = 2      # of a run folder's settings; runs without one were made before their names changed
 RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
+# What can be done about a teacher that another script would train.
+REMOVE = "remove that folder to train this teacher again, or name another by --teacher"
 LACKS = "the log lacks epochs"      # in `forced` of a run that went on with such a log
 # What config.json says besides the settings.
 ABOUT = ("classes", "counts", "class_groups", "versions", "hardware", "amp_dtype", "forced",
@@ -40,7 +43,7 @@ class PastRun:
         self.checkpoint = os.path.join(folder, "last.pt")
         self.previous = os.path.join(folder, "previous.pt")
         self.resumed, self.fallback, self.forced, self.log = None, False, [], []
-        self.teachers = []
+        self.teachers, self.wait = [], wait
         self.start_epoch, self.start_step = 0, 0
         self.defaults = defaults(table)
         # By torchrun, of which each machine counts for itself: one that was started anew from 0.
@@ -134,7 +137,8 @@ class PastRun:
         if (args.minutes is not None and known and not self.overwrite
                 and (self.resume or self.finished)):
             config = read_json(self.folder, "config.json")
-            self.set_epochs(args, config["epochs"], config.get("eval_every", args.eval_every))
+            if config.get("minutes") == args.minutes:
+                self.set_epochs(args, config["epochs"], config.get("eval_every", args.eval_every))
 
     def set_epochs(self, args, epochs, eval_every):
         if args.minutes is not None and not self.measured:
@@ -205,11 +209,14 @@ class PastRun:
 
     def check_place(self):
         """UserError if processes go on from different places: on machines without this folder."""
-        mine = [self.start_epoch, self.start_step]
-        if all_max(mine, self.rt) != [-n for n in all_max([-n for n in mine], self.rt)]:
+        if self.differs([self.start_epoch, self.start_step]):
             exit_together(UserError(
                 f"not all processes find the same checkpoint in {self.folder}: put it where all "
                 "machines see it, or a copy of it on each of them"), self.rt)
+
+    def differs(self, numbers):
+        """Do the processes have different whole numbers, a list in each?"""
+        return all_max(numbers, self.rt) != [-n for n in all_max([-n for n in numbers], self.rt)]
 
     def changes(self, old, args, free):
         """"--lr 0.1 -> 0.05, ...": settings other than the run began with, but for those in `free`.
@@ -231,8 +238,9 @@ class PastRun:
     def force(self, args, changes):
         """UserError for changed settings, or, with --force, a line about them."""
         if not args.force:
-            raise UserError(f"{self.folder} was begun with other settings: {changes}; repeat them, "
-                            "start another run, or go on all the same with --force")
+            raise UserError(f"{self.folder} was begun with other settings: {changes}; " +
+                            (REMOVE if self.wait else "repeat them, start another run, or go on "
+                             "all the same with --force"))
         self.forced = [*self.forced, f"after epoch {self.start_epoch}: {changes}"]
         self.rt.print(f"--force: going on {self.forced[-1]}")
 
@@ -262,14 +270,24 @@ class PastRun:
         return os.path.exists(os.path.join(self.folder, "result.json"))
 
     def check_data(self, data):
-        """UserError if the run that is resumed, or over, was trained on other images or levels."""
+        """UserError if the run that is resumed, or over, was trained on other images or levels.
+
+        Also if the processes have different images, each of which numbers the classes by its own.
+        """
+        here = dict(white=data.white, class_names=data.class_names, counts=data.counts)
+
         def check():
-            others = self.fingerprint() not in (None, data.fingerprint)
-            if others or (self.resumed and self.resumed.get("white", 65535) != data.white):
+            there = here | (self.resumed or {})     # of files that do not open now, counts differ
+            if (self.fingerprint() not in (None, data.fingerprint)
+                    or any(there[name] != here[name] for name in here)):
                 raise UserError(f"{self.folder} was trained on other images than these, or on "
-                                "other levels of them: --overwrite trains it again, --out names "
-                                "another folder")
+                                "other levels of them: " + (REMOVE if self.wait else "--overwrite "
+                                "trains it again, --out names another folder"))
         self.write(check)
+        mine = hashlib.sha256(repr((data.fingerprint, here)).encode()).hexdigest()
+        if self.differs([int(mine[:12], 16)]):
+            exit_together(UserError("not all processes have the same images: each machine needs "
+                                    "the same files in its --data-dir"), self.rt)
 
     def check_teacher(self, args, teacher, data):
         """Remember which networks the teacher is: their files, hashes of weights, and data.

@@ -56,8 +56,8 @@ def nan_for_null(read):
 LARGEST_JSON = 2 ** 28          # bytes; a log of 1,400 epochs has half a million
 
 
-# What the fields of these files are that this project reads again: an example of each, in a tuple
-# several. The values of an example's dict or list are alike.
+# An example value of each field that this project reads back; a tuple lists alternatives. All
+# values of a dict or list are like the one shown.
 EXAMPLES = {
     "config.json": {"dataset": "", "epochs": 0, "seed": 0, "counts": [0], "classes": [""],
                     "class_groups": {"": [0]}, "versions": {"": ""}},

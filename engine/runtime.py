@@ -78,7 +78,7 @@ def run_main(main):
     try:
         main()
     except (UserError, DataError) as error:
-        if int(os.environ.get("RANK", 0)) > 0:
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(5)       # all ranks have the same error: let rank 0 print it, then torchrun
         print(f"error: {visible(str(error))}", file=sys.stderr)     # ends the others
         code = 2
@@ -281,7 +281,7 @@ def seed_step(*key):
     torch.manual_seed would give the same draws, but walks the stack for 2 to 8 ms while CUDA has
     not been used, two or three times a step.
     """
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)

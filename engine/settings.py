@@ -47,11 +47,11 @@ class Interval:
         return f"from {self.low:g} to {self.high:g}"
 
 
-# Settings of both scripts that say which images there are, and how a run goes. None: no default.
+# Settings of both scripts that say which images there are, and how a run goes.
 DATA_SETTINGS = ("dataset", "imb", "imb_type", "holdout", "holdout_by", "train_list", "test_list",
                  "list_columns", "groups")
 CARRIED = (*DATA_SETTINGS, "data_dir", "seed", "device", "amp", "save_every", "compile", "skip_bad")
-NOT_RESUMED = ("out", "name", "resume", "overwrite", "force", "device", "data_dir", "compile",
+NOT_RESUMED = ("out", "resume", "overwrite", "force", "device", "data_dir", "compile",
                "checkpointing", "save_every", "skip_bad", "eval_every", "fitted")  # free to differ
 # What follows from --minutes (engine/minutes.py) where no flag says it.
 FITTED = ("epochs", "eval_every", "warmup_epochs", "drw_epoch", "ema")
@@ -224,6 +224,8 @@ def resolve_data(args):
         raise UserError(f"--groups is for your own data: {args.dataset} has published groups")
     if args.dataset in data_lt.LISTS and args.imb is not None:
         raise UserError(f"--imb: {args.dataset} is as imbalanced as its lists")
+    if args.imb is None and args.imb_type != "exp":
+        raise UserError("--imb-type is the kind of --imb, which is not given")
     if args.holdout is not None:
         check_ranges(args, holdout=(0.01, 0.9))
 
@@ -304,10 +306,17 @@ def set_epochs(args, epochs, eval_every):
         setattr(args, name, row[name])
 
 
-def schedule_text(args, drw=True):
-    """20 epochs (warm-up 1.67, 7 from --drw-epoch on), for people; drw: is there such a part?"""
+def has_second_phase(args):
+    """Does anything change at --drw-epoch: classes weighted, or a student's mixing over?"""
+    weighted = args.beta > 0 and getattr(args, "distill", "") != "none"
+    mixing = getattr(args, "mixup", 0) + getattr(args, "cutmix", 0) > 0
+    return weighted or (mixing and not args.mix_drw)
+
+
+def schedule_text(args):
+    """20 epochs (warm-up 1.67, 7 from --drw-epoch on), for people."""
     parts = f"warm-up {args.warmup_epochs:g}"
-    if drw:
+    if has_second_phase(args):
         parts += f", {max(0, args.epochs - args.drw_epoch) or 'none'} from --drw-epoch on"
     return f"{args.epochs} epoch{'s' if args.epochs > 1 else ''} ({parts})"
 

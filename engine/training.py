@@ -27,7 +27,7 @@ def set_lr(optimizer, lr):
 
 
 def micro_batches(n, steps, world, largest):
-    """Micro-batches a step, the same number in each process, of at most `largest` images.
+    """Number of micro-batches per step of at most `largest` images, the same in each process.
 
     n images an epoch make `steps` steps of `world` processes. No micro-batch is empty.
     """

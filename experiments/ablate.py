@@ -37,7 +37,7 @@ from engine import runtime
 from engine.records import read_json, read_log
 from engine.evaluation import COLUMNS
 from engine.runtime import UserError, end_with_parent, watched_signals
-from engine.settings import CARRIED, as_flags, flag, resolve_data
+from engine.settings import CARRIED, DATA_SETTINGS, as_flags, flag, resolve_data
 import experiments.deit3  # noqa: F401: its method, deit-iii
 from experiments import crt
 
@@ -126,7 +126,7 @@ def modes(teacher):
     of classes, 10, too: 0.9 CE + 0.1 KL / 10, here alpha = 0.01 / 0.91. The report's has
     temperature 2 and half of the loss.
     """
-    plain = f"{STUDENT} --imb 1 --epochs 20 --drw-epoch 20 {NOT_MIXED}"
+    plain = f"{STUDENT} --imb 1 --epochs 20 {NOT_MIXED}"
     hard = f"{plain} --method deit --teacher {teacher}"
     hard_one = f"{hard} --tokens 1"
     soft = f"{hard} --distill soft --tau 2"
@@ -173,21 +173,42 @@ def student_settings(command):
     return args
 
 
-def folder_of(command, rt):
-    """Run folder of a command. UserError for settings that cannot be."""
+def resolved(command, rt):
+    """All settings of a command, `out` among them. UserError for settings that cannot be."""
     program, flags = split(command)
     if program == TEACHER:
-        return train_teacher.teacher_folder(flags, rt, train=False)
+        args = train_teacher.parse(flags)
+        train_teacher.resolve(args, rt)
+        return args
     args = student_settings(command)
     train_student.resolve(args, rt)
     if program == CRT:
         args = crt.second_run(args)
         train_student.resolve(args, rt)
-    return args.out
+    return args
 
 
-def is_finished(folder):
-    return os.path.exists(os.path.join(folder, "result.json"))
+def folder_of(command, rt):
+    """Run folder of a command. UserError for settings that cannot be."""
+    return resolved(command, rt).out
+
+
+def is_finished(folder, args=None):
+    """Is there a result in a run folder?
+
+    args: settings that it is to have. UserError if it was trained on others of the images: the
+    folder's name does not have all that chooses them.
+    """
+    if not os.path.exists(os.path.join(folder, "result.json")):
+        return False
+    if args:
+        config = read_json(folder, "config.json")
+        other = [flag(name) for name in DATA_SETTINGS
+                 if name in config and config[name] != getattr(args, name)]
+        if other:
+            raise UserError(f"{folder} is a finished run with another {', '.join(other)}: remove "
+                            "it, or run this table in another folder")
+    return True
 
 
 def plan(table, common, seeds, rt):
@@ -203,6 +224,9 @@ def plan(table, common, seeds, rt):
             shared = as_flags(train_student.parse(flags), (*CARRIED, "recipe"))
             teachers.append(f"{MODES_TEACHER} {shlex.join(shared)}")
             rows = modes(folder_of(teachers[-1], rt))
+            if train_student.parse(flags).dataset not in ("cifar10", "shapes"):
+                raise UserError("modes: its --alpha 0.011 is DeiT's loss for ten classes, so "
+                                "--dataset cifar10 or shapes")
         check_common_flags(common, rows)
         tables.append([f"{row.command} {shlex.join(flags)}" for row in rows])
     return teachers, list(zip(rows, zip(*tables)))
@@ -318,16 +342,18 @@ def main():
     for command in dict.fromkeys(commands):                 # rows of the same run: once
         if options.commands:
             print(f"python {command}")
-        elif not options.show and not is_finished(folder_of(command, rt)):
-            run(command)
+        elif not options.show:
+            args = resolved(command, rt)
+            if not is_finished(args.out, args):
+                run(command)
     if options.commands:
         return
 
     measured = []
     for row, by_seed in rows:
-        folders = [folder_of(command, rt) for command in by_seed]
-        measured.append((row, [read(folder, row.head) for folder in folders
-                               if is_finished(folder)]))
+        runs = [resolved(command, rt) for command in by_seed]
+        measured.append((row, [read(args.out, row.head) for args in runs
+                               if is_finished(args.out, args)]))
     column = published_column(options.table, rows[0][1][0])
     print(as_markdown(measured, column, PUBLISHED_BY.get(options.table, "paper")))
 

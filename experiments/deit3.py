@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import augment
 import train_student
 from engine import runtime
+from engine.runtime import UserError
+from engine.settings import flag
 from images.operations import ID, apply_operations, apply_where, gaussian_blur, grayscale, uniform
 from images.policies import color_jitter
 
@@ -55,6 +57,10 @@ def binary_cross_entropy(logits, target):
 def main():
     args = train_student.parse()
     args.method = "deit-iii"
+    for name in ("smoothing", "rand_ops", "magnitude"):
+        if getattr(args, name):
+            raise UserError(f"{flag(name)} is not for DeiT-III: of a smoothed label every class "
+                            "would be present, and 3-Augment replaces RandAugment")
     rt = runtime.setup(args.device, args.amp)
     train_student.run_student(args, rt, augment_images=augment_images,
                               label_loss=binary_cross_entropy)

@@ -21,7 +21,7 @@ from engine.records import read_json
 from engine.runtime import UserError
 from engine.settings import TEACHER_SHARE
 from experiments import resnet18
-from experiments.ablate import STUDENT, TEACHER, folder_of, is_finished, run, split
+from experiments.ablate import STUDENT, TEACHER, is_finished, resolved, run, split
 
 RESNET18 = "-m experiments.resnet18"
 # Name, command, and which of the run's networks it is.
@@ -45,12 +45,12 @@ def table_row(minutes, name, folder, head):
     return f"| {minutes:g} | {name} | {config['epochs']} | {' | '.join(cells)} |"
 
 
-def run_folder(command, rt):
-    """Run folder of a row's command."""
+def settings_of(command, rt):
+    """All settings of a row's command, the run folder `out` among them."""
     program, flags = split(command)
     if program == RESNET18:
-        return resnet18.resolved(train_teacher.parse(flags), rt).out
-    return folder_of(command, rt)
+        return resnet18.resolved(train_teacher.parse(flags), rt)
+    return resolved(command, rt)
 
 
 def check(minutes, settings):
@@ -80,11 +80,11 @@ def main():
     for minutes in options.minutes:
         for name, command, head in ROWS:
             command = f"{command} {shlex.join([*common, f'--minutes={minutes:g}'])}"
-            folder = run_folder(command, rt)
-            if not is_finished(folder) and not options.show:
+            args = settings_of(command, rt)
+            if not is_finished(args.out, args) and not options.show:
                 run(command)
-            if is_finished(folder):
-                lines.append(table_row(minutes, name, folder, head))
+            if is_finished(args.out, args):
+                lines.append(table_row(minutes, name, args.out, head))
     print("\n".join(lines))
 
 

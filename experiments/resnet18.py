@@ -13,12 +13,16 @@ import augment
 import data_lt
 import train_teacher
 from engine import evaluation, runtime
-from engine.settings import run_name
+from engine.runtime import UserError
+from engine.settings import flag, run_name
 from engine.training import FiniteScaler, cosine_lr, set_lr
 
 # Instead of train_teacher's values, where no flag gives another.
 PLAIN = dict(recipe="cpu", arch="resnet18", img_size=64, norm="imagenet", loss="la", beta=0.0,
              rho=0.0, lr=1e-3, weight_decay=0.05)
+
+USED = ("arch", "img_size", "norm", "epochs", "batch", "lr", "weight_decay", "warmup_epochs",
+        "eval_every")               # flags of train_teacher.py that have an effect here
 
 
 def train(args, data, net, rt, run):
@@ -60,12 +64,17 @@ def train(args, data, net, rt, run):
 
 def resolved(args, rt):
     """Fill the settings (of train_teacher.parse) and the run folder's name; returns them."""
-    out = args.out
+    out, names = args.out, [setting.name for setting in train_teacher.SETTINGS]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    idle = [flag(name) for name in given if name not in USED]
+    if idle:
+        raise UserError(f"{', '.join(idle)} would have no effect: the plain ResNet-18 has one "
+                        "loss and one schedule")
     for name, value in PLAIN.items():
         if getattr(args, name) in (None, "auto"):
             setattr(args, name, value)
     train_teacher.resolve(args, rt)
-    args.out = out or f"runs/{run_name('resnet18', args, {})}"
+    args.out = out or f"runs/{run_name('resnet18', args, given)}"
     return args
 
 
@@ -73,7 +82,7 @@ def main():
     args = train_teacher.parse()
     rt = runtime.setup(args.device, args.amp)
     if rt.world > 1:
-        raise runtime.UserError("the plain ResNet-18 trains in one process")
+        raise UserError("the plain ResNet-18 trains in one process")
     train_teacher.run_teacher(resolved(args, rt), rt, train=train)
 
 

@@ -61,8 +61,9 @@ class Files:
                        content=self.content[chosen], group=group)
 
     def names(self, root):
-        """Paths relative to root, bytes (so that a folder may be moved)."""
-        return [os.path.relpath(path, os.fsencode(root)) for path in self.paths]
+        """Paths relative to root with /, bytes: a folder may be moved, also from Windows."""
+        root, separator = os.fsencode(root), os.fsencode(os.sep)
+        return [os.path.relpath(path, root).replace(separator, b"/") for path in self.paths]
 
     def fingerprint(self, root):
         """16 hexadecimal digits that change with any file's name, size or class.

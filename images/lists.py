@@ -162,6 +162,8 @@ def read_rows(path, columns, by):
         raise DataError(f"cannot read the list {shown(path)}: {error.strerror}") from None
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         content = content.decode("utf-16", "replace").encode()
+    elif os.name == "nt":
+        content = from_windows(content)
     content = content.removeprefix(codecs.BOM_UTF8)
     first = next((line for line in content.splitlines() if line.strip()), b"")
     names = column_names(columns)
@@ -172,6 +174,18 @@ def read_rows(path, columns, by):
     if is_table and first:
         refuse_header(path, header, names)
     return line_rows(content), ()
+
+
+def from_windows(content):
+    """UTF-8 of a file that Excel may have written in the code page 1252.
+
+    On other systems bytes that are not UTF-8 are kept: names of files may have them.
+    """
+    try:
+        content.decode()
+        return content
+    except UnicodeDecodeError:
+        return content.decode("cp1252", "replace").encode()
 
 
 def line_rows(content):

@@ -132,4 +132,4 @@ def draw_shapes(counts, split, size=32):
         rng = np.random.default_rng([split, k])
         images += [draw_one(shape, rng, size) for _ in range(n)]
         labels += [k] * n
-    return torch.from_numpy(np.stack(images)), np.array(labels)
+    return torch.from_numpy(np.stack(images)), np.array(labels, np.int64)

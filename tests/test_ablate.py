@@ -36,6 +36,7 @@ def finish(folder, overall, teacher_accuracy=None):
     heads = {"avg": dict.fromkeys(ablate.COLUMNS, overall),
              "cls": dict.fromkeys(ablate.COLUMNS, overall - 10)}
     (folder / "result.json").write_text(json.dumps(heads))
+    (folder / "config.json").write_text("{}")
     log = [{"drw": False}, {"drw": True}]
     if teacher_accuracy:
         log = [{"drw": False, "teacher_accuracy": teacher_accuracy - 5},

@@ -223,6 +223,7 @@ def test_training_images_are_shown_with_their_teachers_labels(networks, runs):
 
 @pytest.mark.parametrize("settings, labels, note", [
     (dict(mixup=0.0, cutmix=0.0, teacher_view="weak"), ["clean", "strong"], "weakly augmented"),
+    (dict(drw_epoch=0, mix_drw=False), ["clean", "strong"], "In colour the teacher's"),
     (dict(teacher=None), ["clean", "strong", "mixed"], "Above each image its label.")])
 def test_training_images_follow_the_runs_settings(settings, labels, note, networks):
     """A row of mixed images for a run without mixing, or a note about another teacher's input."""
@@ -399,6 +400,9 @@ def test_imbalance_is_the_mean_over_seeds(tmp_path):
     dots = {(x, y) for line in axis.lines if line.get_marker() == "."
             for x, y in zip(*line.get_data())}
     assert dots == {(imb, tail) for _, imb, _, tail in given}
+    other = json.loads((tmp_path / "0" / "result.json").read_text()) | {"recipe": "other"}
+    (tmp_path / "0" / "result.json").write_text(json.dumps(other))
+    assert len({row["series"] for row in run_figures.imbalance(logs, RT).table}) == 3
     again = run_figures.imbalance(logs, RT, labels=["a", "a", "a", "b"])
     assert [row["series"] for row in again.table] == ["a", "a", "b"]
 
@@ -538,8 +542,9 @@ def test_images_are_chosen_evenly_and_from_classes_that_have_some():
     assert labels[shown].tolist() == [1, 2, 1, 2, 1]
     assert torch.equal(shown, drawing.example_images(data, [1, 2], 5, seed=3))
     small, large = (SimpleNamespace(net=SimpleNamespace(img_size=size)) for size in (64, 224))
-    assert drawing.image_count(small, None, 300) == 300 == drawing.image_count(large, 300, 600)
-    assert drawing.image_count(large, None, 300) == 50
+    assert drawing.image_count([small], None, 300) == drawing.image_count([large], 300, 600) == 300
+    assert drawing.image_count([large], None, 300) == 50
+    assert drawing.image_count([small, large], None, 300) == 50     # one number for a figure
 
 
 def test_every_figure_of_the_table_takes_its_flags():

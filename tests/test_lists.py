@@ -9,7 +9,7 @@ import pytest
 from engine.datasets import survey
 from image_folders import write_files
 from images.files import DataError
-from images.lists import find_listed, read_list
+from images.lists import find_listed, from_windows, read_list
 
 TABLE = "image,label\na/0.jpg,cat\na/1.jpg,dog\nb/0.jpg,cat\n"
 
@@ -68,6 +68,12 @@ def test_labels_are_text_of_any_kind(tmp_path):
     assert listed(tmp_path, content)[2].class_names == ["9", "10", "pie, apple", 'said "no"']
     content = "image,label\na/0.jpg,Ba\u0308r\na/1.jpg,B\u00e4r\n"
     assert listed(tmp_path, content)[2].class_names == ["B\u00e4r"]
+
+
+def test_a_table_of_excel_under_windows():
+    """A traceback, since not every byte of code page 1252 is UTF-8 there."""
+    assert from_windows("image,Bär".encode("cp1252")) == "image,Bär".encode()
+    assert from_windows("image,Bär".encode()) == "image,Bär".encode()
 
 
 def test_a_column_of_splits(tmp_path):

@@ -14,9 +14,9 @@ import data_lt
 import losses
 import train_teacher
 from engine.runtime import Runtime
-from losses import (LDAMLoss, PaCo, PaCoLoss, VSLoss, class_balanced_weights, distillation_loss,
-                    drw_weights, focal_loss, soft_cross_entropy, soft_distillation,
-                    teacher_label_distribution, weighted_cross_entropy)
+from losses import (LDAMLoss, PaCo, PaCoLoss, VSLoss, class_balanced_weights, cross_entropy,
+                    distillation_loss, drw_weights, focal_loss, soft_distillation,
+                    teacher_label_distribution)
 
 C10_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 C10_50 = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
@@ -112,13 +112,13 @@ def test_drw_switches_exactly_at_its_epoch():
 def test_soft_cross_entropy_is_its_formula():
     """A sum or a mean over classes instead of a mean over images."""
     expected = looped_soft_cross_entropy(LOGITS, SOFT)
-    assert soft_cross_entropy(LOGITS, SOFT).item() == pytest.approx(expected, abs=1e-12)
+    assert cross_entropy(LOGITS, SOFT).item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_class_numbers_stand_for_their_one_hot_rows():
     """Two code paths that disagree: mixing off would change the loss."""
     onehot = torch.eye(3, dtype=torch.float64)[LABELS]
-    numbers, rows = soft_cross_entropy(LOGITS, LABELS), soft_cross_entropy(LOGITS, onehot)
+    numbers, rows = cross_entropy(LOGITS, LABELS), cross_entropy(LOGITS, onehot)
     torch.testing.assert_close(numbers, rows, rtol=0, atol=1e-12)
 
 
@@ -126,11 +126,11 @@ def test_loss_of_a_perfect_student_is_the_entropy_of_its_targets():
     """The known minimum, with no gradient left: p = target. For hard labels it is 0."""
     target = torch.tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]], dtype=torch.float64)
     logits = target.log().requires_grad_()
-    loss = soft_cross_entropy(logits, target)
+    loss = cross_entropy(logits, target)
     loss.backward()
     entropy = (1.5 * math.log(2) + 0.8 * math.log(1.25) + 0.2 * math.log(10)) / 2
     assert loss.item() == pytest.approx(entropy, abs=1e-12) and logits.grad.abs().max() < 1e-12
-    assert weighted_cross_entropy(100 * torch.eye(3)[TEACHER], TEACHER).item() < 1e-30
+    assert cross_entropy(100 * torch.eye(3)[TEACHER], TEACHER).item() < 1e-30
 
 
 def test_weighted_mean_divides_by_the_sum_of_weights():
@@ -138,7 +138,7 @@ def test_weighted_mean_divides_by_the_sum_of_weights():
     not / 2."""
     logits = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]], dtype=torch.float64)
     weight = torch.tensor([3.0, 1.0], dtype=torch.float64)
-    loss = weighted_cross_entropy(logits, torch.tensor([0, 1]), weight)
+    loss = cross_entropy(logits, torch.tensor([0, 1]), weight)
     assert loss.item() == pytest.approx((3 * math.log(4 / 3) + math.log(2)) / 4, abs=1e-12)
 
 
@@ -146,10 +146,10 @@ def test_weighted_mean_divides_by_the_sum_of_weights():
 def test_weighted_cross_entropy_is_its_formula(weight):
     """Weights of the wrong class, ignored, or that do anything when they are None or all equal."""
     expected = looped_cross_entropy(LOGITS, TEACHER, [1, 1, 1] if weight is None else weight)
-    loss = weighted_cross_entropy(LOGITS, TEACHER, weight)
+    loss = cross_entropy(LOGITS, TEACHER, weight)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
-    equal = weighted_cross_entropy(LOGITS, TEACHER, torch.full((3,), 0.3, dtype=torch.float64))
-    torch.testing.assert_close(equal, weighted_cross_entropy(LOGITS, TEACHER))
+    equal = cross_entropy(LOGITS, TEACHER, torch.full((3,), 0.3, dtype=torch.float64))
+    torch.testing.assert_close(equal, cross_entropy(LOGITS, TEACHER))
 
 
 @pytest.mark.parametrize("weight", [None, WEIGHT])
@@ -193,7 +193,7 @@ def test_a_teacher_of_logits_is_followed_softly():
     """Hard labels from them after all, or tau or the weights not passed on."""
     teacher = LOGITS.flip(1)
     loss, cls, dist = distillation_loss(LOGITS, OTHER, SOFT, teacher, 0.25, WEIGHT, tau=3.0)
-    assert cls.item() == soft_cross_entropy(LOGITS, SOFT).item()
+    assert cls.item() == cross_entropy(LOGITS, SOFT).item()
     assert dist.item() == soft_distillation(OTHER, teacher, 3.0, WEIGHT).item()
     assert loss.item() == pytest.approx(0.75 * cls.item() + 0.25 * dist.item(), abs=1e-12)
 
@@ -269,9 +269,9 @@ def test_ldam_defaults_and_a_margin_on_paper():
 # ---- precision and gradients ----
 
 LOSSES = {
-    "soft_cross_entropy": lambda z: soft_cross_entropy(z, SOFT.to(z)),
-    "soft_cross_entropy, class numbers": lambda z: soft_cross_entropy(z, LABELS),
-    "weighted_cross_entropy": lambda z: weighted_cross_entropy(z, TEACHER, WEIGHT.to(z)),
+    "cross_entropy": lambda z: cross_entropy(z, SOFT.to(z)),
+    "cross_entropy, class numbers": lambda z: cross_entropy(z, LABELS),
+    "cross_entropy, weighted": lambda z: cross_entropy(z, TEACHER, WEIGHT.to(z)),
     "soft_distillation, student": lambda z: soft_distillation(z, OTHER.to(z), tau=2.0),
     "soft_distillation, teacher": lambda z: soft_distillation(OTHER.to(z), z, tau=2.0),
     "distillation_loss":
@@ -289,8 +289,8 @@ def test_gradients_are_those_of_finite_differences(name):
 
 
 HALF_LOSSES = {  # as in a step under autocast: only logits are half
-    "soft_cross_entropy": lambda z: soft_cross_entropy(z, SOFT.float()),
-    "weighted_cross_entropy": lambda z: weighted_cross_entropy(z, TEACHER, WEIGHT.float()),
+    "cross_entropy": lambda z: cross_entropy(z, SOFT.float()),
+    "cross_entropy, weighted": lambda z: cross_entropy(z, TEACHER, WEIGHT.float()),
     "soft_distillation": lambda z: soft_distillation(z, z.flip(0), tau=2.0),
     "distillation_loss":
         lambda z: distillation_loss(z, z.flip(0), SOFT.float(), TEACHER, weight=WEIGHT.float())[0],

@@ -8,6 +8,9 @@ from conftest import script
 from experiments import minutes, resnet18
 
 
+RESNET18_RUN = "runs/resnet18_cifar10_imb4_cpu_imgsize16_epochs4_batch24_s0"
+
+
 def finish(folder, epochs, **networks):
     """Write the files of a finished run; networks {name: accuracies}."""
     Path(folder).mkdir(parents=True)
@@ -60,12 +63,39 @@ def test_what_all_runs_cannot_share(flags, words, monkeypatch, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_a_finished_run_of_other_images_is_not_shown(monkeypatch, tmp_path, capsys):
+    """Half of the images held out, and the numbers of a fifth: one folder's name for both."""
+    monkeypatch.chdir(tmp_path)
+    rt = minutes.runtime.setup("cpu", "none")
+    command = f"{minutes.RESNET18} --imb 10 --holdout 0.5"
+    args = minutes.settings_of(command, rt)
+    finish(args.out, 3)
+    config = {"epochs": 3, "holdout": 0.5, "imb": 10.0, "dataset": "cifar10"}
+    Path(args.out, "config.json").write_text(json.dumps(config))
+    assert minutes.is_finished(args.out, args) and minutes.is_finished(args.out)
+    Path(args.out, "config.json").write_text(json.dumps(config | {"holdout": 0.2}))
+    with pytest.raises(minutes.UserError, match="with another --holdout"):
+        minutes.is_finished(args.out, args)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--loss ce", "--loss would have no effect"),
+    ("--rho 0.1 --schedule step", "--schedule, --rho would have no effect")])
+def test_a_plain_resnet18_takes_no_flag_in_vain(flags, words):
+    """A log that says SAM, or another loss, of a run that had neither."""
+    rt = minutes.runtime.setup("cpu", "none")
+    with pytest.raises(minutes.UserError, match=words):
+        minutes.settings_of(f"{minutes.RESNET18} {flags}", rt)
+    named = minutes.settings_of(f"{minutes.RESNET18} --lr 0.01", rt)
+    assert named.out == "runs/resnet18_cifar10_imb100_cpu_lr0.01_s0"
+
+
 def test_the_plain_resnet18_learns(monkeypatch, tmp_path, tiny_cifar, capsys):
     """A loop that does not learn, a rate that stays at its warm-up, a result that is not kept."""
     monkeypatch.chdir(tmp_path)
     script(resnet18, monkeypatch, "--dataset", "cifar10", "--imb", 4, "--data-dir", tiny_cifar,
            "--img-size", 16, "--epochs", 4, "--batch", 24, "--device", "cpu", "--amp", "none")
     log = [json.loads(line) for line in Path(
-        "runs/resnet18_cifar10_imb4_cpu_s0/log.jsonl").read_text().splitlines()]
+        f"{RESNET18_RUN}/log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["lr"] < log[1]["lr"]
-    assert "avg" in json.loads(Path("runs/resnet18_cifar10_imb4_cpu_s0/result.json").read_text())
+    assert "avg" in json.loads(Path(f"{RESNET18_RUN}/result.json").read_text())

@@ -459,6 +459,14 @@ def test_a_student_of_an_older_version_is_rebuilt(tmp_path, stem, scale):
             assert torch.equal(a, b)
 
 
+def test_a_fast_stem_that_its_teacher_cannot_fill_is_announced(capsys):
+    """A 16 px teacher has two blocks: the third of a patch of 8 px stayed random in silence."""
+    config = dict(model="micro", img_size=32, patch_size=8, drop_path=0, stem="fast")
+    net, fast = networks.build_student(config, 3, True), resnet.make("fast", 3, img_size=16)
+    networks.start_stem(net, fast, None, Runtime(torch.device("cpu")))
+    assert "2 block(s) of 3; the others begin untrained" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["fast", "ensemble", "mirrored", "resnet32", "none"])
 def test_a_students_fast_stem_is_its_teachers(kind, tmp_path):
     """Blocks that are not copied, or only from a teacher alone; a stem that stays random."""
@@ -472,8 +480,10 @@ def test_a_students_fast_stem_is_its_teachers(kind, tmp_path):
     teacher = {"fast": fast, "ensemble": networks.Ensemble([resnet.make("resnet32", 3), fast]),
                "mirrored": networks.Mirrored(fast), "resnet32": resnet.make("resnet32", 3),
                "none": None}[kind]
+    own = net.patch_embed.blocks[0].conv1.weight.clone()        # follows from the run's seed
     networks.start_stem(net, teacher, data, Runtime(torch.device("cpu")))
-    if kind in ("resnet32", "none"):        # whitened by the training images, fresh blocks
+    if kind in ("resnet32", "none"):        # whitened by the training images, its own blocks
+        assert torch.equal(net.patch_embed.blocks[0].conv1.weight, own)
         fast = resnet.make("fast", 3)
         fast.whiten(pixels / 255)
         assert net.patch_embed.blocks[0].bn1.running_mean.eq(0).all()
@@ -584,6 +594,17 @@ def test_published_numbers_stay_what_they_are(tmp_path):
     found, data = networks.load_network(save(tmp_path, resnet32_state(12))), own_folder(NUMBERED)
     for data.name in ("cifar10", "imagenet_lt", "inat18", "shapes"):
         networks.match_classes(found, data, "it")
+
+
+def test_a_plain_resnet50_may_be_in_two_orders(tmp_path):
+    """Saddle-LongTail's CE-DRW network of ImageNet-LT: near chance in silence."""
+    path = save(tmp_path, resnet.make("resnet50", 3).state_dict())
+    data = own_folder("abc")
+    data.name = "imagenet_lt"
+    with pytest.raises(UserError, match="as Saddle-LongTail numbers them"):
+        networks.match_classes(networks.load_network(path), data, "it")
+    (tmp_path / "published.classes.txt").write_text("c\nb\na\n")
+    networks.match_classes(networks.load_network(path), data, "it")
 
 
 def test_a_list_of_names_beside_a_file_orders_its_outputs(tmp_path):

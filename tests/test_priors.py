@@ -105,7 +105,10 @@ DRW = dict(beta=0.9999, drw_epoch=20, epochs=30)
     (dict(method="deit-lt", distill="hard") | DRW, 0.5),
     (dict(method="deit", distill="hard") | DRW | dict(beta=0.0), 1),
     (dict(method="deit-lt", distill="soft", logit_adjustment=True, beta=0.0, epochs=3), 0),
-    (dict(method="vit-crt", distill="none") | DRW, 0)])
+    (dict(method="vit-crt", distill="none") | DRW, 0),
+    (dict(loss="la") | DRW, -1), (dict(loss="vs") | DRW | dict(drw_epoch=30), 0),
+    (dict(method="deit-lt", distill="soft", logit_adjustment=True) | DRW, -0.5),
+    (dict(method="vit", distill="none", logit_adjustment=True) | DRW, 0)])
 def test_what_a_network_expects_follows_from_its_training(config, exponent):
     """A prior that is taken out twice, or not at all; DRW that the run never reached."""
     found, words = priors.assumed_prior(config)

@@ -10,9 +10,10 @@ import torch
 
 import train_student
 import train_teacher
+from conftest import script
 from engine.networks import NORMALISATIONS
 from engine.runtime import Runtime, UserError
-from experiments import crt
+from experiments import crt, deit3
 
 CPU, GPU = Runtime(torch.device("cpu")), Runtime(torch.device("cuda"))
 
@@ -259,6 +260,16 @@ def test_deit_3(recipe):
     assert settings_of(train_student, args) == STUDENTS[recipe]["cifar10"] | dict(
         distill="none", tokens=1, layer_scale=1e-4, rand_ops=0, erasing=0.0, smoothing=0.0)
     assert args.teacher is None
+
+
+@pytest.mark.parametrize("given", ["--smoothing 0.1", "--rand-ops 2", "--magnitude 5"])
+def test_what_deit_3_cannot_have(given, monkeypatch, capsys):
+    """Of smoothed labels every class is above 0: a loss that falls and a network that learns
+    nothing; an operation in a run's name that it never had."""
+    monkeypatch.setattr(train_student, "run_student", lambda *given, **more: 1 / 0)
+    with pytest.raises(SystemExit):
+        script(deit3, monkeypatch, *given.split())
+    assert f"{given.split()[0]} is not for DeiT-III" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", ["paper", "cpu"])

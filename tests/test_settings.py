@@ -221,7 +221,9 @@ def test_a_part_of_the_schedule_that_is_in_proportion_is_not_in_the_name():
 
 @pytest.mark.parametrize("flags, words", [
     ("--epochs 20", "20 epochs (warm-up 1.67, 7 from --drw-epoch on)"),
-    ("--epochs 4 --drw-epoch 9", "4 epochs (warm-up 0.33, none from --drw-epoch on)")])
+    ("--epochs 4 --drw-epoch 9", "4 epochs (warm-up 0.33, none from --drw-epoch on)"),
+    ("--epochs 20 --beta 0", "20 epochs (warm-up 1.67, 7 from --drw-epoch on)"),    # unmixed
+    ("--epochs 20 --beta 0 --mixup 0 --cutmix 0", "20 epochs (warm-up 1.67)")])
 def test_people_are_told_what_the_schedule_became(flags, words):
     """A part of the method that never happens, and nobody knows."""
     args = train_student.parse(flags.split())
@@ -237,7 +239,8 @@ def test_people_are_told_what_the_schedule_became(flags, words):
     ("--method vit --teacher ldam", "--teacher would have no effect"),
     ("--method vit --teacher-rho 0", "--teacher-rho would have no effect"),
     ("--rand-ops 0 --magnitude 3", "--magnitude would have no effect"),
-    ("--mixup 0 --cutmix 0 --smoothing 0.2 --mix-drw", "--smoothing, --mix-drw would have no"),
+    ("--mixup 0 --cutmix 0 --smoothing 0.2 --mix-drw", "--mix-drw, --smoothing would have no"),
+    ("--mixup 0 --cutmix 0 --beta 0 --drw-epoch 5", "--drw-epoch would have no effect"),
     ("--teacher-view weak", "--mixup 0 --cutmix 0"),
     ("--teacher a.pth --teacher-rho 0", "--teacher-rho is for"),
     ("--teacher ldam,paco", "a run folder or a file"), ("--stem pool", "--stem is one of"),
@@ -252,6 +255,7 @@ def test_people_are_told_what_the_schedule_became(flags, words):
     ("--dataset folder --test-list x", "go with a --train-list"),
     ("--dataset folder --list-columns image=x", "go with a --train-list"),
     ("--dataset inat18 --recipe paper --imb 10", "--imb"),
+    ("--dataset folder --imb-type step", "--imb-type is the kind of --imb"),
     ("--dataset inat18 --recipe paper --crop padded", "--crop loader")])
 def test_students_that_cannot_be(flags, words):
     """Settings that exclude each other, or one that would change nothing: in one line."""

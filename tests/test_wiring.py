@@ -566,7 +566,7 @@ def test_a_micro_batch_has_no_two_copies_of_an_image():
 
 def test_labels_are_smoothed_only_while_images_are_mixed(watch):
     """--mixup 0 --cutmix 0 that still smooths, which the published code does not."""
-    calls = watch(losses, "soft_cross_entropy")
+    calls = watch(losses, "cross_entropy")
     for mixup, cutmix, kind in ((0.0, 0.0, 1), (0.8, 0.0, 2), (0.0, 1.0, 2)):
         calls.clear()
         args = student_settings("--method", "vit", epochs=1, mixup=mixup, cutmix=cutmix)
@@ -1080,12 +1080,12 @@ def test_a_sam_step_written_out_again(watch, steps_of):
 
 def test_a_strong_teacher_learns_from_mixed_images(watch):
     """Hard labels, weak images or class weights in DeiT's teacher; another crop than its own."""
-    mixed, criteria = watch(augment, "mixup_cutmix"), watch(losses, "weighted_cross_entropy")
+    mixed, criteria = watch(augment, "mixup_cutmix"), watch(losses, "cross_entropy")
     strong = watch(augment, "strong_augment")
     train_a_teacher(teacher_settings("--augment", "resized", drw_epoch=0))
     assert len(mixed) == len(criteria) == len(strong) == 6
     for (call, (_, target)), (criterion, _), (made, x) in zip(mixed, criteria, strong):
-        assert torch.equal(criterion["labels"], target) and target.shape[1] == K
+        assert torch.equal(criterion["target"], target) and target.shape[1] == K
         assert criterion["weight"] is None and torch.equal(call["images"], x)
         assert (made["size"], made["crop"], made["rand_ops"]) == (8, "resized", 2)
         assert (made["magnitude"], made["erasing"]) == (9, 0.25)

@@ -1,4 +1,5 @@
 """Whole runs of --minutes: those of the epochs that they became, also killed and resumed."""
+import json
 import shutil
 
 import pytest
@@ -79,6 +80,19 @@ def test_a_run_goes_on_with_its_minutes_only(tiny_cifar, measured, tmp_path, ref
     error = refused(train_student, *flags, "--minutes", "4", "--resume")
     assert "other settings: --minutes 3.0 -> 4.0;" in error
     assert "--epochs" in refused(train_student, *PLAIN, "--data-dir", tiny_cifar, "--minutes", "3")
+
+
+def test_a_run_without_a_checkpoint_has_the_epochs_of_its_own_minutes(tiny_cifar, measured,
+                                                                      tmp_path):
+    """Killed before its first checkpoint, then begun with more minutes: the old epochs."""
+    flags = [*in_minutes(PLAIN), "--data-dir", tiny_cifar, "--out", tmp_path]
+    train(train_student, *flags)
+    config = read(tmp_path, "config.json") | dict(minutes=1.0, epochs=7)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    train(train_student, *flags, "--resume")
+    assert read(tmp_path, "config.json")["epochs"] == 2 and len(measured) == 2
 
 
 def test_a_student_shares_its_minutes_with_its_teacher(tiny_cifar, measured, tmp_path, monkeypatch,

@@ -303,6 +303,20 @@ def test_other_images_are_refused(shared_run, tiny_cifar, tmp_path, refused):
     assert "other images" in refused(module, *flags)
 
 
+def test_other_classes_of_the_same_files_are_refused(shared_run, tiny_cifar, tmp_path, refused):
+    """--skip-bad with files that no longer open: other counts, and so other numbers of classes."""
+    module, flags, finished = shared_run("teacher")
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    state = checkpoint(tmp_path / "run")
+    assert {"counts", "class_names"} <= state.keys()
+    for name in ("counts", "class_names"):
+        torch.save(state | {name: state[name][::-1]}, tmp_path / "run" / "last.pt")
+        error = refused(module, *flags, "--data-dir", tiny_cifar, "--out", tmp_path / "run",
+                        "--resume")
+        assert "other images" in error and "--overwrite" in error
+
+
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_nothing_to_resume_is_said(kind, shared_run, tmp_path, capsys):
     """A mistyped folder that begins a new run without a word."""

@@ -185,6 +185,12 @@ def a_folder_of_its_own():
         sys.argv[sys.argv.index("--out") + 1] += "_elsewhere"
 
 
+def images_of_its_own():
+    """In a process of its own: the second machine has other files under the same classes."""
+    if os.environ["RANK"] == "1":
+        sys.argv[sys.argv.index("--data-dir") + 1] += "_elsewhere"
+
+
 @pytest.fixture
 def begun_run(pacos_run, tiny_cifar, tmp_path):
     """(a run without its result, of two processes; the flags to go on with it)."""
@@ -212,6 +218,18 @@ def test_a_checkpoint_that_one_process_does_not_see_is_refused(begun_run, tmp_pa
                         prepare=a_folder_of_its_own)
     assert code == 2 and printed.count("error: ") == 1 and "Traceback" not in printed
     assert "not all processes find the same checkpoint" in printed and str(folder) in printed
+
+
+def test_other_images_on_another_machine_are_refused(tiny_cifar, tmp_path):
+    """Each process numbers the classes by its own counts: gradients of permuted labels."""
+    shutil.copytree(tiny_cifar, tmp_path / "images")
+    shutil.copytree(tiny_cifar, tmp_path / "images_elsewhere")
+    for file in (tmp_path / "images_elsewhere" / "train" / "class0").iterdir():
+        file.rename(file.with_name(f"renamed_{file.name}"))
+    code, printed = run(2, tmp_path / "log", "train_teacher", *TEACHER, "--data-dir",
+                        tmp_path / "images", "--out", tmp_path / "run", prepare=images_of_its_own)
+    assert code == 2 and printed.count("error: ") == 1 and "Traceback" not in printed
+    assert "not all processes have the same images" in printed
 
 
 # ---- Stopped -------------------------------------------------------------------------------------
