@@ -379,10 +379,10 @@ def run_student(args, rt, prepare=None, wait=False, **replacements):
     """
     teacher_flags = resolve(args, rt)
     run = Run(args.out, args, rt, SETTINGS, wait)
+    if run.print_if_finished(args, args.method, draw_summary):
+        return
     data = load_data(args, rt)
     run.check_data(data)
-    if run.print_if_finished(args.epochs, args.method, draw_summary):
-        return
     print_data_summary(data, args, rt)
     net, teacher = new_network(args, data, rt, resumed=bool(run.resumed)), None
     if prepare:

@@ -353,10 +353,10 @@ def run_teacher(args, rt, wait=False, train=train):
     wait: for another process that trains it. train: another loop than this file's.
     """
     run = Run(args.out, args, rt, SETTINGS, wait)
+    if run.print_if_finished(args, "teacher"):
+        return
     data = load_data(args, rt)
     run.check_data(data)
-    if run.print_if_finished(args.epochs, "teacher"):
-        return
     print_data_summary(data, args, rt)
     n = len(data.train_labels)
     if n // data_lt.steps_per_epoch(n, args.batch) < 2 * rt.world:

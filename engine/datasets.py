@@ -72,7 +72,7 @@ def load(args, rt):
     if dataset == "shapes":
         return load_shapes(imb, kind).to(rt.device)
     fingerprint = ""
-    if dataset.startswith("cifar") and not is_cifar_folder(root):
+    if not has_files(args):
         num_classes = int(dataset.removeprefix("cifar"))
         read = functools.partial(load_cifar, root, num_classes, imb, kind, args.holdout)
     else:
@@ -93,6 +93,18 @@ def load(args, rt):
     if getattr(args, "groups", None):
         return replace(data, groups=group_classes(dataset, data.counts, args.groups))
     return data
+
+
+def has_files(args):
+    """Is the data set one of image files, which may change?"""
+    made = args.dataset == "shapes"
+    return not made and (not args.dataset.startswith("cifar") or is_cifar_folder(args.data_dir))
+
+
+def fingerprint_of_files(args):
+    """The fingerprint that the data of these (filled) settings would have; nothing is decoded."""
+    train, test, _ = find_files(args, args.imb)
+    return train.fingerprint(args.data_dir) + test.fingerprint(args.data_dir)
 
 
 def find_files(args, imb):

@@ -13,6 +13,7 @@ import time
 
 from engine import runtime
 from engine.checkpoints import load_checkpoint, upgrade_config
+from engine.datasets import fingerprint_of_files, has_files
 from engine.evaluation import COLUMNS, advice, table
 from engine.lock import Lock, held
 from engine.networks import check_origin, teacher_files
@@ -270,24 +271,33 @@ class PastRun:
         return os.path.exists(os.path.join(self.folder, "result.json"))
 
     def check_data(self, data):
-        """UserError if the run that is resumed, or over, was trained on other images or levels.
+        """UserError if the run that is resumed was trained on other images, levels or classes.
 
         Also if the processes have different images, each of which numbers the classes by its own.
         """
         here = dict(white=data.white, class_names=data.class_names, counts=data.counts)
 
         def check():
-            there = here | (self.resumed or {})     # of files that do not open now, counts differ
-            if (self.fingerprint() not in (None, data.fingerprint)
-                    or any(there[name] != here[name] for name in here)):
-                raise UserError(f"{self.folder} was trained on other images than these, or on "
-                                "other levels of them: " + (REMOVE if self.wait else "--overwrite "
-                                "trains it again, --out names another folder"))
+            there = here
+            if self.resumed:            # counts differ where files no longer open
+                there = here | {"white": 65535} | self.resumed
+            self.check_images(data.fingerprint)
+            if any(there[name] != here[name] for name in here):
+                self.refuse_images()
         self.write(check)
         mine = hashlib.sha256(repr((data.fingerprint, here)).encode()).hexdigest()
         if self.differs([int(mine[:12], 16)]):
             exit_together(UserError("not all processes have the same images: each machine needs "
                                     "the same files in its --data-dir"), self.rt)
+
+    def check_images(self, fingerprint):
+        if self.fingerprint() not in (None, fingerprint):
+            self.refuse_images()
+
+    def refuse_images(self):
+        raise UserError(f"{self.folder} was trained on other images than these, or on other levels "
+                        "of them: " + (REMOVE if self.wait else "--overwrite trains it again, "
+                                       "--out names another folder"))
 
     def check_teacher(self, args, teacher, data):
         """Remember which networks the teacher is: their files, hashes of weights, and data.
@@ -315,17 +325,20 @@ class PastRun:
             return load_checkpoint(self.folder).get("data")         # a run from before it was there
         return self.resumed and self.resumed.get("data")
 
-    def print_if_finished(self, epochs, title, draw=None):
+    def print_if_finished(self, args, title, draw=None):
         """True, after printing its table, if nothing is left to train.
 
-        draw(folder): draws the run's picture, if that is missing and can be drawn.
+        draw(folder): draws the run's picture, if that is missing and can be drawn. UserError if
+        its images are files, and others now.
         """
         if not self.over:
             return False
+        if has_files(args):
+            self.write(lambda: self.check_images(fingerprint_of_files(args)))
         result = read_json(self.folder, "result.json")
         rows = {name: r for name, r in result.items()
                 if is_like(r, {"": 0.0}) and set(COLUMNS) <= r.keys()}
-        self.rt.print(f"{self.folder} is finished ({epochs} epochs); its result:\n"
+        self.rt.print(f"{self.folder} is finished ({args.epochs} epochs); its result:\n"
                       + table(rows, title))
         picture = os.path.join(self.folder, "summary.png")
         if (draw and self.rt.main and os.path.exists(self.checkpoint)
@@ -334,7 +347,7 @@ class PastRun:
         compared = all("margin" in rows.get(name, {}) for name in ("teacher_avg", "avg+teacher"))
         if draw and "avg" in rows and (compared or result.get("teacher") is None):
             holdout = read_json(self.folder, "config.json").get("holdout")
-            self.rt.print(advice(rows, self.folder, result["teacher"], epochs, holdout))
+            self.rt.print(advice(rows, self.folder, result["teacher"], args.epochs, holdout))
         return True
 
     def write(self, action):
