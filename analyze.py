@@ -1,7 +1,7 @@
 r"""Look inside a trained network: the paper's figures and more, one command each.
 
     python analyze.py eval RUN             accuracies per class; calibrates predict and export
-    python analyze.py heads RUN            ways to make one prediction of CLS and DIST, compared
+    python analyze.py heads RUN            ways to combine CLS and DIST into one prediction
     python analyze.py summary RUN          one picture: classes, training, where the tokens look
     python analyze.py report RUN           one HTML page with all of this that applies
     python analyze.py predict --checkpoint RUN IMAGES ...           classes of your own pictures
@@ -65,19 +65,19 @@ def command_eval(options, rt):
         rt.print(priors.prior_text(options.test_prior, prior,
                                    network.configs or [network.config], logits, labels, data))
     class_rows = accuracy.class_rows(results, data, predicted(logits))
-    rt.print(accuracy.class_text(class_rows))
+    rt.print(accuracy.class_text(class_rows, out))
     confusion = accuracy.confusion(predicted(logits), labels, data.num_classes)
     confused = accuracy.confusion_rows(confusion, data.class_names)
     rt.print(accuracy.confusions_text(confused))
     if network.kind == "teacher":
         rt.print(teacher_summary_text(teacher_summary(network.net, data, rt)))
     rt.print(tables.write(out, tables.as_csv(class_rows)))
-    table_of_pairs = tables.as_csv(confused) if confused else "class,taken for,images,of,%\n"
+    table_of_pairs = tables.as_csv(confused) if confused else "class,predicted,images,of,%\n"
     rt.print(tables.write(confusion_path(out), table_of_pairs))
     changed = network.data and network.data != data.fingerprint
     if changed or loading.names_other_data(network, flags["data_flags"]):
-        rt.print("the temperature is not kept for predict and export: these data may be others "
-                 "than those of the training")
+        rt.print("the temperature is not saved for predict and export: these may not be the data "
+                 "that the network was trained on")
         return
     try:
         rt.print(calibration.save(path, network, calibrated))
@@ -100,7 +100,7 @@ def command_heads(options, rt):
     if not net.distilled:
         raise UserError(f"{path} has no DIST token")
     results = accuracy.head_combinations(net, args, data, rt)
-    rt.print(table(results, describe(data, args).partition(",")[0] + ")"))
+    rt.print(table(results, f"{data.label} (imb {data.imb:.4g})"))
     rt.print(tables.write(out, tables.as_csv(accuracy.class_rows(results, data))))
 
 
@@ -148,6 +148,7 @@ def command_figure(options, rt):
     figure = figures.draw(options.command, options.runs, rt, options.labels, vars(options),
                           load_flags(options))
     rt.print(tables.as_text(figure.table))
+    rt.print(figure.note)
     for path in figure.save(out):
         rt.print(path)
 
@@ -163,17 +164,17 @@ def command_report(options, rt):
 
 def command_summary(options, rt):
     path, = options.runs
-    rt.print(summary(path, output_path(options, "summary.png")))
+    rt.print(summary(path, output_path(options, "summary.png"), **load_flags(options)))
 
 
-def summary(folder, out=None):
-    """One picture of a student's finished run; returns its path."""
+def summary(folder, out=None, **flags):
+    """One picture of a student's finished run; returns its path. flags: of loading.load."""
     from analysis import drawing, run_figures
     result = loading.run_result(folder, "method", "model", "dataset", "imb", "epochs", "avg",
                                 "per_class")
     log = loading.run_log(folder)
     rt = Runtime(torch.device("cpu"))       # alone, also when one of several processes calls it
-    subject = loading.Subject("", folder, *loading.load_student(folder, rt))
+    subject = loading.Subject("", folder, *loading.load_student(folder, rt, **flags))
     figure = run_figures.summary(subject, result, log)
     return tables.write(out or os.path.join(folder, "summary.png"), drawing.as_png(figure))
 
@@ -198,7 +199,7 @@ def parse():
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the above")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or checkpoint file")
     parser.add_argument("--checkpoint", metavar="RUN", help="the same, as a flag: predict needs it")
-    parser.add_argument("--out", metavar="FILE", help="what to write, instead of beside the run")
+    parser.add_argument("--out", metavar="FILE", help="output file or folder [beside the run]")
     parser.add_argument("--topk", type=int, default=5, metavar="N", help="predict: classes [5]")
     parser.add_argument("--min-probability", type=float, metavar="P", help="predict: the answer is "
                         "'unsure' below this probability, 0 to 1")
@@ -216,9 +217,9 @@ def parse():
     parser.add_argument("--images", type=int, metavar="N", help="images to measure on [as many as "
                         "the figure needs; a sixth of them for a ViT of more than 64 px]")
     parser.add_argument("--seed", type=int, default=0, metavar="N",
-                        help="of example images and of random directions [0]")
+                        help="of the choice of example images and random directions [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    data = parser.add_argument_group("data [those of the run; for other files CIFAR]")
+    data = parser.add_argument_group("data [the run's; for other files CIFAR]")
     data.add_argument("--dataset", choices=data_lt.DATASETS, metavar="NAME",
                       help=", ".join(data_lt.DATASETS))
     data.add_argument("--imb", type=float, metavar="N", help="imbalance n_max / n_min")

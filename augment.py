@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from images.operations import (IMAGENET_MEAN, IMAGENET_STD, apply_operations, apply_where, box_mask,
                                crop_resize, gaussian_blur, grayscale, log_uniform, replace, resize,
                                rgb, select, to_float, to_uint8, uniform)
-from images.operations import center_crop  # noqa: F401: engine/evaluation.py takes it from here
 from images.policies import auto_augment, color_jitter, cutout, draw
 
 

@@ -3,6 +3,8 @@
     loading          networks, data and logs that the command line names
     quantities       what is measured: tensors in, numbers out
     accuracy         how often a network is right on its test set, and how well it knows that
+    calibration      a temperature for the probabilities, and how well they fit then
+    priors           accuracy and logits for other class frequencies
     predict          classes of a user's own pictures; files for other programs
     tensorboard      a run's log for TensorBoard
     tables           rows as text, CSV and markdown; writing files

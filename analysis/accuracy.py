@@ -5,6 +5,7 @@ import torch
 
 import augment
 from analysis import quantities, tables
+from analysis.calibration import confidence
 from analysis.predict import Predictor
 from engine.evaluation import (COLUMNS, SKEWED_COLUMNS, TITLES, class_scores, count_answers,
                                evaluate, evaluate_student, evaluate_teacher, predicted,
@@ -61,15 +62,15 @@ def class_rows(results, data, answers=None):
     return rows
 
 
-def class_text(rows):
+def class_text(rows, path):
     """The rows of a few classes as a table; else a line that says where they are.
 
-    rows: of class_rows, with answers.
+    rows: of class_rows, with answers. path: the file that they are written to.
     """
     if len(rows) > FEW_CLASSES:
         few = sum(0 < row["test images"] < 100 for row in rows)
-        return (f"{few} of {len(rows)} classes have fewer than 100 test images: per_class.csv has "
-                "the 95 % interval of each class's recall")
+        return (f"{path} has the 95 % interval of the recall of each of the {len(rows)} classes; "
+                f"{few} of them have fewer than 100 test images")
     lines = []
     for row in rows:
         low, high = row["recall low"], row["recall high"]
@@ -78,7 +79,7 @@ def class_text(rows):
                   for name in ("recall", "precision", "F1")}
         lines.append({"class": row["class"], "training images": row["training images"],
                       "test images": row["test images"], "right": row["right"]} | scores
-                     | {"95 % of recall": interval})
+                     | {"95 % interval of recall": interval})
     return tables.as_text(lines)
 
 
@@ -97,18 +98,18 @@ def uncertainty_text(logits, labels, groups, binary=False):
 
     binary: the loss was a binary cross-entropy for each class, so that a softmax was never learned.
     """
-    confidence = logits.softmax(dim=1).amax(dim=1).nan_to_num()     # (N,); 0 if not finite
+    mean = confidence(logits).mean()
     answers = predicted(logits)
     low, high = quantities.bootstrap(answers, labels, groups)
     tests = torch.bincount(labels, minlength=logits.shape[1])
     names = COLUMNS if tests.min() == tests.max() else SKEWED_COLUMNS
     ranges = ", ".join(f"{TITLES.get(name, name)} {low[name]:.1f} to {high[name]:.1f}"
                        for name in names if name in low)
-    text = ("95 % of 1,000 resamplings of the test images, for the means of their classes too: "
-            f"{ranges}\n"
-            f"mean confidence {100 * confidence.mean():.1f} %")
+    text = ("95 % bootstrap intervals (1,000 resamplings of each class's test images, for means "
+            f"over classes of the classes too): {ranges}\n"
+            f"mean confidence {100 * mean:.1f} %")
     if binary:
-        text += ", by the softmax; it was trained by a binary cross-entropy for each class"
+        text += ", by the softmax; the loss was a binary cross-entropy for each class"
     return text
 
 
@@ -123,7 +124,7 @@ def confusion(predicted, labels, num_classes):
 
 
 def confusion_rows(confusion, class_names):
-    """A row for each two classes of which the one is taken for the other, the most frequent first.
+    """A row for each true class and another that is predicted for it, the most frequent first.
 
     confusion (K,K): see above. "images": how many of the class's "of" test images.
     """
@@ -131,7 +132,7 @@ def confusion_rows(confusion, class_names):
     rows = []
     for label, answer in wrong.nonzero().tolist():
         n = int(wrong[label, answer])
-        rows.append({"class": class_names[label], "taken for": class_names[answer], "images": n,
+        rows.append({"class": class_names[label], "predicted": class_names[answer], "images": n,
                      "of": totals[label], "%": round(100 * n / totals[label], 1)})
     return sorted(rows, key=lambda row: (-row["images"], -row["%"]))
 
@@ -139,10 +140,10 @@ def confusion_rows(confusion, class_names):
 def confusions_text(rows, n=5):
     """The most frequent confusions, a line for people."""
     if not rows:
-        return "no test image is taken for another class"
-    pairs = [f"{row['class']} for {row['taken for']} ({row['images']} of {row['of']})"
+        return "no test image is predicted as another class"
+    pairs = [f"{row['class']} as {row['predicted']} ({row['images']} of {row['of']})"
              for row in rows[:n]]
-    return "most often taken for another class: " + ", ".join(pairs)
+    return "most frequent confusions (true class as predicted class): " + ", ".join(pairs)
 
 
 def confident_mistakes(answers, confidence, data, n):
@@ -154,6 +155,6 @@ def confident_mistakes(answers, confidence, data, n):
     wrong = ((answers != data.test_labels.cpu()) & (answers >= 0)).nonzero()[:, 0]
     index = wrong[confidence[wrong].argsort(descending=True, stable=True)[:n]]
     labels, names = data.test_labels.cpu()[index].tolist(), data.class_names
-    return index, [{"true": names[label], "said": names[answer], "probability": round(p, 4)}
+    return index, [{"true": names[label], "predicted": names[answer], "probability": round(p, 4)}
                    for label, answer, p in zip(labels, answers[index].tolist(),
                                                confidence[index].tolist())]

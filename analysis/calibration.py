@@ -10,8 +10,8 @@ maximum likelihood, never on what the network is judged by:
                          fitted on all.
     other data           on clean training images, weighted so that classes are as frequent as in
                          the test set. The network was trained on them and knows them better than
-                         new images, so that T may be too low; the test set's error tells. One
-                         that has 98 % of them right is not made surer.
+                         new images, so that T may be too low; the test set's error tells. T is
+                         not set below 1 for one that has more than 98 % of them right.
 
 `python analyze.py eval` keeps it in calibration.json beside the network, with the digest of the
 weights that it is for; predict and export use it from there. What it finds on other data
@@ -62,14 +62,14 @@ class Calibration:
     def text(self):
         """For people, a line or two."""
         before, after = (100 * error for error in self.errors)
-        text = (f"expected calibration error {before:.1f} points before, {after:.1f} after "
-                f"calibration by temperature {self.temperature:.3g} ({BINS} bins; fitted on "
-                f"{self.source})")
+        text = (f"Expected calibration error ({BINS} bins): {before:.1f} points before and "
+                f"{after:.1f} after dividing the logits by temperature {self.temperature:.3g}, "
+                f"fitted on {self.source}")
         if after > before:
             text += "; no better on the test set than without it"
         if not self.source.endswith(HELD_OUT):
-            text += ("\nA network knows images of its training better than new ones: the "
-                     "temperature may be too low. Training with --holdout keeps images for this.")
+            text += ("\nA network is more confident on its training images than on new ones: this "
+                     "temperature may be too low. Training with --holdout keeps images for it.")
         return text
 
 
@@ -145,7 +145,7 @@ def fit_on_training_images(network, data, rt, n=5000, batch=250):
     temperature = fit_temperature(logits, labels, weights)
     right = (weights * (predicted(logits) == labels)).sum() / weights.sum()
     if temperature < 1 and right > BY_HEART:        # it may be as sure of these as it likes
-        return 1.0, f"{source}, which it knows by heart, so not made surer"
+        return 1.0, f"{source}, over 98 % of which are right: T stays 1"
     return temperature, source
 
 

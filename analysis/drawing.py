@@ -27,7 +27,8 @@ warnings.filterwarnings("ignore", "Glyph .* missing from")      # drawn as a box
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 COLORS = {"cls": "#0072B2", "dist": "#D55E00", "avg": "#000000",
-          "overall": "#000000", "head": "#56B4E9", "mid": "#009E73", "tail": "#E69F00",
+          "overall": "#000000", "balanced": "#000000",
+          "head": "#56B4E9", "mid": "#009E73", "tail": "#E69F00",
           "clean": "#0072B2", "strong": "#E69F00", "mixed": "#D55E00"}
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TOKENS = {"cls": "CLS", "dist": "DIST"}
@@ -61,7 +62,7 @@ def finish(figure, title, logs, note):
     """Put the title on top; below: how to read the figure, and which runs and data it shows."""
     runs = " · ".join(log.source for log in logs)
     if len(logs) > 6:
-        runs = f"{len(logs)} runs, named in the table of numbers"
+        runs = f"{len(logs)} runs, named in the file of numbers"
     data = "; ".join(dict.fromkeys(log.data_text for log in logs))          # each once
     width = int(17 * figure.get_size_inches()[0])                   # characters in a line of 8 pt
     lines = [line for text in (note, runs, data) for line in textwrap.wrap(text, width)]
@@ -210,10 +211,14 @@ def images_of(labels, classes, n):
 
 
 def example_images(data, classes, n, seed=0):
-    """Indices of n random test images, taking the classes in turn; `seed` alone decides which."""
+    """Indices of n random test images, taking the classes in turn; `seed` alone decides which.
+
+    None is there twice while its class has others.
+    """
     rng, labels = np.random.RandomState(seed), data.test_labels.cpu().numpy()
-    return torch.tensor([rng.choice(np.where(labels == classes[i % len(classes)])[0])
-                         for i in range(n)])
+    own = [rng.permutation(np.where(labels == k)[0]) for k in classes[:n]]
+    turns = [(own[i % len(own)], i // len(own)) for i in range(n)]
+    return torch.tensor([images[turn % len(images)] for images, turn in turns])
 
 
 def measured_images(subject, classes, n):

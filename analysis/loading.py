@@ -98,8 +98,8 @@ def check(record, tests, where):
     """UserError, about the file `where`, for the first value of a record that fails its test."""
     for name, is_right in tests.items():
         if not is_right(record.get(name)):
-            what = f"says {shown(str(record[name])[:40])}" if name in record else "is missing"
-            raise UserError(f"{shown(where)} is damaged, or no run's: its {name} {what}")
+            what = f"is {shown(str(record[name])[:40])}" if name in record else "is missing"
+            raise UserError(f"{shown(where)} is damaged, or not a run's file: {name!r} {what}")
 
 
 def run_result(path, *names):

@@ -28,6 +28,7 @@ from engine.evaluation import combined, student_heads, teacher_input
 from engine.records import save_json
 from engine.runtime import UserError
 from images import decode, files
+from images.operations import center_crop
 
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")        # packages that model.onnx needs
@@ -38,7 +39,7 @@ class Predictor(nn.Module):
     """Float images (B,3,H,W) in [0,1] -> logits (B,K) of the prediction, as in the evaluation.
 
     Each network crops and resizes for itself and normalises inside. size: the side S of images
-    that need no resizing, of a student with a smaller teacher the student's.
+    that it does not resize (of a student with a teacher, the student's).
     """
 
     def __init__(self, network):
@@ -49,7 +50,7 @@ class Predictor(nn.Module):
     def forward(self, images):
         if not self.is_student:
             return self.net(teacher_input(images, self.net.img_size))
-        x = augment.center_crop(augment.resize(images, self.size), self.net.img_size)
+        x = center_crop(augment.resize(images, self.size), self.net.img_size)
         logits = student_heads(self.net, x)["avg"]
         if self.teacher is None:
             return logits
@@ -112,10 +113,10 @@ def predict(network, names, rt, topk=5, batch=64, temperature=1.0, min_probabili
             if known:
                 rows.append(prediction_row(path, p, k, network.class_names, min_probability))
             else:
-                print(f"{files.shown(path)}: what the network says of it is not finite: no class",
+                print(f"{files.shown(path)}: its logits are not finite, so no class is predicted",
                       file=sys.stderr)
     if not rows:
-        raise UserError("none of the images can be read, or classified")
+        raise UserError("none of the images could be read and classified")
     return rows
 
 
@@ -197,4 +198,4 @@ def agreement(logits, expected, stem):
     if not difference < 1e-3:
         raise UserError(f"{stem}: the exported network gives other logits ({difference:.2g} of the "
                         "largest)")
-    return f"logits agree to {difference:.1g} of the largest"
+    return f"logits agree to within {difference:.1g} of the largest"

@@ -75,9 +75,9 @@ def assumed_prior(config):
 
     pi: of the training images. By the settings (a dict): logit adjustment, PaCo's and vector
     scaling's log prior, and class-balanced batches make it expect equal frequencies; so does about
-    deferred re-weighting; a plain cross-entropy those of the training. A student's two tokens are
-    averaged, and so are the logarithms of what they expect. None for a file from elsewhere, which
-    does not say how it was trained.
+    deferred re-weighting; a plain cross-entropy those of the training. Of a student,
+    the logarithms of what labels and teacher's labels imply are averaged. None for a file from
+    elsewhere, which does not say how it was trained.
     """
     if not config:
         return None
@@ -89,14 +89,14 @@ def assumed_prior(config):
             return 0.0, f"{EQUAL} (the log prior in its loss)"
         return (0.0, f"about {EQUAL} (re-weighting)") if reweighted else (1.0, TRAIN)
     if config.get("logit_adjustment") and reweighted and config.get("distill") != "none":
-        return -0.5, f"between, CLS {EQUAL}, DIST about {INVERSE} (re-weighting as well)"
+        return -0.5, f"between {EQUAL} (labels) and about {INVERSE} (teacher's labels)"
     if config.get("logit_adjustment"):
         return 0.0, f"{EQUAL} (logit adjustment)"
     if config["method"] == "vit-crt":
         return 0.0, f"{EQUAL} (its classifier saw class-balanced batches)"
     if config.get("distill", "none") == "none" or not reweighted:
         return 1.0, TRAIN
-    return 0.5, f"between, CLS {TRAIN}, DIST about {EQUAL} (re-weighting)"
+    return 0.5, f"between {TRAIN} (labels) and about {EQUAL} (re-weighted teacher's labels)"
 
 
 def adjusted(logits, p, counts, exponent):
@@ -152,7 +152,7 @@ def prior_text(spec, p, configs, logits, labels, data):
     if exponent is not None:
         classes = adjusted(logits, p, data.counts, exponent)
         rows["adjusted"] = weighted_accuracies(classes, labels, weights, data.groups)
-        text = f"adjusted: logits + ln(prior) - ln(what training made it expect: {words})"
+        text = f"adjusted: logits + ln(test prior) - ln(prior implied by training: {words})"
     if share < 1 - 1e-9:
         text += f"; {100 * (1 - share):.1f} % of the prior is of classes without test images"
     return (f"test images weighted to the class frequencies --test-prior {shown(spec)}\n"

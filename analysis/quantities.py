@@ -153,7 +153,8 @@ def combinations(cls_logits, dist_logits, counts):
     """Predictions from two heads' logits (B,K): {name: scores (B,K)}.
 
     logits: the paper's mean. equal spread: each head's logits divided by their standard deviation
-    over the classes, so that neither head outweighs the other. probabilities: sum of the softmaxes.
+    over the classes, so that neither head outweighs the other (left out for two classes).
+    probabilities: sum of the softmaxes.
     balanced CLS: CLS - ln pi, pi_k = n_k / N, which by Bayes' rule is the CLS of equally frequent
     classes (logit adjustment after training, Menon et al. 2021, arXiv 2007.07314).
 
@@ -168,7 +169,8 @@ def combinations(cls_logits, dist_logits, counts):
     means = {}
     for name, logits in heads.items():
         means[f"{name} + DIST, logits"] = logits + dist
-        means[f"{name} + DIST, equal spread"] = equal_spread(logits) + equal_spread(dist)
+        if cls.shape[1] > 2:        # of two logits it would keep only which is the larger
+            means[f"{name} + DIST, equal spread"] = equal_spread(logits) + equal_spread(dist)
         means[f"{name} + DIST, probabilities"] = logits.softmax(dim=1) + dist.softmax(dim=1)
     return heads | {"DIST": dist} | means
 

@@ -13,6 +13,7 @@ from functools import partial
 from html import escape
 
 from analysis import accuracy, calibration, drawing, figures, run_figures
+from analysis.loading import is_nan
 from engine.datasets import describe
 from engine.evaluation import TITLES, columns, predicted
 from engine.networks import short_name, teacher_files
@@ -24,10 +25,10 @@ from images.files import DataError, visible
 
 SHOWN, MISTAKES = 20, 18    # confused pairs in the table, and mistakes in the picture
 HEADINGS = {    # figure -> its heading, by kind of network; figures that do not apply are left out
-    "student": {"curves": "The course of the training", "diversity": "How CLS and DIST diverge",
+    "student": {"curves": "Training curves", "diversity": "How CLS and DIST diverge",
                 "attention": "Where the tokens look", "distance": "How far the heads look",
                 "rank": "Rank of the features", "augment": "What the student trains on"},
-    "teacher": {"curves": "The course of the training", "entropy": "How sure the teacher is",
+    "teacher": {"curves": "Training curves", "entropy": "How sure the teacher is",
                 "sharpness": "Flatness of the minimum"},
 }
 
@@ -43,6 +44,8 @@ def build(path, network, args, data, rt, labels, flags, load_flags):
     answers = predicted(logits)
     text = ("Recall with its 95 % interval, precision and F1 are of the prediction; a class of few "
             "test images has a wide interval.")
+    if network.teacher is not None:
+        text += " The picture is of the student alone, these are of student and teacher together."
     per_class = Section("Accuracy per class", text, accuracy.class_rows(results, data, answers),
                         folded=True)
     sections, left_out = [Section("Result", means, result_rows(results)), per_class], []
@@ -91,14 +94,14 @@ def logged(path, network):
 
 
 def answer_sections(answers, calibrated, data):
-    """What is taken for what, how sure the network is, and where it is sure and wrong.
+    """The confusion matrix, how sure the network is, and where it is sure and wrong.
 
     answers (N,): predicted classes of the test images. calibrated: a calibration.Calibration.
     """
     labels = data.test_labels.cpu()
     confusion = accuracy.confusion(answers, labels, data.num_classes)
     text = "A row for each true class. Below: the pairs that are confused most often."
-    sections = [Section("What is taken for what", text,
+    sections = [Section("Confusion matrix", text,
                         accuracy.confusion_rows(confusion, data.class_names)[:SHOWN],
                         drawing.as_png(run_figures.confusion_matrix(confusion, data)))]
     panels = {"as trained": calibration.reliability(calibrated.before, calibrated.right),
@@ -129,7 +132,8 @@ def result_rows(results):
     """A row for each head of a student with both tokens, and for its teacher and both together, if
     they are there; for other networks, one row.
     """
-    names = drawing.NAMES if "dist" in results else {"avg": "the network"}
+    alone = "the student" if "avg+teacher" in results else "the network"
+    names = drawing.NAMES if "dist" in results else {"avg": alone}
     rows = []
     for head in results:
         if head not in names and head not in TITLES:
@@ -240,8 +244,9 @@ def table_html(rows):
                    for key, value in rows[0].items())
     body = ""
     for row in rows:
-        cells = [f'<td class="{cell_class(value)}">{html(str(value))}</td>'
-                 for value in row.values()]
+        texts = {key: "-" if is_nan(value) else str(value) for key, value in row.items()}
+        cells = [f'<td class="{cell_class(value)}">{html(texts[key])}</td>'
+                 for key, value in row.items()]
         body += f"<tr>{''.join(cells)}</tr>\n"
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>\n</table>"
 

@@ -4,8 +4,6 @@ diversity, imbalance, curves: (logs, rt) -> drawing.Figure. logs: a list of load
 is loaded. class_accuracy, confusion_matrix, reliability, mistakes, summary: bare figures for report
 and summary.
 """
-import textwrap
-
 import numpy as np
 
 import augment
@@ -69,9 +67,10 @@ def diversity(logs, rt):
     axes[0, 0].set_ylabel("cosine distance of CLS and DIST")
     axes[1, 0].set_ylabel("test accuracy, %")
     drawing.shared_legend(figure, axes[1, 0])
-    note = ("Cosine distance: mean over test images of 1 - cos(CLS, DIST), the two tokens after "
-            "the last norm. Dashed vertical: the DRW epoch, from which on the teacher's labels are "
-            "re-weighted.")
+    note = ("Cosine distance: 1 - cos(CLS, DIST) of the two tokens after the last norm, mean over "
+            "a tenth of the test images. Dashed vertical: --drw-epoch, from which on images are no "
+            "longer mixed (unless by --mix-drw) and the teacher's labels are re-weighted, if the "
+            "method re-weights.")
     drawing.finish(figure, "How CLS and DIST diverge", logs, note)
     return Figure(figure, table, rows, note)
 
@@ -106,9 +105,7 @@ def curves(logs, rt):
     kind: compare their course, not their height.
     """
     rows, table, read = [], [], [run_log(run.path) for run in logs]
-    columns, found = COLUMNS, [record["avg"] for log in read for record in log if "avg" in record]
-    if found and all("balanced" in accuracies for accuracies in found):
-        columns = ("balanced", *COLUMNS[1:])
+    columns = shown_columns([record for log in read for record in log])
     panels = {"loss": "training loss", "lr": "learning rate"}
     panels |= {column: f"test accuracy, {column}, %" for column in columns}
     figure, axes = plt.subplots(2, 3, figsize=(11.5, 6.4), layout="constrained")
@@ -133,11 +130,18 @@ def curves(logs, rt):
     axes[0, 1].ticklabel_format(axis="y", scilimits=(0, 0))
     if len(logs) > 1:
         drawing.shared_legend(figure, axes[0, 0])
-    note = ("Accuracies are those of the prediction (of a student: the average of its heads) on "
-            "the test set. Dashed: the DRW epoch, from which on rare classes weigh more, where the "
-            "method does that, and a student's images are no longer mixed (unless by --mix-drw).")
-    drawing.finish(figure, "The course of the training", logs, note)
+    note = ("Accuracies: of the prediction (of a student, the average of its heads) on the test "
+            "set. Dashed: --drw-epoch, from which on rare classes weigh more, if the method "
+            "re-weights, and a student's images are no longer mixed (unless by --mix-drw).")
+    drawing.finish(figure, "Training curves", logs, note)
     return Figure(figure, table, rows, note)
+
+
+def shown_columns(records):
+    """Which accuracies of a log's records to draw: on a skewed test set "balanced" for overall."""
+    found = [record["avg"] for record in records if "avg" in record]
+    skewed = found and all("balanced" in accuracies for accuracies in found)
+    return ("balanced", *COLUMNS[1:]) if skewed else COLUMNS
 
 
 def curve_rows(run, log, columns):
@@ -194,7 +198,7 @@ def imbalance(logs, rt, labels=None):
     axis.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     note = ("Small dots: single runs; large marks: their mean. Accuracy of the prediction (of a "
             "student: the average of its heads), at the last epoch.")
-    drawing.finish(figure, "Rare classes against the imbalance", logs, note)
+    drawing.finish(figure, "Tail accuracy against the imbalance factor", logs, note)
     return Figure(figure, table, rows, note)
 
 
@@ -202,7 +206,8 @@ def imbalance(logs, rt, labels=None):
 
 def draw_classes(axis, per_class, data):
     """Accuracy of every head on every class, {head: [K percents]}, most common class first."""
-    counts, names = data.counts, {"avg": "the network"}
+    counts, names = data.counts, {"avg": "the student" if "avg+teacher" in per_class
+                                  else "the network"}
     if "dist" in per_class:
         names = NAMES
     x = np.arange(len(counts))
@@ -223,17 +228,17 @@ def draw_classes(axis, per_class, data):
 
 
 def draw_curves(axis, log):
-    """Test accuracy of the average by group over the training, and its DRW epoch."""
+    """Test accuracy of the prediction by group over the training, and its DRW epoch."""
     evaluated = [record for record in log if "avg" in record]
     epochs = [record["epoch"] + 1 for record in evaluated]
-    for column in COLUMNS:
+    for column in shown_columns(log):
         axis.plot(epochs, [record["avg"][column] for record in evaluated], color=COLORS[column],
                   marker=".", label=column)
     mark_drw(axis, log, text=True)
     axis.set_ylim(0, 100)
     axis.set_xlabel("epoch")
     drawing.whole_numbers(axis.xaxis)
-    axis.set_ylabel(f"test accuracy of the {NAMES['avg']}, %")
+    axis.set_ylabel("test accuracy of the prediction, %")
     drawing.legend_above(axis, columns=4, columnspacing=1)
 
 
@@ -247,7 +252,7 @@ def class_accuracy(results, data):
 LABELLED, NUMBERED = 60, 30      # so many classes have room for their names, and for numbers
 
 
-def confusion_matrix(confusion, data, title=""):
+def confusion_matrix(confusion, data):
     """Figure of a confusion matrix (K,K): rows truth, columns prediction, percent of each row.
 
     Names and numbers where there is room for them; of more classes the groups.
@@ -281,7 +286,6 @@ def confusion_matrix(confusion, data, title=""):
                       fontsize=8 if K <= 12 else 6, color="white" if value > 40 else "black")
     axis.set_xlabel("predicted class, most to least common")
     axis.set_ylabel("true class, most to least common")
-    axis.set_title(textwrap.fill(title, 80), fontsize=10)
     return figure
 
 
@@ -312,14 +316,14 @@ def reliability(panels):
 
 
 def mistakes(images, rows, columns=6):
-    """Figure of images, uint8 (n,3,H,W), each under {"true", "said", "probability"} of its row."""
+    """Figure of images, uint8 (n,3,H,W), each under "true", "predicted" and "probability"."""
     lines = -(-len(rows) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(1.9 * columns, 2.5 * lines),
                                 squeeze=False, layout="constrained")
     for axis in axes.flat[len(rows):]:
         axis.set_visible(False)
     for axis, image, row in zip(axes.flat, augment.to_float(images), rows):
-        title = f"{row['said']}\n{100 * row['probability']:.0f} %, but it is\n{row['true']}"
+        title = f"{row['predicted']}\n{100 * row['probability']:.0f} %, but it is\n{row['true']}"
         drawing.show_image(axis, image, title)
     return figure
 

@@ -51,10 +51,10 @@ def attention(subjects, rt, classes=None, index=None, columns=8, images=None, se
     spread = []
     for entry in table:
         name = entry["token"] if len(subjects) == 1 else f"{entry['run']} {entry['token']}"
-        spread.append(f"{name} {entry['patches']}")
+        spread.append(f"{name} {entry['patches']} of {entry['of']}")
     note = ("Attention rollout of each token, every map scaled to its own range (bright: most). "
             "Above each map, what that token predicts, bold when right. Patches that a map spreads "
-            f"over, of {table[0]['of']}, on average: {', '.join(spread)}.")
+            f"over, on average: {', '.join(spread)}.")
     drawing.finish(figure, f"Where the tokens look: {title}", subjects, note)
     note += (" Drop: the points of probability that the token's own prediction loses when the "
              "quarter of the patches that its map marks most, or a random quarter, is covered.")
@@ -198,7 +198,8 @@ def rank(subjects, rt, classes=None, images=None):
     the tail. A set with fewer images than features cannot show a high rank.
     """
     table, errors = [], []
-    rare, count = "chosen" if classes else "tail", drawing.image_count(subjects, images, 1000)
+    rare = "chosen" if classes else drawing.rare_group(subjects[0].data)
+    count = drawing.image_count(subjects, images, 1000)
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained",
                                 width_ratios=[1, 1, 1.15])
     for i, s in enumerate(subjects):

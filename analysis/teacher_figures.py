@@ -11,6 +11,7 @@ from analysis import drawing, quantities
 from analysis.drawing import Figure, plt
 from analysis.loading import check, is_number
 from engine.evaluation import teacher_input, teacher_on_training_images
+from engine.networks import Ensemble
 from engine.runtime import UserError
 from losses import LDAMLoss, VSLoss, cross_entropy, focal_loss
 from resnet import FastNet
@@ -19,8 +20,8 @@ from resnet import FastNet
 # ---- Entropy -------------------------------------------------------------------------------------
 
 def entropy(subjects, rt, images=None):
-    """Entropy of a teacher's predictions on training images, clean and as its student gets them
-    (Figure 3), and how often it is right on them (Table 1).
+    """Entropy of a teacher's predictions on training images, clean and as the paper's students get
+    them (Figure 3), and how often it is right on them (Table 1).
 
     engine.evaluation.teacher_on_training_images: clean; strong (cropped, RandAugmented, erased);
     mixed (those, by mixup or CutMix). A teacher trained with crops and flips only has never seen
@@ -52,8 +53,8 @@ def entropy(subjects, rt, images=None):
         drawing.label_axes(axis, f"entropy, nats (at most ln {K} = {edges[-1]:.2f})", "", s.label)
         axis.legend(frameon=False, fontsize=8)
     axes[0, 0].set_ylabel("share of the images, %")
-    note = ("Training images as they are (clean), augmented (strong), augmented and mixed as in "
-            "the student's training (mixed). The scale of shares is logarithmic.")
+    note = ("Training images as they are (clean), with the paper's augmentation of a student's "
+            "images (strong), and with its mixing too (mixed). The scale of shares is logarithmic.")
     drawing.finish(figure, "How sure a teacher is of its student's images", subjects, note)
     return Figure(figure, table, rows, note)
 
@@ -91,7 +92,8 @@ def sharpness(subjects, rt, images=None, seed=0):
         losses = losses_around(s, criterion, images, seed)
         for axis, (direction, at_steps) in zip(axes, losses.items()):           # (steps,2)
             steps = STEPS[direction]
-            for classes, loss, line in zip(("all", "tail"), at_steps.T, ("-", "--")):   # (steps,)
+            groups = ("all", drawing.rare_group(s.data))
+            for classes, loss, line in zip(groups, at_steps.T, ("-", "--")):    # (steps,)
                 entry = {"teacher": s.name, "direction": direction, "classes": classes}
                 rise = loss - loss[0]
                 axis.plot(steps, rise, line, color=drawing.run_color(i), marker=".",
@@ -107,8 +109,9 @@ def sharpness(subjects, rt, images=None, seed=0):
                            "rise of the loss, nats", TITLES[direction])
         axis.set_xticks(steps[::2])
     drawing.shared_legend(figure, axes[0])
-    note = ("Mean loss of training images, of every class equally many or all (solid), and of the "
-            "tail classes among them (dashed), above its value at the trained weights. Losses: "
+    note = ("Rise of the mean loss above its value at the trained weights, over training images: "
+            "as many of each class, or all it has (solid), and those of the rare classes among "
+            "them (dashed). Losses: "
             f"{', '.join(losses_used)}.")
     drawing.finish(figure, "How fast the loss rises around the weights", subjects, note)
     return Figure(figure, table, rows, note)
@@ -116,6 +119,8 @@ def sharpness(subjects, rt, images=None, seed=0):
 
 def teacher_loss(subject):
     """Name and criterion(logits, labels) of a teacher's loss; PaCo's needs a queue: "ce"."""
+    if isinstance(subject.net, Ensemble):
+        raise UserError("sharpness is measured for one network: name one teacher")
     name, counts = getattr(subject.args, "loss", "ce"), subject.data.counts
     if name == "ldam":
         check(vars(subject.args), {"max_margin": lambda value: is_number(value, 0, 1)},
@@ -152,26 +157,25 @@ def losses_around(subject, criterion, images, seed):
     """Losses at STEPS from a teacher's weights: {direction: (steps, 2)}, all and tail classes."""
     net, data = subject.net, subject.data
     per_class = max(1, (images or 500) // data.num_classes)
-    index = [drawing.images_of(data.train_labels, [k], per_class).to(data.train_labels.device)
-             for k in range(data.num_classes)]
-    rare = drawing.rare_classes(data)
-    tail = [index[k] for k in rare]
-    rest = [index[k] for k in range(data.num_classes) if k not in rare]
+    index = torch.cat([drawing.images_of(data.train_labels, [k], per_class)
+                       for k in range(data.num_classes)]).to(data.train_labels.device)
+    rare = torch.tensor(drawing.rare_classes(data), device=index.device)
+    is_rare = torch.isin(data.train_labels[index], rare)
+    tail, rest = index[is_rare], index[~is_rare]
     params = [p.requires_grad_() for p in trained_parameters(net)]
     length = quantities.norm([p for p in params if p.ndim > 1])
 
-    def summed_losses(classes):
-        """Class by class, in parts of 100 images: the graph of one part is in memory at a time."""
-        for images_of_class in classes:
-            for part in images_of_class.split(100):
+    def summed_losses(chosen):
+        """In parts of 100 images: the graph of one part is in memory at a time."""
+        for part in chosen.split(100):
+            if len(part):
                 x = teacher_input(augment.to_float(data.train_images[part]), net.img_size)
                 yield len(part) * criterion(net(x), data.train_labels[part])
 
     def means():
         """(2,): over all classes, over the tail."""
         tail_sum, rest_sum = sum(summed_losses(tail)), sum(summed_losses(rest))
-        return torch.stack([(tail_sum + rest_sum) / sum(map(len, index)),
-                            tail_sum / sum(map(len, tail))])
+        return torch.stack([(tail_sum + rest_sum) / len(index), tail_sum / len(tail)])
 
     def along(direction, name):
         radii = [r * float(length) for r in STEPS[name]]

@@ -110,8 +110,10 @@ def load_checkpoint(path, keys=("model", "config")):
     state = read_safely(path)
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
-    if any(key not in state for key in keys):
-        raise UserError(f"{path} is not a checkpoint of this project: it lacks {', '.join(keys)}")
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this project: it lacks "
+                        + ", ".join(missing))
     names = state.get("class_names")
     if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
         state["class_names"] = [class_name(name) for name in names]
@@ -151,6 +153,8 @@ def read_safely(path):
                     raise zipfile.BadZipFile
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:                  # damaged files raise nearly anything
         forbidden = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
         if forbidden:
@@ -170,10 +174,10 @@ def is_run(state):
 
 
 def check_run(state):
-    """UserError for a run's checkpoint with weights, names or settings that are none."""
+    """UserError for a run's checkpoint with weights, names or settings that are malformed."""
     weights, names = state["model"], state["class_names"]
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise UserError("its weights are damaged: they are no tensors by their names")
+        raise UserError("its weights are damaged: they are not a dict of tensors by name")
     if not are_names(names):
         raise UserError("its class names are damaged: they are not a list of different names")
     for key, value in state["config"].items():

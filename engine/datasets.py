@@ -27,6 +27,7 @@ from data_lt import (DATASETS, LISTS, LongTailData, load_shapes, long_tailed_cou
                      long_tailed_indices)
 from engine.groups import group_classes, groups_text
 from engine.runtime import barrier
+from engine.settings import own_name
 from images.copies import without_copies
 from images.decode import Stream, check, problem, read_all, sides, white_level
 from images.files import (DataError, Files, list_folder, natural, refuse, shown, some,
@@ -200,6 +201,8 @@ def sort_classes(dataset, label, train, test, class_names, fingerprint=None):
     if len(known) < len(test_y):
         test_x = test_x.keep(known) if isinstance(test_x, Stream) else test_x[known]
         test_y = test_y[known]
+        if len(test_y) == 0:
+            raise DataError(f"{label} has no test images of the classes that are trained on")
     counts = counts[ids].tolist()
     return LongTailData(
         dataset, label, x, torch.from_numpy(number[y]), test_x, torch.from_numpy(number[test_y]),
@@ -312,7 +315,7 @@ def cifar_folder(root, num_classes, imb, kind, holdout, skip_bad):
     """
     train_root, test_root, remarks = find_splits(root)
     train = list_folder(train_root)
-    test = train.keep(slice(0))
+    test = Files(train.paths[:0], train.labels[:0], train.class_names)
     if test_root:
         test = list_folder(test_root)
     elif not holdout:
@@ -392,7 +395,7 @@ def channels_first(images):
 # ---- A user's own folder -------------------------------------------------------------------------
 
 def own_settings(args):
-    """What own_folder is called with."""
+    """The arguments of own_folder, from the settings."""
     return (args.data_dir, args.imb, args.imb_type, args.holdout, args.holdout_by,
             (args.train_list, args.test_list), args.list_columns)
 
@@ -409,13 +412,13 @@ def own_folder(root, imb, kind, holdout, holdout_by=None, lists=(None, None), co
         train, test = split_listed(train, test, base, lists[0], holdout, holdout_by)
     else:
         train, test = split_folder(root, holdout, holdout_by)
-    if imb is not None:
+    if imb is not None and len(train):          # if none is left, the caller says why
         train = make_tail(train, imb, kind, root)
     return train, test
 
 
 def split_folder(root, holdout, holdout_by):
-    """own_folder's for folders."""
+    """own_folder for folders: (training Files, test Files)."""
     train_root, test_root, remarks = find_splits(root)
     if holdout and test_root:
         raise DataError(f"{shown(root)} has images to test on in "
@@ -467,7 +470,7 @@ def check_held_out(train, test, place, groups):
 
 
 def make_tail(train, imb, kind, root):
-    """Files without as many images as gives this imbalance. DataError if it has a longer tail."""
+    """Leave out images until this imbalance is reached. DataError if the tail is longer already."""
     counts = train.counts()
     order = descending(counts)[:(counts > 0).sum()]
     largest, smallest = counts[order[0]], counts[order[-1]]
@@ -542,12 +545,6 @@ def lists_difference(dataset, counts, test_counts):
     return None
 
 
-def own_name(args):
-    """What a user's own images are called: as their list, or as their folder."""
-    path = os.path.splitext(args.train_list)[0] if args.train_list else args.data_dir
-    return shown(os.path.basename(os.path.abspath(path)))
-
-
 # ---- For people ----------------------------------------------------------------------------------
 
 def describe(data, args):
@@ -582,7 +579,8 @@ def print_data_summary(data, args, rt):
     sentences.append(f"Half of the images are at least {found.side} px on their shorter side; of "
                      f"the central square {args.img_size} px{patches} are used.")
     if getattr(args, "minutes", None) is None:
-        sentences.append(f"{args.epochs} epochs make {args.epochs * found.images:,} samples.")
+        samples = args.epochs * len(data.train_labels)
+        sentences.append(f"{args.epochs} epochs make {samples:,} samples.")
     sentences.append(f"(Recipe {args.recipe}; --img-size, --epochs and all other settings can be "
                      "given.)")
     rt.print(" ".join(sentences))

@@ -78,7 +78,7 @@ class EarlyWarnings:
         index = evaluation.balanced_sample(labels, IMAGES)
         self.labels, self.index = labels[index], index.to(rt.device)
         self.tests = torch.bincount(labels, minlength=data.num_classes)     # images by class (K,)
-        self.sum, self.sums = torch.zeros((), device=rt.device), []
+        self.sum, self.sums = torch.zeros(2, device=rt.device), []      # loss, finite steps
         rt.print(constant_answer(self.tests, data.class_names))
         if not resumed:
             self.check_budget(total)
@@ -96,8 +96,8 @@ class EarlyWarnings:
             advice = f"--epochs {math.ceil(longer * args.epochs)}"
             if args.minutes is not None:            # of a student's teacher they are a share
                 advice = f"{longer:.1f} times the --minutes"
-            self.say("budget", 0, f"{total} steps of the optimizer (--epochs {args.epochs}, of "
-                     f"{self.steps} steps) are too few to learn much; {advice} makes "
+            self.say("budget", 0, f"{total} steps of the optimizer (--epochs {args.epochs}, "
+                     f"{self.steps} steps each) are too few to learn much; {advice} makes "
                      f"{FEWEST_STEPS}, as does a smaller --batch")
         elif args.warmup_epochs >= args.epochs:
             self.say("budget", 0, f"the warm-up, {args.warmup_epochs:g} epochs, does not end in "
@@ -108,9 +108,10 @@ class EarlyWarnings:
         if self.done >= self.look_at:
             return
         self.done += 1
-        self.sum += torch.where(finite > 0, values[self.loss], 0)
+        loss = values[self.loss]
+        self.sum += torch.where(finite > 0, torch.stack([loss, torch.ones_like(loss)]), 0)
         if self.done in (self.look_at // 5, self.look_at // 2, self.look_at):
-            self.sums.append(self.sum.item())
+            self.sums.append(self.sum.tolist())
         if self.done == self.look_at and len(self.sums) == 3:
             self.check_loss()
             self.check_classes(epoch, net)
@@ -122,11 +123,10 @@ class EarlyWarnings:
 
     def check_loss(self):
         """Mean loss of the second half of the first steps against their first fifth."""
-        args, (fifth, half, total) = self.args, self.sums
+        args, ((fifth, n_fifth), (half, n_half), (total, n)) = self.args, self.sums
         if self.look_at < MEAN:
             return
-        first = fifth / (self.look_at // 5)
-        now = (total - half) / (self.look_at - self.look_at // 2)
+        first, now = fifth / max(1, n_fifth), (total - half) / max(1, n - n_half)
         if args.drw_epoch * self.steps < self.look_at and args.beta > 0:
             return                              # re-weighted meanwhile: another loss
         advice = (f"try another --lr than {args.lr:g}, a tenth of it or ten times, and look at the "
@@ -170,14 +170,15 @@ class EarlyWarnings:
         # Near chance c: odds below twice its own, as in evaluation.accuracy_on_clean.
         near_chance = balanced * (1 - 1 / classes) < 2 / classes * (100 - balanced)
         if overall < share and near_chance:
-            self.say("accuracy", 0, f"{when}: {overall:.1f} % of the test images right is below "
-                     f"always answering '{name}', {share:.1f} %, and the balanced accuracy, "
-                     f"{balanced:.1f} %, is near chance; train longer, or try another --lr")
+            self.say("accuracy", 0, f"{when}: {overall:.1f} % of the test images are right, fewer "
+                     f"than by always answering '{name}', {share:.1f} %, and the balanced "
+                     f"accuracy, {balanced:.1f} %, is near chance; train longer, or try another "
+                     "--lr")
         elif overall < share and results and epoch + 1 >= args.epochs / 2:
-            self.say("accuracy", 0, f"{when}: {overall:.1f} % of the test images right is below "
-                     f"always answering '{name}', {share:.1f} %: training makes rare classes count "
-                     f"as much as frequent ones; judge by the balanced accuracy, {balanced:.1f} % "
-                     f"(of one answer: {100 / classes:.1f} %)")
+            self.say("accuracy", 0, f"{when}: {overall:.1f} % of the test images are right, fewer "
+                     f"than by always answering '{name}', {share:.1f} %: training makes rare "
+                     f"classes count as much as frequent ones; judge by the balanced accuracy, "
+                     f"{balanced:.1f} % (of one answer: {100 / classes:.1f} %)")
 
     @torch.no_grad()
     def answers(self, net):

@@ -16,9 +16,11 @@ import augment
 import data_lt
 from engine.groups import groups_text, has_published_groups, split_by_count
 from engine.runtime import all_sum, share_buffers
+from images.operations import center_crop
 
 COLUMNS = ("overall", "head", "mid", "tail")                            # of a balanced test set
 SKEWED_COLUMNS = ("balanced", *COLUMNS, "macro_f1")                     # of another
+SUMMARY_IMAGES = 20000      # on which a teacher is summarised, at most
 TITLES = {"macro_f1": "macro F1", "teacher_avg": "teacher", "avg+teacher": "avg + teacher"}
 
 
@@ -29,7 +31,7 @@ def student_input(x, img_size, eval_crop):
 
     Resized to img_size / eval_crop, of which the centre is cut out.
     """
-    return augment.center_crop(augment.resize(x, round(img_size / eval_crop)), img_size)
+    return center_crop(augment.resize(x, round(img_size / eval_crop)), img_size)
 
 
 def teacher_input(x, img_size):
@@ -197,10 +199,10 @@ def with_teacher(results, net, teacher, data, img_size, eval_crop, rt):
     all_labels = data.test_labels.cpu()
     rows = {name: count_accuracies(classes, labels, all_labels, data.groups, rt)
             for name, classes in found.items()}
+    total = torch.bincount(all_labels, minlength=data.num_classes)
     best = max(("avg", "teacher_avg"), key=lambda name: main_accuracy(rows[name]))
     for name, other in (("teacher_avg", "avg"), ("avg+teacher", best)):
         mine, theirs = found[name] == labels, found[other] == labels
-        total = torch.bincount(all_labels, minlength=data.num_classes)
         better, worse = (all_sum(torch.bincount(labels[alone], minlength=data.num_classes), rt)
                          for alone in (mine & ~theirs, theirs & ~mine))
         rows[name]["margin"] = round(margin(better, worse, total), 3)
@@ -247,8 +249,8 @@ def token_cosine(net, data, img_size, eval_crop, rt):
 
 
 @torch.no_grad()
-def teacher_on_training_images(net, data, rt, kinds=("clean", "strong", "mixed"), limit=20000,
-                               batch=64):
+def teacher_on_training_images(net, data, rt, kinds=("clean", "strong", "mixed"),
+                               limit=SUMMARY_IMAGES, batch=64):
     """A teacher on (up to `limit`) training images as a student's augmentation makes them.
 
     kinds: "clean"; "strong": cropped, RandAugmented, erased; "mixed": those, mixed. At the data's
@@ -332,7 +334,8 @@ def teacher_summary(net, data, rt):
 
 def teacher_summary_text(summary):
     """The summary for people."""
-    parts = [f"{kind} {s['accuracy']:.1f} % right, entropy {s['entropy']:.2f} nats"
+    names = {"clean": "clean", "strong": "augmented and mixed"}
+    parts = [f"{names[kind]} {s['accuracy']:.1f} % right, entropy {s['entropy']:.2f} nats"
              for kind, s in summary.items()]
     return "on its training images: " + "; ".join(parts)
 
@@ -359,12 +362,13 @@ def group_by_count(results, data):
 def tables(results, title, data):
     """The table of results and, for the large sets, the one with groups by count, as text.
 
-    Below it what the groups of an own data set are.
+    Below it, what the groups are, unless they are the published ones.
     """
     text, regrouped = table(results, title), group_by_count(results, data)
     if regrouped:
         text += f"\nby training images (> 100, 20 to 100, < 20)\n{table(regrouped, title)}"
-    if not has_published_groups(data.name, data.counts):
+    published = has_published_groups(data.name, data.counts)
+    if not published or data.groups != data_lt.published_groups(data.name):
         text += f"\n{groups_text(data.counts, data.groups)}"
     return text
 

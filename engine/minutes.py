@@ -19,6 +19,7 @@ from itertools import cycle, islice
 
 import torch
 
+from engine.evaluation import SUMMARY_IMAGES
 from engine.run_folder import duration
 from engine.runtime import all_max
 from engine.settings import set_epochs
@@ -31,7 +32,6 @@ FIRST_STEPS = 0.05                  # of it for the first two or three steps: th
 EVALUATION = 0.07                   # evaluations take at most this share of the epochs' time
 PICTURE = 8                         # seconds for a student's table and picture
 TOO_MUCH = 0.15                     # of the time, beyond it: the run says that it takes longer
-SUMMARY = 20000                     # training images of a teacher's summary, at most
 
 
 class TooSlow(Exception):
@@ -139,7 +139,7 @@ def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
             few = replace(few, train_labels=data.train_labels[:args.batch])
             began = probe.now()
             at_end(twin, few, rt)
-            end = (probe.now() - began) / len(few.train_labels) * min(images, SUMMARY)
+            end = (probe.now() - began) / len(few.train_labels) * min(images, SUMMARY_IMAGES)
     costs = probe.costs(tests / len(few.test_labels))
     left = budget - (time.monotonic() - run.began) - probe.beginning() - end
     epochs, every = all_max(most_epochs(left, costs, args) if rt.main else (0, 0), rt)

@@ -42,7 +42,7 @@ import resnet
 import vit
 from engine.checkpoints import are_names, check_tensors, is_run, load_checkpoint, load_weights
 from engine.runtime import UserError, one_line
-from images.files import shown
+from images.files import class_name, shown, some
 
 NORMALISATIONS = {  # mean and standard deviation of the pixels that a network was trained on
     "cifar": (resnet.CIFAR_MEAN, resnet.CIFAR_STD),
@@ -69,7 +69,7 @@ class Network:
     numbering: str = "own"      # of outputs without names: as the data set's own, or by "count"
     white: int = 65535          # value of white in deep images, see images/decode.py
     weights: str = ""           # 16 hexadecimal digits that change with any weight
-    unfinished: str = None      # where a run stands that is not finished, or ""; None: not known
+    unfinished: str = None      # how far an unfinished run is; "" if finished; None: unknown
     teacher: nn.Module = None   # what a student's answers are combined with, see `joined`
     configs: list = None        # of several, joined: the settings of each, in their order
 
@@ -306,7 +306,7 @@ def read_names(path):
     """The lines of a text file, without empty ones."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return [line.strip() for line in file if line.strip()]
+            return [class_name(line.strip()) for line in file if line.strip()]
     except (OSError, ValueError) as error:                              # ValueError: not UTF-8
         raise UserError(f"{path} cannot be read as a text file of class names: {error}") from None
 
@@ -489,7 +489,7 @@ def teacher_files(path):
     """The files of a teacher: one, or several joined by commas. UserError for an empty name."""
     files = [path] if os.path.exists(path) else [file.strip() for file in path.split(",")]
     if not all(files):
-        raise UserError(f"--teacher '{path}': a name is empty")
+        raise UserError(f"'{path}': a name is empty between the commas")
     return files
 
 
@@ -523,7 +523,8 @@ def mean_of(teachers, path):
         return teachers[0].net, teachers[0].what
     sizes = sorted({teacher.net.img_size for teacher in teachers})
     if len(sizes) > 1:
-        raise UserError(f"--teacher {path}: one --teacher-size for all, not {sizes} px")
+        raise UserError(f"{path}: networks of one image size are needed, not of {sizes} px; in a "
+                        "training --teacher-size gives them one")
     kinds = dict.fromkeys(teacher.what for teacher in teachers)         # each once, in order
     return (Ensemble([teacher.net for teacher in teachers]).eval(),
             f"the mean of {len(teachers)}, " + ", and ".join(kinds))
@@ -615,11 +616,11 @@ def match_classes(network, data, what):
         check_order_is_known(data, network, what)
         order = data.class_ids if network.numbering == "own" else by_count
     elif sorted(known) == sorted(names):
-        order = [list(known).index(name) for name in names]
+        place = {name: k for k, name in enumerate(known)}
+        order = [place[name] for name in names]
     else:
         different = sorted(set(known) ^ set(names))
-        raise UserError(f"{what} knows other classes than the data ({', '.join(different[:3])}, "
-                        "...)")
+        raise UserError(f"{what} knows other classes than the data ({some(different)})")
     if order != by_count:
         for layer in last_layers(network):
             reorder_outputs(layer, torch.tensor(order))

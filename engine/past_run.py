@@ -22,10 +22,12 @@ from engine.runtime import UserError, all_max, exit_together
 from engine.settings import NOT_RESUMED, defaults, flag, set_epochs
 from engine.training import check_compiler
 
-FORMAT = 2      # of a run folder's settings; runs without one were made before their names changed
+# Format of a run folder's settings. Runs without one have older names, see upgrade_config; only
+# runs of this format can be resumed.
+FORMAT = 2
 RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
 # What can be done about a teacher that another script would train.
-REMOVE = "remove that folder to train this teacher again, or name another by --teacher"
+REMOVE = "remove that folder to train this teacher again, or name another with --teacher"
 LACKS = "the log lacks epochs"      # in `forced` of a run that went on with such a log
 # What config.json says besides the settings.
 ABOUT = ("classes", "counts", "class_groups", "versions", "hardware", "amp_dtype", "forced",
@@ -47,7 +49,7 @@ class PastRun:
         self.teachers, self.wait = [], wait
         self.start_epoch, self.start_step = 0, 0
         self.defaults = defaults(table)
-        # By torchrun, of which each machine counts for itself: one that was started anew from 0.
+        # torchrun counts restarts on each machine; one that was replaced counts from 0.
         restarts, = all_max([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], rt)
         self.restarted = restarts > 0
         self.resume = args.resume or self.restarted         # its command is that of the start
@@ -234,7 +236,8 @@ class PastRun:
                 same = new[name] in (None, False, self.defaults.get(name))
             if not same:
                 names.append(name)
-        return ", ".join(f"{flag(k)} {old.get(k)} -> {new.get(k)}" for k in names)
+        return ", ".join(f"{k if k == 'processes' else flag(k)} {old.get(k)} -> {new.get(k)}"
+                         for k in names)
 
     def force(self, args, changes):
         """UserError for changed settings, or, with --force, a line about them."""
@@ -295,9 +298,9 @@ class PastRun:
             self.refuse_images()
 
     def refuse_images(self):
-        raise UserError(f"{self.folder} was trained on other images than these, or on other levels "
-                        "of them: " + (REMOVE if self.wait else "--overwrite trains it again, "
-                                       "--out names another folder"))
+        advice = "--overwrite trains it again, --out names another folder"
+        raise UserError(f"{self.folder} was trained on other images than these, or with another "
+                        f"white level or other classes: {REMOVE if self.wait else advice}")
 
     def check_teacher(self, args, teacher, data):
         """Remember which networks the teacher is: their files, hashes of weights, and data.

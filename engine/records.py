@@ -53,6 +53,16 @@ def nan_for_null(read):
     return restored
 
 
+def teacher_right(log):
+    """Percent of images that a student's teacher labelled right: mean of the epochs before DRW.
+
+    None for a student without a teacher.
+    """
+    right = [epoch["teacher_accuracy"] for epoch in log
+             if epoch.get("teacher_accuracy") is not None and not epoch["drw"]]
+    return sum(right) / len(right) if right else None
+
+
 LARGEST_JSON = 2 ** 28          # bytes; a log of 1,400 epochs has half a million
 
 

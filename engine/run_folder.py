@@ -213,7 +213,7 @@ class Run(PastRun):
             per_step /= self.passes[epoch]
             steps = (self.steps - step - 1) * self.passes[epoch]
             steps += self.steps * sum(self.passes[epoch + 1:])
-            self.rt.print(f"about {duration(steps * per_step)} to go on {self.rt.hardware()}")
+            self.rt.print(f"about {duration(steps * per_step)} left on {self.rt.hardware()}")
 
     def save_if_due(self, epoch, step, last=False):
         """Save if it is time, or the end, or to stop. Returns the signal that asks for it, or 0.

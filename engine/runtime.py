@@ -79,8 +79,8 @@ def run_main(main):
         main()
     except (UserError, DataError) as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)       # all ranks have the same error: let rank 0 print it, then torchrun
-        print(f"error: {visible(str(error))}", file=sys.stderr)     # ends the others
+            time.sleep(5)       # all have the same error: rank 0 prints it
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
@@ -267,7 +267,7 @@ def setup(device="auto", amp="auto"):
         try:
             dist.init_process_group(backend)
         except ValueError as error:                 # set by a cluster, or left in the environment
-            raise UserError(f"WORLD_SIZE is {world}, but this process has no group: begin it by "
+            raise UserError(f"WORLD_SIZE is {world}, but this process has no group: start it with "
                             f"torchrun, or unset WORLD_SIZE ({one_line(error)})") from None
     if amp == "auto":
         amp = "bf16" if has_bf16(device) else "none"

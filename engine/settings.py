@@ -71,14 +71,24 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=formatter, allow_abbrev=False)
 
     def parse_known_args(self, *args, **kwargs):
+        return self.expanded(*super().parse_known_args(*args, **kwargs))
+
+    def parse_known_intermixed_args(self, *args, **kwargs):     # newer ones do not call the above
+        return self.expanded(*super().parse_known_intermixed_args(*args, **kwargs))
+
+    @staticmethod
+    def expanded(options, rest):
         """Shells expand "~" neither after a "=" nor after a comma; "$X" may be empty."""
-        options, rest = super().parse_known_args(*args, **kwargs)
-        for name, value in vars(options).items():
+        def expand(name, value):
             if value == "":
                 raise UserError(f"{flag(name)} is empty: give it a value, or leave it out")
+            if isinstance(value, list):
+                return [expand(name, each) for each in value]
             if isinstance(value, str):
-                value = ",".join(map(os.path.expanduser, value.split(",")))
-                setattr(options, name, value)
+                return ",".join(map(os.path.expanduser, value.split(",")))
+            return value
+        for name, value in vars(options).items():
+            setattr(options, name, expand(name, value))
         return options, rest
 
 
@@ -133,9 +143,13 @@ def add_run_flags(parser):
 
 def save_interval(text):
     """argparse type: "500" (steps) or "10m" (minutes), above 0; returned as it is."""
-    number = float(text.removesuffix("m"))
+    try:
+        number = float(text.removesuffix("m"))
+    except ValueError:
+        number = 0
     if not 0 < number < math.inf or not (text.endswith("m") or text.isdecimal()):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of steps, such as 500, or "
+                                         "of minutes, such as 10m")
     return text
 
 
@@ -207,9 +221,9 @@ def check_ranges(args, **ranges):
 def resolve_data(args):
     """Fill --imb where it has a default. UserError for flags that the data set does not have."""
     check_ranges(args, seed=(0, 2 ** 62))
-    if args.imb is None and args.dataset not in ("folder", *data_lt.LISTS):
-        args.imb = 100.0
     by_list = ("folder", *data_lt.LISTS)                        # or, folder, by its folders
+    if args.imb is None and args.dataset not in by_list:
+        args.imb = 100.0
     if args.holdout is not None and args.dataset == "shapes":
         raise UserError("--holdout is not for --dataset shapes")
     for name in ("holdout_by", "train_list", "test_list", "list_columns"):
@@ -220,7 +234,7 @@ def resolve_data(args):
                         "--holdout 0.2")
     if args.dataset == "folder" and not args.train_list and (args.test_list or args.list_columns):
         raise UserError("--test-list and --list-columns go with a --train-list")
-    if args.groups and args.dataset not in ("folder", *data_lt.LISTS):
+    if args.groups and args.dataset not in by_list:
         raise UserError(f"--groups is for your own data: {args.dataset} has published groups")
     if args.dataset in data_lt.LISTS and args.imb is not None:
         raise UserError(f"--imb: {args.dataset} is as imbalanced as its lists")
@@ -330,9 +344,9 @@ def fit_to_folder(row, survey, largest_size):
     """
     limit = min(1.25 * survey.side, largest_size)
     size = max([32, *(size for size in (64, 128, 224) if size <= limit)])
-    longest = row["epochs"]
-    epochs = round(min(max(longest * 12406 / survey.images, longest / 4), 3 * longest))
-    share = epochs / longest
+    usual = row["epochs"]
+    epochs = round(min(max(usual * 12406 / survey.images, usual / 4), 3 * usual))
+    share = epochs / usual
     fitted = in_proportion(row, share, share * survey.images / 12406)
     fitted |= dict(img_size=size, epochs=epochs)
     if "patch_size" in row:
@@ -342,13 +356,17 @@ def fit_to_folder(row, survey, largest_size):
 
 # ---- Names of runs -------------------------------------------------------------------------------
 
+def own_name(args):
+    """What a user's own images are called: as their list, or as their folder."""
+    path = os.path.splitext(args.train_list)[0] if args.train_list else args.data_dir
+    return shown(os.path.basename(os.path.abspath(path)))
+
+
 def data_name(args):
     """What the data are, for a run's name: cifar10_imb100."""
     name = args.dataset
     if name == "folder":
-        path = os.path.splitext(args.train_list)[0] if args.train_list else args.data_dir
-        folder = shown(os.path.basename(os.path.abspath(path)))
-        name = re.sub(r"[^\w.-]+", "-", folder)
+        name = re.sub(r"[^\w.-]+", "-", own_name(args))
     if args.imb is not None:
         name += f"_imb{args.imb:g}"
         if args.imb_type == "step":

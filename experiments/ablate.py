@@ -10,7 +10,7 @@ teachers are shared. A signal to this process reaches the run, which saves; then
 
 Printed as markdown: accuracies in percent, mean and standard deviation over the finished seeds.
 "teacher right": percent of training images whose teacher label is that of the image (if mixed: of
-its larger part), mean of the epochs before re-weighting.
+its larger part), mean of the epochs before --drw-epoch.
 
 main     ViT, DeiT-LT (LDAM-DRW-SAM) and ours, at the length of the cpu recipe
 table1   the teacher and its input (the paper's Table 1; here without re-weighting)
@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import train_student
 import train_teacher
 from engine import runtime
-from engine.records import read_json, read_log
+from engine.records import read_json, read_log, teacher_right
 from engine.evaluation import COLUMNS
 from engine.runtime import UserError, end_with_parent, watched_signals
 from engine.settings import CARRIED, DATA_SETTINGS, as_flags, flag, resolve_data
@@ -284,10 +284,7 @@ def run(command):
 
 def read(folder, head):
     """Accuracies of a head in a finished run, and "teacher": how often it was right, or None."""
-    accuracies, log = read_json(folder, "result.json")[head], read_log(folder)
-    right = [epoch["teacher_accuracy"] for epoch in log
-             if epoch.get("teacher_accuracy") is not None and not epoch["drw"]]
-    return accuracies | {"teacher": statistics.mean(right) if right else None}
+    return read_json(folder, "result.json")[head] | {"teacher": teacher_right(read_log(folder))}
 
 
 def spread(values):

@@ -69,7 +69,7 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 30, 60],
                         help="default: 5 10 30 60")
-    parser.add_argument("--show", action="store_true", help="the table of finished runs")
+    parser.add_argument("--show", action="store_true", help="print the table; train nothing")
     options, common = parser.parse_known_args()
     train_teacher.parse(common)                             # refuses flags of the student alone
     settings = train_student.parse(common)

@@ -150,7 +150,7 @@ def attempt(command, limit, log):
     if command.needs and not is_finished(command.needs):
         return f"not begun: {command.needs} is not finished"
     if limit <= command.least:
-        return "not begun: no time is left"
+        return "not begun: too little time is left"
     return run(command, limit, log)
 
 
@@ -311,7 +311,8 @@ def section(stage, options, report):
     if stage == "speed":
         tables = [[line for line in lines_of(report.log(name)) if line.startswith("|")]
                   for name in ("steps", "compiled", "graphs")]
-        return [*tables[0], *tables[1][2:], *tables[2][2:]]             # one heading
+        heading = next((table[:2] for table in tables if table), [])
+        return heading + [row for table in tables for row in table[2:]]
     return results_table(options, RUNS[stage])
 
 
@@ -420,7 +421,8 @@ def main():
     options = parse()
     if options.commands:
         for stage in options.only:
-            for command in commands(stage, options, 60 * options.minutes * SHARES[stage]):
+            share = SHARES[stage] / sum(SHARES[name] for name in options.only)
+            for command in commands(stage, options, 60 * options.minutes * share):
                 print(f"python {command.text}")
     elif options.device != "cpu" and not torch.cuda.is_available():
         raise UserError("this torch sees no GPU: --device cpu tries the stages on a CPU")

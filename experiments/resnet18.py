@@ -1,4 +1,4 @@
-r"""A plain ResNet-18, what somebody would do with 50 lines of PyTorch: a baseline in few minutes.
+r"""A plain ResNet-18, what somebody would do with 50 lines of PyTorch: a baseline in a few minutes.
 
     python -m experiments.resnet18 --dataset folder --data-dir fish --minutes 5
 
@@ -47,6 +47,7 @@ def train(args, data, net, rt, run):
             set_lr(optimizer, cosine_lr(epoch + step / steps, args.epochs, args.lr,
                                         args.warmup_epochs))
             x = augment.random_crop_flip(images, images.shape[-1] // 8)
+            x = augment.resize(x, args.img_size)
             with rt.autocast():
                 logits = net(train_teacher.to_network(x))               # (B,K)
                 loss = F.cross_entropy(logits.float() + log_prior, y)

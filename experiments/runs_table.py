@@ -7,23 +7,23 @@ A row replaces the row of the same name (the folder's) and keeps its note unless
 
 overall, head, mid, tail    accuracy in percent at the last epoch: mean of the heads' logits
 cls_, dist_, ema_, both_    the same of one head, of the averaged weights, of student and teacher
-clean_, strong_             a teacher on its own training images: accuracy (%), entropy (nats)
+clean_, strong_             a teacher on its own training images, clean, or augmented and mixed:
+                            accuracy (%), entropy (nats)
 teacher_right               how often the teacher's label was that of the image (if mixed: of its
-                            larger part), percent, mean of the epochs before re-weighting
+                            larger part), percent, mean of the epochs before --drw-epoch
 cosine                      of the CLS and DIST features after the last epoch, mean over test images
 settings                    that the command (or --finetune) changed and that have no column
 """
 import argparse
 import csv
 import io
-import math
+
 import os
 import shlex
-import statistics
 import sys
 
 from engine.checkpoints import write_atomically
-from engine.records import read_json, read_log
+from engine.records import read_json, read_log, teacher_right
 from engine.runtime import UserError, run_main
 
 HEADS = {"cls": "cls", "dist": "dist", "ema": "ema", "both": "avg+teacher"}     # in result.json
@@ -73,21 +73,16 @@ def row_of(folder):
         for quantity, value in measured.items():
             row[f"{images}_{quantity}"] = value
     row["per_class"] = " ".join(map(str, result.get("per_class", {}).get("avg", [])))
-    right = [epoch["teacher_accuracy"] for epoch in log
-             if epoch.get("teacher_accuracy") is not None and not epoch["drw"]]
-    if right:
-        row["teacher_right"] = round(statistics.mean(right), 1)
+    right = teacher_right(log)
+    if right is not None:
+        row["teacher_right"] = round(right, 1)
     row["cosine"] = log[-1].get("cosine")
     changed = settings(config, result["command"], kind).items()
     row["settings"] = " ".join(f"{name}={value}" for name, value in changed)
     if "amp_dtype" in config:
         dtype = str(config["amp_dtype"]).removeprefix("torch.")
         row["amp_dtype"] = "float32" if dtype == "None" else dtype
-    return {name: value for name, value in row.items() if not is_nan(value)}
-
-
-def is_nan(value):
-    return isinstance(value, float) and math.isnan(value)
+    return {name: value for name, value in row.items() if value == value}       # not NaN
 
 
 def main(argv=None):

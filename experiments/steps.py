@@ -118,7 +118,7 @@ def measure_step(script, flags, seconds, peak, rt, mode=None):
         title = f"{args.model}, {args.img_size} px, patch {args.patch_size}"
         teacher = resnet.resnet32(data.num_classes).eval().requires_grad_(False)
         teachers = [teacher.to(rt.device, memory_format=torch.channels_last)]
-        flops += forward_flops(*teachers, 32, rt)
+        flops += forward_flops(teacher, 32, rt)
     if args.compile:
         title += ", compiled" if mode is None else ", compiled, graphs"
     meter = Meter(rt, seconds)

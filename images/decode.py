@@ -123,7 +123,7 @@ def states_white(image):
 
 def is_deep_color(image):
     """Is an open image's color stored in 16 bits, of which PIL reads the upper 8?"""
-    return image.mode[0] != "I" and ";16" in str(image.tile[0][3])
+    return image.mode[0] != "I" and any(";16" in str(tile[3]) for tile in image.tile)
 
 
 def levels(image):

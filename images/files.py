@@ -5,7 +5,7 @@ million Python objects. Lists of files (images/lists.py) give the same.
 
     links that lead in a circle                 followed once
     names that are not UTF-8, control codes     shown escaped, see `shown`
-    names in two Unicode forms                  one class (NFC)
+    names in two Unicode forms                  compared as NFC; two folders of one are an error
     a run's folder among the images             passed over
 
 images/layout.py says which folders to list, images/copies.py which files are the same image,
@@ -131,14 +131,14 @@ def refuse(problems, skip, say):
     if not problems:
         return
     if len(problems) == 1 and not skip:
-        raise DataError(f"{problems[0]}; repair it, or continue without it by --skip-bad")
+        raise DataError(f"{problems[0]}; repair it, or continue without it with --skip-bad")
     lines = [f"  {problem}" for problem in problems[:50]]
     if len(problems) > 50:
         lines.append(f"  and {len(problems) - 50} more")
     number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     text = "\n".join([f"{number} with the data:", *lines])
     if not skip:
-        raise DataError(f"{text}\nRepair them, or continue without them by --skip-bad")
+        raise DataError(f"{text}\nRepair them, or continue without them with --skip-bad")
     say(f"--skip-bad: continuing without these.\n{text}")
 
 
@@ -150,7 +150,7 @@ def is_image(name):
 
 
 def is_folder(entry):
-    """Is an os.DirEntry a folder, or a link to one? No file is asked for that; False for errors."""
+    """Is an os.DirEntry a folder, or a link to one? False for errors."""
     try:
         return entry.is_dir()
     except OSError:                                     # a link to itself

@@ -28,8 +28,8 @@ def group_names(files, by, root):
     """The group of each image as --holdout-by says, (N,) text; "" for one that has none.
 
     by: the column of a list that `files` were read with, or a regular expression that is searched
-    in the path relative to root; its first group, or the whole match, is the name. DataError for a
-    pattern that is none, that fits no path, or for one group of all images.
+    in the path relative to root; its first group, or the whole match, is the name. DataError for
+    an invalid pattern, one that matches no path, or one group of all images.
     """
     if files.group is not None:
         names = files.group
@@ -37,12 +37,13 @@ def group_names(files, by, root):
         try:
             pattern = re.compile(by)
         except re.error as error:
-            raise DataError(f"--holdout-by {by!r} is no regular expression: {error}") from None
+            raise DataError(f"--holdout-by {by!r} is not a valid regular expression: "
+                            f"{error}") from None
         names = np.array([matched(pattern, os.fsdecode(name)) for name in files.names(root)])
     example = shown(files.names(root)[0]) if len(files) else "none"
     if not any(names):
         columns = f"; the columns of the list are {some(files.columns)}" if files.columns else ""
-        raise DataError(f"--holdout-by {by!r} fits no image: it is searched in paths such as "
+        raise DataError(f"--holdout-by {by!r} matches no image: it is searched in paths such as "
                         f"{example}, and its first (group) is what belongs together{columns}")
     if len(set(names)) == 1 and all(names):
         raise DataError(f"--holdout-by {by!r} puts all images into one group, "

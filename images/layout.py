@@ -59,7 +59,7 @@ def find_splits(root):
             if not with_images(folder):
                 remarks.append(f"{shown(folder)} has no class folders of images: it is not used.")
             elif test_root:
-                remarks.append(f"{shown(folder)} is not used, but {shown(test_root)}.")
+                remarks.append(f"{shown(folder)} is not used; {shown(test_root)} is.")
             else:
                 test_root = folder
     if others and test_root and set(subfolders(train_root)[0]) & set(subfolders(test_root)[0]):
@@ -69,7 +69,7 @@ def find_splits(root):
         refuse_layout(root, f"{place} has {train}/ and beside it images in {some(others)}",
                       f"If {train} is a class, rename it, for example to class_{train}; if it "
                       f"holds the images to train on, move the others into it or out of {place}; "
-                      f"images to test on belong into {place}/test.")
+                      f"images to test on belong in {place}/test.")
     if beside:
         remarks.append(f"Images in {place} itself are not used: {some(beside)}.")
     return train_root, test_root, remarks
@@ -117,7 +117,7 @@ def check_classes(root, train_root):
             name = shown(name)
             refuse_layout(root, f"{place}/{name} holds {some(sorted(folders))}",
                           f"For these images alone use --data-dir {place}/{name}. If {name} is a "
-                          f"class, its images belong into {shown(root)}/train/{name} and "
+                          f"class, its images belong in {shown(root)}/train/{name} and "
                           f"{shown(root)}/test/{name}.")
     if all(inner):
         remarks.append(f"Classes are {some(classes)}; folders in them count as theirs: "

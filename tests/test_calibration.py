@@ -115,7 +115,7 @@ def test_a_network_that_knows_its_images_by_heart_is_not_made_surer():
                            test_labels=torch.tensor([0] * 99 + [1]), num_classes=2)
     network = SimpleNamespace(net=Constant(), teacher=None, kind="teacher")
     temperature, source = calibration.fit_on_training_images(network, data, RT)
-    assert temperature == 1 and "by heart" in source
+    assert temperature == 1 and "T stays 1" in source
 
 
 # ---- Kept beside the network ---------------------------------------------------------------------
@@ -178,12 +178,12 @@ def test_eval_on_other_data_leaves_the_temperature_alone(own_run, tiny_cifar, mo
     for flags in (("--imb", 10), ("--holdout", 0.5)):
         capsys.readouterr()
         script(analyze, monkeypatch, "eval", own_run, *flags)
-        assert "the temperature is not kept" in capsys.readouterr().out
+        assert "the temperature is not saved" in capsys.readouterr().out
         assert (own_run / "calibration.json").read_bytes() == kept
     state = load_checkpoint(str(own_run))
     save_checkpoint(own_run / "last.pt", **state | {"data": "another folder's"})
     script(analyze, monkeypatch, "eval", own_run, "--data-dir", tiny_cifar)
-    assert "the temperature is not kept" in capsys.readouterr().out
+    assert "the temperature is not saved" in capsys.readouterr().out
     assert (own_run / "calibration.json").read_bytes() == kept
     save_checkpoint(own_run / "last.pt", **state)
     (own_run / "calibration.json").unlink()
@@ -248,11 +248,11 @@ def test_confusions_and_confident_mistakes():
                                    data.class_names)
     assert [list(row.values()) for row in rows] == [
         ["a", "b", 2, 4, 50.0], ["b", "a", 1, 2, 50.0], ["a", "c", 1, 4, 25.0]]
-    assert accuracy.confusions_text(rows, 2).endswith("a for b (2 of 4), b for a (1 of 2)")
+    assert accuracy.confusions_text(rows, 2).endswith("a as b (2 of 4), b as a (1 of 2)")
     p = torch.tensor([0.99, 0.5, 0.7, 0.4, 0.9, 0.9, 0.9, 1.0])
     index, wrong = accuracy.confident_mistakes(answers, p, data, 3)
     assert index.tolist() == [4, 2, 1]
-    assert wrong[0] == {"true": "b", "said": "a", "probability": pytest.approx(0.9)}
+    assert wrong[0] == {"true": "b", "predicted": "a", "probability": pytest.approx(0.9)}
 
 
 # ---- A student with its teacher ------------------------------------------------------------------

@@ -83,8 +83,8 @@ def test_the_loss_of_one_answer(settings, expected):
 # ---- Before the first step -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(steps=40, epochs=3), "120 steps of the optimizer (--epochs 3, of 40 steps) are too few "
-                               "to learn much; --epochs 13 makes 500"),
+    (dict(steps=40, epochs=3), "120 steps of the optimizer (--epochs 3, 40 steps each) are too "
+                               "few to learn much; --epochs 13 makes 500"),
     (dict(steps=40, epochs=3, minutes=10.0), "4.2 times the --minutes makes 500"),
     (dict(epochs=6, warmup_epochs=6), "the warm-up, 6 epochs, does not end in 6")])
 def test_a_budget_too_short_for_the_schedule(changes, words, capsys):
@@ -145,7 +145,7 @@ def test_an_accuracy_below_that_of_one_answer(capsys):
     learned at the price of a frequent one, called a failure."""
     tests = (110, *[10] * 9)                                # one answer: 55 % and 10 %
     lines = watched(capsys, falling(2.3, 1.0), tests=tests, results={2: result(30, 15)})
-    assert len(lines) == 1 and "30.0 % of the test images right is below" in lines[0]
+    assert len(lines) == 1 and "30.0 % of the test images are right, fewer" in lines[0]
     assert "'class0', 55.0 %" in lines[0] and "15.0 %, is near chance" in lines[0]
     good = {2: result(30, 45), 9: result(60, 45)}
     assert watched(capsys, falling(2.3, 1.0), tests=tests, results=good) == []

@@ -16,6 +16,7 @@ from engine.evaluation import student_heads, teacher_input, teacher_logits, teac
 from engine.networks import Ensemble, load_teacher
 from engine.runtime import UserError
 from finished_runs import RT, read_lines, read_result, runs  # noqa: F401: a fixture
+from images.operations import center_crop
 from losses import LDAMLoss
 from resnet import FastNet
 
@@ -64,7 +65,7 @@ def test_attention_maps_are_those_of_the_shown_images(networks):
         test_image = augment.to_float(vit.data.test_images[i:i + 1])
         assert torch.equal(images, test_image)
         cropped = drawing.student_images(deit, torch.tensor([i]))           # its eval_crop: 0.875
-        assert torch.equal(cropped, augment.center_crop(augment.resize(test_image, 37), 32))
+        assert torch.equal(cropped, center_crop(augment.resize(test_image, 37), 32))
         shown = torch.tensor(axes[0][column].images[0].get_array())
         assert torch.allclose(shown, images[0].permute(1, 2, 0))
         for row, subject, token in ((1, vit, "cls"), (2, deit, "cls"), (3, deit, "dist")):
@@ -314,7 +315,7 @@ def test_a_teachers_loss_is_the_one_it_was_trained_with(name, used):
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
     data = SimpleNamespace(counts=counts, train_labels=labels)
-    subject = SimpleNamespace(args=SimpleNamespace(loss=name, max_margin=0.5), data=data)
+    subject = SimpleNamespace(args=SimpleNamespace(loss=name, max_margin=0.5), data=data, net=None)
     found, criterion = teacher_figures.teacher_loss(subject)
     n = torch.tensor(counts, dtype=torch.float)
     prior, ce = (n / n.sum()).log(), F.cross_entropy(logits, labels, reduction="none")
@@ -326,6 +327,9 @@ def test_a_teachers_loss_is_the_one_it_was_trained_with(name, used):
         "ldam": F.cross_entropy(logits - 30 * margins[labels, None] * F.one_hot(labels, 3), labels)}
     assert found == used
     torch.testing.assert_close(criterion(logits, labels), expected[used], rtol=1e-4, atol=1e-5)
+    subject.net = Ensemble([FastNet(3), FastNet(3)])        # its outputs are no one's logits
+    with pytest.raises(UserError, match="for one network"):
+        teacher_figures.teacher_loss(subject)
 
 
 # ---- From logs and results -----------------------------------------------------------------------
@@ -426,7 +430,7 @@ def test_the_confusion_matrix_has_truth_in_rows():
     """Transposed, or in percent of the predictions: of class a's 4 images 3 are called b."""
     data = SimpleNamespace(class_names=["a", "b", "c"], groups={"head": [0], "tail": [1, 2]})
     confusion = torch.tensor([[1, 3, 0], [0, 2, 0], [0, 0, 0]])         # c has no test image
-    axis = run_figures.confusion_matrix(confusion, data, "title").axes[0]
+    axis = run_figures.confusion_matrix(confusion, data).axes[0]
     texts = {(text.get_position(), text.get_text()) for text in axis.texts}
     assert texts == {((0, 0), "25"), ((1, 0), "75"), ((1, 1), "100")}   # ((predicted, true), %)
     shown = torch.tensor(axis.images[0].get_array().filled(math.nan))
@@ -527,7 +531,7 @@ def test_below_a_figure_stand_note_runs_and_data(tmp_path):
     assert figure.get_suptitle() == "" and len(figure.texts) == 1
     figure, axis = drawing.plt.subplots()
     drawing.finish(figure, "Title", [log] * 7, "Note.")
-    assert "7 runs, named in the table" in figure.texts[1].get_text()
+    assert "7 runs, named in the file" in figure.texts[1].get_text()
 
 
 def test_images_are_chosen_evenly_and_from_classes_that_have_some():
@@ -539,7 +543,7 @@ def test_images_are_chosen_evenly_and_from_classes_that_have_some():
     data = SimpleNamespace(test_labels=labels, groups={"head": [0], "mid": [1, 2], "tail": [3]})
     assert drawing.rare_classes(data) == [1, 2]
     shown = drawing.example_images(data, [1, 2], 5, seed=3)
-    assert labels[shown].tolist() == [1, 2, 1, 2, 1]
+    assert labels[shown].tolist() == [1, 2, 1, 2, 1] and len(set(shown.tolist())) == 5
     assert torch.equal(shown, drawing.example_images(data, [1, 2], 5, seed=3))
     small, large = (SimpleNamespace(net=SimpleNamespace(img_size=size)) for size in (64, 224))
     assert drawing.image_count([small], None, 300) == drawing.image_count([large], 300, 600) == 300
@@ -566,10 +570,10 @@ def test_every_figure_of_the_table_takes_its_flags():
 def test_settings_that_cannot_be_are_named(setting, value, networks):
     """A traceback, or hours of work, for a setting of a damaged checkpoint."""
     args = SimpleNamespace(**vars(networks["deit-lt"].args) | {setting: value})
-    with pytest.raises(UserError, match=f"its {setting} says"):
+    with pytest.raises(UserError, match=f"'{setting}' is"):
         student_figures.training_images([replace(networks["deit-lt"], args=args)], RT)
     args = SimpleNamespace(**vars(networks["teacher"].args) | {"max_margin": "x"})
-    with pytest.raises(UserError, match="its max_margin says"):
+    with pytest.raises(UserError, match="'max_margin' is"):
         teacher_figures.teacher_loss(replace(networks["teacher"], args=args))
 
 
@@ -585,7 +589,7 @@ def test_names_are_drawn_as_they_are(networks, recwarn):
     data = replace(networks["vit"].data, class_names=HOSTILE)
     subject = replace(networks["vit"], label="$\\frac{$", data=data)
     per_class = {"avg": {"per_class": [50.0] * 10}}
-    confusion = run_figures.confusion_matrix(torch.eye(10), data, "$\\frac{$")
+    confusion = run_figures.confusion_matrix(torch.eye(10), data)
     bare = [run_figures.class_accuracy(per_class, data), confusion]
     drawn = [student_figures.attention([subject], RT, index=[0, 59], images=2),
              student_figures.distance([subject, replace(subject, label="_b")], RT, images=2)]

@@ -1,5 +1,4 @@
 """images/holdout.py: which images are held out, one by one and by groups."""
-import shutil
 from itertools import combinations
 
 import numpy as np
@@ -215,9 +214,9 @@ def test_a_pattern_is_searched_below_the_data_folder(tmp_path):
 
 
 @pytest.mark.parametrize("by, words", [
-    ("track", "fits no image: it is searched in paths such as cat/cat0_0.jpg"),
-    ("x*", "fits no image"), (r"\.(jpg)", "puts all images into one group, 'jpg'"),
-    ("(cat", "is no regular expression: missing \\)")])
+    ("track", "matches no image: it is searched in paths such as cat/cat0_0.jpg"),
+    ("x*", "matches no image"), (r"\.(jpg)", "puts all images into one group, 'jpg'"),
+    ("(cat", "is not a valid regular expression: missing \\)")])
 def test_a_pattern_that_cannot_be_meant_is_refused(by, words, tmp_path):
     """A hold-out by file under another name; a class for testing only."""
     with pytest.raises(DataError, match=words) as raised:

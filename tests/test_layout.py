@@ -49,7 +49,7 @@ def test_of_val_and_test_the_second_is_used_and_that_is_said(tmp_path):
     write_files(tmp_path, folders("train") | folders("Val", n=2) | folders("test", n=3))
     names, trained, tested, remarks = load(tmp_path)
     assert (trained, tested) == (8, 6)
-    assert remarks == [f"{tmp_path / 'Val'} is not used, but {tmp_path / 'test'}."]
+    assert remarks == [f"{tmp_path / 'Val'} is not used; {tmp_path / 'test'} is."]
 
 
 @pytest.mark.parametrize("test", [{"test": 2}, {"test": 0}, {"test/cat": 0, "test/dog": 0}])
@@ -132,7 +132,7 @@ def move(*pairs):
      move(("train/all", "a"), ("train", "../train"), ("a", "train"),
           ("test/all", "b"), ("test", "../test"), ("b", "test"))),
     (folders("cat", "dog", classes=("train", "test")),
-     "ROOT/cat holds test, train | belong into ROOT/train/cat and ROOT/test/cat",
+     "ROOT/cat holds test, train | belong in ROOT/train/cat and ROOT/test/cat",
      move(*((f"{name}/{split}", f"{split}/{name}") for name in TWO for split in ("train", "test")),
           ("cat", "../cat"), ("dog", "../dog")))])
 def test_a_mixture_is_refused_with_advice_that_works(layout, words, follow, tmp_path):

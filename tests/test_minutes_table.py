@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import train_teacher
 from conftest import script
 from experiments import minutes, resnet18
 
@@ -93,9 +94,16 @@ def test_a_plain_resnet18_takes_no_flag_in_vain(flags, words):
 def test_the_plain_resnet18_learns(monkeypatch, tmp_path, tiny_cifar, capsys):
     """A loop that does not learn, a rate that stays at its warm-up, a result that is not kept."""
     monkeypatch.chdir(tmp_path)
+    sizes, to_network = set(), train_teacher.to_network
+
+    def watched(images):
+        sizes.add(images.shape[-1])
+        return to_network(images)
+    monkeypatch.setattr(train_teacher, "to_network", watched)
     script(resnet18, monkeypatch, "--dataset", "cifar10", "--imb", 4, "--data-dir", tiny_cifar,
            "--img-size", 16, "--epochs", 4, "--batch", 24, "--device", "cpu", "--amp", "none")
     log = [json.loads(line) for line in Path(
         f"{RESNET18_RUN}/log.jsonl").read_text().splitlines()]
+    assert sizes == {16}                                        # as it is tested, not as stored
     assert log[-1]["loss"] < 0.8 * log[0]["loss"] and log[-1]["lr"] < log[1]["lr"]
     assert "avg" in json.loads(Path(f"{RESNET18_RUN}/result.json").read_text())

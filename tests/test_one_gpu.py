@@ -210,8 +210,8 @@ def test_what_is_not_begun(tmp_path):
     log = tmp_path / "log.txt"
     needs = Command("x", python("print(1)"), needs=str(tmp_path / "teacher"))
     assert "teacher is not finished" in one_gpu.attempt(needs, 30, log)
-    assert "no time" in one_gpu.attempt(Command("x", python("print(1)"), least=40), 30, log)
-    assert "no time" in one_gpu.attempt(Command("x", python("print(1)")), -1, log)
+    assert "too little time" in one_gpu.attempt(Command("x", python("print(1)"), least=40), 30, log)
+    assert "too little time" in one_gpu.attempt(Command("x", python("print(1)")), -1, log)
     assert not log.exists()
     finish(tmp_path / "teacher", 1.0, 50.0)
     assert one_gpu.attempt(needs, 30, log) == ""
@@ -592,7 +592,8 @@ def test_a_small_version(tiny_cifar, tmp_path, monkeypatch, no_pictures, short_r
     text = (out / "report.md").read_text()
     assert not re.search(r"exit code|killed|time limit,|No table", text)
     problems = text.partition("did not fit:\n\n")[2].splitlines()
-    assert problems == [f"- {name}: not begun: no time is left" for name in ("compiled", "graphs")]
+    assert problems == [f"- {name}: not begun: too little time is left"
+                        for name in ("compiled", "graphs")]
     assert text.count("| agrees |") == 3
     for line in text.splitlines():
         if line.startswith(("| float32", "| stopped, resumed")):

@@ -233,4 +233,4 @@ def test_an_export_that_differs_is_refused():
     for logits in (torch.tensor([1.0, 2.01]), torch.tensor([1.0, torch.nan])):
         with pytest.raises(UserError, match="other logits"):
             predict.agreement(logits, expected, "x")
-    assert predict.agreement(expected, expected, "x") == "logits agree to 0 of the largest"
+    assert predict.agreement(expected, expected, "x") == "logits agree to within 0 of the largest"

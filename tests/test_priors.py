@@ -141,7 +141,7 @@ LA_STUDENT = dict(method="deit-lt", distill="soft", logit_adjustment=True, beta=
 @pytest.mark.parametrize("configs, text", [
     ([LA_STUDENT, LA_TEACHER],
      "(logit adjustment); equal frequencies (the log prior in its loss))"),
-    ([LA_TEACHER] * 2, "expect: equal frequencies (the log prior in its loss))"),
+    ([LA_TEACHER] * 2, "training: equal frequencies (the log prior in its loss))"),
     ([dict(method="deit-lt", distill="hard") | DRW, dict(loss="ldam") | DRW],
      "not adjusted: the networks expect different frequencies"),
     ([LA_STUDENT, {}], "not adjusted: which frequencies the network expects is not known")])

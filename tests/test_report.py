@@ -11,7 +11,7 @@ from engine.runtime import UserError
 from finished_runs import read_result, runs  # noqa: F401: a fixture
 from images.files import DataError
 
-ANSWERS = ["What is taken for what", "What the probabilities mean", "The most confident mistakes"]
+ANSWERS = ["Confusion matrix", "What the probabilities mean", "The most confident mistakes"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -77,10 +77,10 @@ def quick_figures(monkeypatch):
 
 
 @pytest.mark.parametrize("name, sections", [
-    ("deit-lt", ["Result", "Accuracy per class", *ANSWERS, "The course of the training",
+    ("deit-lt", ["Result", "Accuracy per class", *ANSWERS, "Training curves",
                  "How CLS and DIST diverge", "Where the tokens look", "How far the heads look",
                  "Rank of the features", "What the student trains on", "Settings"]),
-    ("teacher", ["Result", "Accuracy per class", *ANSWERS[:2], "The course of the training",
+    ("teacher", ["Result", "Accuracy per class", *ANSWERS[:2], "Training curves",
                  "How sure the teacher is", "Flatness of the minimum", "Settings"]),
     ("file.pth", ["Result", "Accuracy per class", *ANSWERS, "Where the tokens look",
                   "How far the heads look", "Rank of the features", "What the student trains on",

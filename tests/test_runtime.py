@@ -52,7 +52,7 @@ def test_devices_that_are_not_there(device, words):
         runtime.setup(device)
 
 
-@pytest.mark.parametrize("world, words", [("2", "begin it by torchrun"), ("x", "unset them")])
+@pytest.mark.parametrize("world, words", [("2", "start it with torchrun"), ("x", "unset them")])
 def test_a_clusters_variables_without_a_group(world, words, monkeypatch):
     """torch's traceback about a rendezvous."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):

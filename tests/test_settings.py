@@ -149,7 +149,7 @@ def test_save_intervals(text, ok):
     if ok:
         assert settings.save_interval(text) == text
     else:
-        with pytest.raises(ValueError):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a number of steps"):
             settings.save_interval(text)
 
 

@@ -107,7 +107,7 @@ def test_a_network_keeps_the_white_level_of_its_images(tmp_path, monkeypatch, ca
     assert "0 to 65535 becomes 0 to 255" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         script(train_student, monkeypatch, *train, "--epochs", "2", "--resume", "--force")
-    assert "on other levels" in capsys.readouterr().err
+    assert "another white level" in capsys.readouterr().err
 
 
 def test_a_bad_folder_ends_before_anything_is_written(tmp_path, monkeypatch, capsys):
