@@ -203,7 +203,7 @@ def test_images_that_stay_on_disk(run, tiny_cifar, tmp_path, monkeypatch):
     lists = ("--dataset", "imagenet_lt", "--train-list", tmp_path / "train.txt",
              "--test-list", tmp_path / "test.txt")
     gpu = run(train_student, "--recipe", "paper", "--model", "micro", "--img-size", 32,
-              "--batch", 6, "--method", "vit", "--eval-crop", 1, *DRW, "--skip-bad", data=lists)
+              "--batch", 6, "--method", "vit", "--eval-crop", 1, "--skip-bad", data=lists)
     assert_no_step_waits(gpu)
 
 

@@ -50,7 +50,7 @@ def nothing_random():
 ALIKE = {       # 90 images: 3 steps of 30, of which each process has as many
     "train_teacher": [*TEACHER, *"--imb 11.5 --loss ce --lr 0.02 --drw-epoch 2".split()],
     "train_student": [*DATA, *("--imb 11.5 --method vit --model micro --img-size 16 --epochs 2 "
-                               "--drw-epoch 2 --warmup-epochs 1 --lr 0.002 --batch 30 "
+                               "--warmup-epochs 1 --lr 0.002 --batch 30 "
                                "--micro-batch 8 --mixup 0 --cutmix 0 --ema 0.9 "
                                "--eval-every 2").split()],
 }
