@@ -75,9 +75,9 @@ def assumed_prior(config):
 
     pi: of the training images. By the settings (a dict): logit adjustment, PaCo's and vector
     scaling's log prior, and class-balanced batches make it expect equal frequencies; so does about
-    deferred re-weighting; a plain cross-entropy those of the training. Of a student,
-    the logarithms of what labels and teacher's labels imply are averaged. None for a file from
-    elsewhere, which does not say how it was trained.
+    deferred re-weighting; a plain cross-entropy those of the training. A student learns from labels
+    and from its teacher's labels, and the logarithms of what these imply are averaged. None for a
+    file from elsewhere, which does not say how it was trained.
     """
     if not config:
         return None

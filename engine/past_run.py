@@ -276,7 +276,7 @@ class PastRun:
     def check_data(self, data):
         """UserError if the run that is resumed was trained on other images, levels or classes.
 
-        Also if the processes have different images, each of which numbers the classes by its own.
+        Also if the processes have different images: each would number the classes for itself.
         """
         here = dict(white=data.white, class_names=data.class_names, counts=data.counts)
 

@@ -17,7 +17,6 @@ settings                    that the command (or --finetune) changed and that ha
 import argparse
 import csv
 import io
-
 import os
 import shlex
 import sys
