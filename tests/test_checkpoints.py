@@ -312,6 +312,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(how, two_files, tmp_p
     assert capsys.readouterr().err == ""
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(two_files, tmp_path, monkeypatch):
+    """Somebody who trains again because of another user's file permissions."""
+    path = tmp_path / "x.pt"
+    path.write_bytes(two_files[0])
+
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(torch, "load", denied)
+    with pytest.raises(UserError, match="cannot read .*x.pt: Permission denied"):
+        load_checkpoint(str(path))
+
+
 def test_two_damaged_checkpoints_are_refused_with_the_last_ones_name(two_files, tmp_path):
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes(two_files[0][:100])

@@ -695,6 +695,14 @@ def write_list(root, name, counts, header="", row="{image} {label}\n"):
     return str(root / f"{name}.txt")
 
 
+def test_a_test_set_of_other_classes_is_refused():
+    """A mean over no images at the end of the first epoch."""
+    train, test = (torch.zeros(3, 3, 1, 1), np.array([0, 0, 1])), (torch.zeros(2, 3, 1, 1),
+                                                                   np.array([2, 2]))
+    with pytest.raises(DataError, match="mine has no test images of the classes that are trained"):
+        datasets.sort_classes("folder", "mine", train, test, list("abc"))
+
+
 @pytest.mark.parametrize("ids", [("0", "1", "2"), ("17", "900", "5000"), ("cat", "dog", "n0144")])
 def test_a_published_name_may_have_other_lists(ids, tmp_path):
     """Tiny-ImageNet-LT, or a subset, refused, or called ImageNet-LT; classes without an image for
@@ -710,6 +718,8 @@ def test_a_published_name_may_have_other_lists(ids, tmp_path):
     assert data.test_labels.tolist() == [2, 2, 0, 0, 1, 1]
     held = load("imagenet_lt", tmp_path, rt, train_list=lists[0], holdout=0.3)
     assert held.counts == [4, 3, 2] and held.label == data.label
+    own = load("imagenet_lt", tmp_path, rt, train_list=lists[0], test_list=lists[1], groups="5,4")
+    assert own.groups == {"head": [0], "mid": [1], "tail": [2]}
     (tmp_path / "test.txt").write_text("test_0.png 1\n")
     with pytest.raises(DataError, match="class 1 of .*test.txt is not in .*train.txt"):
         load("imagenet_lt", tmp_path, train_list=write_list(tmp_path, "train", {"0": 2, "2": 3}),

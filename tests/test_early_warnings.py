@@ -136,6 +136,19 @@ def test_one_answer_for_two_classes(capsys):
     assert "the network predicts 1 of 2 classes" in line
 
 
+def test_undone_steps_do_not_count(capsys):
+    """float16's first steps, undone until the loss scale fits, as a loss of 0 that rises."""
+    args, net = argparse.Namespace(epochs=20, warmup_epochs=1, drw_epoch=20, beta=0.0, lr=0.1,
+                                   minutes=None, recipe="cpu", loss="ce", augment="weak",
+                                   batch=64), Answers(K)
+    watch = EarlyWarnings(args, data_with((10,) * K), ("loss",), 100, CPU, resumed=False)
+    for i, loss in enumerate(falling(2.9, 1.9)):
+        finite = float(i >= 30)
+        watch.after_step(i // 100, torch.tensor([loss if finite else math.nan]),
+                         torch.tensor(finite), net)
+    assert len(watch.sums) == 3 and "Warning" not in capsys.readouterr().out
+
+
 def result(overall, balanced):
     return {"avg": {"overall": overall, "per_class": [float(balanced)] * K}}
 

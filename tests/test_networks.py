@@ -4,6 +4,7 @@ file's own, with random weights and BatchNorm statistics."""
 import argparse
 import os
 import re
+import unicodedata
 import zipfile
 from dataclasses import replace
 
@@ -618,6 +619,13 @@ def test_a_list_of_names_beside_a_file_orders_its_outputs(tmp_path):
     networks.match_classes(found, data, "it")
     expected = before[:, [listed.index(name) for name in data.class_names]]
     torch.testing.assert_close(outputs(found, x)[0], expected, rtol=0, atol=1e-9)
+
+
+def test_a_list_of_names_is_compared_in_one_unicode_form(tmp_path):
+    """A list written on a Mac, whose "Bär" is refused as another class than the data's."""
+    path = save(tmp_path, resnet32_state(2), "x.pth")
+    (tmp_path / "x.classes.txt").write_bytes(unicodedata.normalize("NFD", "Bär\ncat").encode())
+    assert networks.load_network(path).class_names == ["Bär", "cat"]
 
 
 def test_other_names_make_another_teacher(tmp_path):

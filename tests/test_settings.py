@@ -29,6 +29,11 @@ def test_paths_of_flags_are_those_that_were_meant(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     args = train_student.parse(["--out=~/run", "--teacher=a,~/b", "--finetune", "x~"])
     assert (args.out, args.teacher, args.finetune) == ("/home/me/run", "a,/home/me/b", "x~")
+    parser = settings.Parser("")
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("--out")
+    found = parser.parse_intermixed_args(["a,~/b", "--out", "~/o", "c"])
+    assert (found.runs, found.out) == (["a,/home/me/b", "c"], "/home/me/o")
     for name in ("--finetune", "--out", "--teacher"):
         with pytest.raises(UserError, match=f"{name} is empty"):
             train_student.parse([name, ""])
