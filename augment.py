@@ -1,4 +1,4 @@
-r"""Augmentation of a whole batch on its device; every image has its own draws, but for mixing.
+r"""Augmentation of a whole batch on its device; every image has its own draws, except for mixing.
 
     uint8 images (B,3,H,W) in 0..255
       --random_crop_flip or random_resized_crop-->  (B,3,S,S)
@@ -52,7 +52,7 @@ def random_crop_flip(images, padding=4, flip=0.5):
 def random_resized_crop(images, out, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5):
     """Crop a box of random area and shape, resize it to out x out (bicubic), maybe mirror it.
 
-    Area U(scale) of the image, log aspect ratio uniform in `ratio`; the first of 10 tries that fits
+    Area U(scale) of the image, aspect ratio log-uniform in `ratio`; the first of 10 tries that fits
     inside the image, else the largest central crop within `ratio`. (B,3,H,W) -> (B,3,out,out).
     """
     B, _, H, W = images.shape
@@ -123,7 +123,7 @@ def rand_augment(images, num_ops=2, magnitude=9.0, noise=0.5, prob=0.5):
 def random_erasing(images, prob=0.25, area=(0.02, 1 / 3), aspect=0.3):
     """Overwrite a box with noise in a fraction `prob` of the images. uint8 (B,3,H,W) -> same.
 
-    Box area U(area) of the image, log aspect ratio uniform in (aspect, 1/aspect); the first of 10
+    Box area U(area) of the image, aspect ratio log-uniform in (aspect, 1/aspect); the first of 10
     tries that fits, else none. Pixels are N(0, 1) in ImageNet-normalised units as in timm, here
     rounded to uint8.
     """

@@ -89,7 +89,7 @@ def shuffled(n, seed, epoch):
 
 
 def repeated_augmentation(n, seed, epoch, repeats=3):
-    """DeiT's repeated augmentation (1901.09335): each image `repeats` times in a row. LongTensor.
+    """DeiT's repeated augmentation (1901.09335): images `repeats` times in a row. LongTensor.
 
     Cut to the largest multiple of 256 not above n (to n if n < 256, where the published sampler is
     empty): an epoch of CIFAR-10-LT has 12,288 samples of 4,096 distinct images.

@@ -9,8 +9,8 @@ Student, DeiT-LT (Rangwani et al., CVPR 2024, arXiv 2404.02900), for an image x 
 f_c, f_d: CLS and DIST logits; n_k: training images of class k; E_k: their "effective number" (Cui
 et al., CVPR 2019, arXiv 1901.05555). Deferred re-weighting (DRW): w = 1 until late in the run, then
 (2). With w = 1 throughout, (1) is DeiT's hard distillation (arXiv 2012.12877); its soft one has
-tau^2 KL(g(x) / tau || f_d(x) / tau) as second term. With one token f_d = f_c. A weighted mean over
-the batch divides by the sum of its weights, as in the published code.
+tau^2 KL(softmax(g / tau) || softmax(f_d / tau)) as second term. With one token f_d = f_c. A
+weighted mean over the batch divides by the sum of its weights, as in the published code.
 
 Logit adjustment instead of weights (Menon et al., ICLR 2021, arXiv 2007.07314): if class k is the
 label with frequency pi_k, train with CE(f + ln pi, y) and predict with f. By Bayes' rule softmax(f)
@@ -29,7 +29,7 @@ pi_k = n_k / N. With gamma = 0, (4) is logit adjustment. (5) is as in LDAM-DRW's
 PaCo (Cui et al., ICCV 2021, arXiv 2107.12028): of two views of image i, one gives logits z_ic and a
 unit vector v_i, the anchor; the other, through a slowly following copy of the network (the key
 encoder), a unit key k_i. An anchor is contrasted with the bank = [v_1..v_B; k_1..k_B; a queue of
-earlier keys] (P_i: its other rows of i's label) and the classes (ln pi: rare ones win by more):
+earlier keys] (P_i: its other rows of i's label) and the classes (ln pi: logit adjustment):
 
     s_ic = z_ic + ln pi_c,    t_ia = v_i . bank_a / T                                       (6)
     D_i  = sum_c e^s_ic + gamma sum_{a != i} e^t_ia                                         (7)

@@ -50,7 +50,7 @@ class CosineClassifier(nn.Module):
         return self.scale * cosine
 
 
-class ResNet(nn.Module):
+class Teacher(nn.Module):
     """What the networks share: normalisation, then features, then the classifier."""
 
     def __init__(self, img_size, mean, std):
@@ -91,7 +91,7 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.shortcut(x))                           # (1)
 
 
-class CifarResNet(ResNet):
+class CifarResNet(Teacher):
     """6n + 2 layers for 32 px images."""
 
     def __init__(self, n, num_classes, cosine=False, img_size=32, mean=CIFAR_MEAN, std=CIFAR_STD):
@@ -149,7 +149,7 @@ class Bottleneck(nn.Module):
         return F.relu(out + shortcut)                                   # (1)
 
 
-class ResNet50(ResNet):
+class ResNet50(Teacher):
     """Stages of 3, 4, 6, 3 bottlenecks behind a 7x7 stem with max pooling."""
 
     def __init__(self, num_classes, cosine=False, img_size=224, mean=IMAGENET_MEAN,
@@ -182,9 +182,9 @@ class ResNet50(ResNet):
 
 
 class FastBlock(nn.Module):
-    """Two 3x3 convolutions, max pooling behind the first: (B,i,S,S) -> (B,o,S/2,S/2).
+    """Two 3x3 convolutions, max pooling after the first: (B,i,S,S) -> (B,o,S/2,S/2).
 
-    Each begins as a Dirac kernel, which passes its input on (arXiv 1706.00388).
+    Each begins with its first i filters as Dirac kernels: they pass the input on (1706.00388).
     """
 
     def __init__(self, in_channels, channels):
@@ -201,7 +201,7 @@ class FastBlock(nn.Module):
         return F.gelu(self.bn2(self.conv2(x)))
 
 
-class FastNet(ResNet):
+class FastNet(Teacher):
     """Wide blocks without shortcuts behind a stem that is computed from the data, not trained.
 
     After Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498. Blocks halve the image down
@@ -246,8 +246,8 @@ class FastStem(nn.Module):
     """FastNet's stem and first blocks as the stem of a ViT: an image to a grid of tokens.
 
     patch_size: 2 for the output of the first block, 4, 8, 16 or 32; ValueError for another.
-    embed_dim: D, numbers of a token. `start_from` copies the blocks of a trained FastNet, so that a
-    student begins with what its teacher sees in small parts of the image.
+    embed_dim: D, numbers of a token. `start_from` copies the blocks of a trained FastNet (at 32 px
+    with patch_size 8: all of them), so that a student begins with its teacher's features.
     """
 
     def __init__(self, patch_size, embed_dim):
@@ -274,7 +274,7 @@ class FastStem(nn.Module):
         return self.proj(self.blocks(F.gelu(x)))
 
 
-class TorchvisionNetwork(ResNet):
+class TorchvisionNetwork(Teacher):
     """Any classification network of torchvision, untrained, with its last linear layer set apart.
 
     Keys: torchvision's behind "body.", the last layer's behind "classifier."; `from_torchvision`

@@ -38,8 +38,8 @@ from engine.training import (EMA, FiniteScaler, compiled, cosine_lr, micro_batch
 from vit import MODELS
 
 # Every setting once: name, the paper's value for CIFAR, what is allowed, what it is. The published
-# scripts accumulate 4 micro-batches of 2 GPUs x 128 images; their learning rate is 5e-4 x 256 / 512
-# all the same, and their EMA decays by 0.99996 each micro-batch, so by 0.99996^4 each step.
+# scripts accumulate 4 micro-batches of 2 GPUs x 128 images, but scale the learning rate for 256
+# only, 5e-4 x 256 / 512; their EMA decays by 0.99996 each micro-batch, so by 0.99996^4 each step.
 SETTINGS = [
     Setting("model", "base", tuple(MODELS), "network: micro, mini, tiny, small or base"),
     Setting("img_size", 224, Interval(1), "side of the student's images, pixels"),
@@ -71,7 +71,7 @@ SETTINGS = [
     Setting("cutmix", 1.0, Interval(0), "Beta parameter of CutMix; 0: off"),
     Setting("smoothing", 0.1, Interval(0, 1), "label smoothing while images are mixed"),
     Setting("ema", 0.99984, Interval(0, 0.999999), "decay per step of averaged weights; 0: off"),
-    Setting("eval_crop", 0.875, Interval(0.1, 1), "side of the central square that is tested"),
+    Setting("eval_crop", 0.875, Interval(0.1, 1), "tested central square, fraction of the side"),
     Setting("eval_every", 10, Interval(1), "epochs between evaluations on the test set"),
 ]
 # Recipes change some of them. cpu: the same method, small and short. ours: cpu, with what was
@@ -139,7 +139,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
         net.train()
         run.begin_epoch(epoch)
         weight = losses.drw_weights(counts, epoch, args.drw_epoch, args.beta)   # None, then w (K,)
-        mixing = (weight is None or args.mix_drw) and args.mixup + args.cutmix > 0
+        mixing = (epoch < args.drw_epoch or args.mix_drw) and args.mixup + args.cutmix > 0
         batches = data_lt.shard(order_of(args, data, epoch), args.batch, rt.rank, rt.world)
         batches = run.remaining_steps(epoch, batches)
         for step, images, labels in data.batches(batches, (args.seed, epoch, rt.rank)):
@@ -168,7 +168,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                         if args.logit_adjustment:
                             cls_logits = cls_logits + log_prior         # f_c + ln pi
                         if teacher:
-                            # 3. Teacher: the same images, out of distribution for it.
+                            # 3. Teacher: the same images, as a rule unlike its own training's.
                             view = x if args.teacher_view == "same" else weak_augment(part)
                             g = evaluation.teacher_logits(teacher, view)        # g(x) (b,K)
                             y_t = g if args.distill == "soft" else g.argmax(dim=1)  # (b,K) or (b,)

@@ -120,7 +120,7 @@ def train(args, data, net, rt, run):
     for p in parameters:                # torch leaves momentum unset if the first step is skipped
         sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     sam = SAM(sgd, args.rho)
-    scaler = FiniteScaler(trained, sgd, rt)                             # GradScaler's protocol
+    scaler = FiniteScaler(trained, sgd, rt)                             # undoes non-finite steps
     counts = torch.tensor(data.counts, device=rt.device)
     n = len(data.train_labels)
     steps = data_lt.steps_per_epoch(n, args.batch)
@@ -147,8 +147,8 @@ def train(args, data, net, rt, run):
             runtime.seed_step(*seed)
             set_lr(sam, learning_rate(args, epoch + step / steps))
             x = view(images, args)                                      # (B,3,S,S) in [0,1]
-            if is_mixed(args):
-                # Smoothing gives a rare class e/K, far above the frequency of la and vs.
+            if draw_mixed(args):
+                # Smoothing gives a rare class e/K, far above its frequency in la and vs.
                 smoothing = 0.1 if args.loss == "ce" else 0.0
                 x, y = augment.mixup_cutmix(x, y, K, smoothing=smoothing)       # y (B,K)
             if paco:
@@ -250,8 +250,8 @@ def view(images, args):
     return to_network(augment.resize(augment.random_crop_flip(images), args.img_size))
 
 
-def is_mixed(args):
-    """Whether this step's batch is mixed."""
+def draw_mixed(args):
+    """Draw whether this step's batch is mixed."""
     return args.augment in STRONG or (args.mixing > 0 and torch.rand(()).item() < args.mixing)
 
 

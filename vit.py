@@ -103,7 +103,7 @@ def drop_path(branch, p, training):
 class Block(nn.Module):
     """Pre-norm transformer block, equations (2) and (3)."""
 
-    def __init__(self, embed_dim, num_heads, mlp_ratio=4, drop_rate=0.0, layer_scale=None):
+    def __init__(self, embed_dim, num_heads, mlp_ratio=4, drop_prob=0.0, layer_scale=None):
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, num_heads)
@@ -111,7 +111,7 @@ class Block(nn.Module):
         hidden = round(mlp_ratio * embed_dim)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(embed_dim, hidden), gelu=nn.GELU(),
                                              fc2=nn.Linear(hidden, embed_dim)))
-        self.drop_rate, self.gamma_1, self.gamma_2 = drop_rate, None, None
+        self.drop_prob, self.gamma_1, self.gamma_2 = drop_prob, None, None
         if layer_scale is not None:
             self.gamma_1 = nn.Parameter(torch.full((embed_dim,), layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((embed_dim,), layer_scale))
@@ -119,7 +119,7 @@ class Block(nn.Module):
     def residual(self, x, branch, gamma):
         if gamma is not None:
             branch = gamma * branch
-        return x + drop_path(branch, self.drop_rate, self.training)
+        return x + drop_path(branch, self.drop_prob, self.training)
 
     def forward(self, x, keep=None):
         x = self.residual(x[:, :keep], self.attn(self.norm1(x), keep), self.gamma_1)        # (2)
@@ -191,7 +191,7 @@ class VisionTransformer(nn.Module):
             if return_attention:
                 q, k, _ = block.attn.split_heads(block.norm1(x))
                 attention.append(block.attn.attend(q, k))
-            kept = keep if block is self.blocks[-1] else None       # before, all tokens are keys
+            kept = keep if block is self.blocks[-1] else None       # earlier ones need all as keys
             if self.checkpointing and self.training:    # not the stem: BatchNorm would count twice
                 x = checkpoint(block, x, kept, use_reentrant=False)
             else:

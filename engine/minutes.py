@@ -13,12 +13,14 @@ t_2 and t_3: a step of the second and of the last short epoch; t: an evaluation.
 """
 import copy
 import math
+import sys
 import time
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
 import torch
 
+from engine import runtime
 from engine.evaluation import SUMMARY_IMAGES
 from engine.run_folder import duration
 from engine.runtime import all_max
@@ -51,13 +53,12 @@ class Probe:
         self.step, self.evaluation = [], None
 
     def now(self):
-        if self.rt.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.monotonic()
+        return self.rt.now()
 
     def start(self, args, data, parts, metrics, images, batch, passes=None):
         self.metrics, self.steps = metrics, -(-images // batch)
         self.passes = passes or [1] * args.epochs
+        self.compiled = getattr(args, "compile", False)
 
     def begin_epoch(self, epoch):
         self.times = [self.now()]
@@ -78,11 +79,18 @@ class Probe:
             spent = self.warm
             if self.rt.device.type == "cuda":           # its first step loads and chooses kernels
                 spent = self.times[-1] - self.times[1]
-            slow, = all_max([int(spent > limit * self.seconds)], self.rt)
+            slow, stop = all_max([int(spent > limit * self.seconds), runtime.stop_signal], self.rt)
+            self.stop_if_asked(stop)
             if slow:
                 raise TooSlow
 
+    def stop_if_asked(self, stop):
+        if stop:
+            self.rt.print("Stopped before the first step")
+            sys.exit(128 + stop)
+
     def after_epoch(self, epoch, results, **record):
+        self.stop_if_asked(*all_max([runtime.stop_signal], self.rt))
         self.evaluation = self.now() - self.times[-1]
         if epoch == 0:
             fewest, most = TIMED
@@ -104,8 +112,11 @@ class Probe:
         return Costs(epoch, late, share * evaluation)
 
     def beginning(self):
-        """Seconds that the first steps took longer than later ones."""
-        if self.step:
+        """Seconds of compiling: those that the first steps took longer than later ones.
+
+        What else they load and choose, the process keeps.
+        """
+        if self.step and self.compiled:
             return max(0, self.warm - WARM_UP[self.rt.device.type] * self.step[0])
         return 0
 
@@ -124,9 +135,11 @@ def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
     short = copy.copy(args)
     set_epochs(short, 3, 1)
     short.eval_every = 1
-    # Images are taken by the index of their label: with few labels few are looked at.
-    tests, images = len(data.test_labels), len(data.train_labels)
-    few = replace(data, test_labels=data.test_labels[:args.batch])
+    # Images are taken by the index of their label: with few labels few are looked at. A GPU's time
+    # for few is that of the calls.
+    tests, images, gpu = len(data.test_labels), len(data.train_labels), rt.device.type == "cuda"
+    count = max(args.batch, 512) if gpu else args.batch
+    few = replace(data, test_labels=data.test_labels[:count])
     end = 0 if at_end else PICTURE
     gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(gpus):           # of all GPUs it would warn, and begin to use them
@@ -136,7 +149,9 @@ def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
         except TooSlow:
             pass
         if at_end:
-            few = replace(few, train_labels=data.train_labels[:args.batch])
+            few = replace(few, train_labels=data.train_labels[:count])
+            if gpu:                             # batches of another size: it chooses kernels
+                at_end(twin, few, rt)
             began = probe.now()
             at_end(twin, few, rt)
             end = (probe.now() - began) / len(few.train_labels) * min(images, SUMMARY_IMAGES)

@@ -5,6 +5,8 @@ locked (engine/lock.py), and then begun, resumed from its checkpoint, or refused
 another run, was begun with other settings, on other images or by another teacher. engine/run_folder
 goes on from here.
 """
+import copy
+import glob
 import hashlib
 import math
 import os
@@ -29,6 +31,14 @@ RESTART = 60        # seconds that torchrun's new worker waits for the old one t
 # What can be done about a teacher that another script would train.
 REMOVE = "remove that folder to train this teacher again, or name another with --teacher"
 LACKS = "the log lacks epochs"      # in `forced` of a run that went on with such a log
+# All files that this project writes into a run's folder: what --overwrite removes.
+FIGURES = ("attention", "distance", "rank", "augment", "entropy", "sharpness", "diversity",
+           "imbalance", "curves")
+OWN_FILES = ("result.json", "last.pt", "previous.pt", "log.jsonl", "config.json", "summary.png",
+             "per_class.csv", "confusion.csv", "confusion.png", "calibration.json", "heads.csv",
+             "report.html", "model.pt2", "model.json", "model.onnx", "with_*",
+             "events.out.tfevents.*",
+             *(f"{figure}.{ending}" for figure in FIGURES for ending in ("png", "csv", "json")))
 # What config.json says besides the settings.
 ABOUT = ("classes", "counts", "class_groups", "versions", "hardware", "amp_dtype", "forced",
          "fingerprint", "teachers")
@@ -46,7 +56,7 @@ class PastRun:
         self.checkpoint = os.path.join(folder, "last.pt")
         self.previous = os.path.join(folder, "previous.pt")
         self.resumed, self.fallback, self.forced, self.log = None, False, [], []
-        self.teachers, self.wait = [], wait
+        self.teachers, self.wait, self.hardware = [], wait, rt.hardware()
         self.start_epoch, self.start_step = 0, 0
         self.defaults = defaults(table)
         # torchrun counts restarts on each machine; one that was replaced counts from 0.
@@ -97,12 +107,14 @@ class PastRun:
         patience = RESTART if self.restarted else 0
         if wait:
             patience = math.inf
-        began, waiting = time.monotonic(), False
+        began, waiting, begun = time.monotonic(), False, None
 
         def attempt():
-            nonlocal waiting
-            self.adopt_epochs(args)
-            self.over = self.is_over(args)
+            nonlocal waiting, begun
+            begun, fitted = self.epochs_begun_with(args), copy.copy(args)
+            if begun:                       # only for now: another process may begin it again
+                set_epochs(fitted, *begun)
+            self.over = self.is_over(fitted)
             if self.over:
                 return
             self.check_writable()
@@ -111,6 +123,8 @@ class PastRun:
             if mine or lock.take():
                 self.lock = lock
                 runtime.at_end.append(lock.release)
+                if self.overwrite and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+                    self.remove_files()     # a restarted worker would take them for its own
                 return
             if time.monotonic() - began >= patience:
                 raise UserError(f"{self.folder} is being trained by {lock.holder()}; wait for it, "
@@ -122,26 +136,38 @@ class PastRun:
 
         while True:
             self.write(attempt)
-            begun = (args.epochs, args.eval_every) if self.measured else (0, 0)
-            over, locked, stop, *begun = all_max([int(self.over), int(self.lock is not None),
-                                                  runtime.stop_signal, *begun], self.rt)
+            over, locked, stop, *epochs = all_max([int(self.over), int(self.lock is not None),
+                                                   runtime.stop_signal, *(begun or (0, 0))],
+                                                  self.rt)
             self.over = bool(over)
-            if begun[0]:
-                self.set_epochs(args, *begun)           # in the other processes
             if over or locked:
+                if epochs[0]:
+                    self.set_epochs(args, *epochs)
                 return
             if stop:
                 sys.exit(128 + stop)
             time.sleep(0.5)
 
-    def adopt_epochs(self, args):
-        """--minutes: a run that is over, or goes on, has the epochs that it was begun with."""
+    def epochs_begun_with(self, args):
+        """--minutes: (epochs, eval_every) of a run that is over, or goes on; None for another."""
         known = os.path.exists(os.path.join(self.folder, "config.json"))
-        if (args.minutes is not None and known and not self.overwrite
-                and (self.resume or self.finished)):
-            config = read_json(self.folder, "config.json")
-            if config.get("minutes") == args.minutes:
-                self.set_epochs(args, config["epochs"], config.get("eval_every", args.eval_every))
+        if (args.minutes is None or not known or self.overwrite
+                or not (self.resume or self.finished)):
+            return None
+        config = read_json(self.folder, "config.json")
+        if config.get("minutes") != args.minutes:
+            return None
+        saved = self.finished or any(map(os.path.exists, (self.checkpoint, self.previous)))
+        free = (*NOT_RESUMED, *ABOUT, "amp", "processes", *args.fitted.split(","))
+        if not saved and self.changes(config, args, free):      # saved ones are compared later
+            return None
+        return config["epochs"], config.get("eval_every", args.eval_every)
+
+    def remove_files(self):
+        """--overwrite."""
+        for pattern in OWN_FILES:
+            for path in glob.glob(os.path.join(glob.escape(self.folder), pattern)):
+                os.remove(path)
 
     def set_epochs(self, args, epochs, eval_every):
         if args.minutes is not None and not self.measured:
@@ -172,7 +198,8 @@ class PastRun:
         if changes and not self.resume:
             return False
         if changes:
-            self.force(args, changes)
+            self.check_force(args, changes)
+            self.rt.print(f"--force: nothing is left to train with {changes}")
         return True
 
     def check_writable(self):
@@ -196,14 +223,24 @@ class PastRun:
         if state["config"].get("format") != FORMAT:
             raise UserError(f"{self.folder} was begun by an older version of this project: it can "
                             "be evaluated, not resumed; --overwrite starts it again")
-        old = state["config"] | {"processes": state.get("world", self.rt.world)}
+        old = state["config"] | {"processes": state.get("world", self.rt.world),
+                                 "amp": state.get("amp", self.rt.precision)}
+        if args.minutes not in (None, old.get("minutes")):
+            raise UserError(f"{self.folder} was begun with --minutes {old.get('minutes')}, which "
+                            "cannot be changed: " + (REMOVE if self.wait else "--resume --force "
+                                                     "--epochs N trains it for N epochs"))
         self.set_epochs(args, old["epochs"], old["eval_every"])     # where config.json is lost
         if ("method" in old) != hasattr(args, "method"):
             kinds = ("student", "teacher") if "method" in old else ("teacher", "student")
             raise UserError(f"{self.checkpoint} is a {kinds[0]}'s, not a {kinds[1]}'s: --out names "
                             "another folder")
-        # A teacher is its weights, which are compared later, under whatever path it is given.
-        free = (*NOT_RESUMED, "teacher") if state.get("teachers") else NOT_RESUMED
+        # A teacher is its weights, which are compared later, under whatever path it is given; but
+        # no other one is trained for that.
+        free = NOT_RESUMED
+        if state.get("teachers") and all(map(is_there, teacher_files(args.teacher or ""))):
+            free = (*free, "teacher")
+        if state.get("hardware", self.hardware).split(", then ")[-1] != self.hardware:
+            self.hardware = f"{state['hardware']}, then {self.hardware}"
         changes = self.changes(old, args, free)
         if changes:
             self.force(args, changes)
@@ -227,10 +264,12 @@ class PastRun:
         A setting that the run did not know yet counts as changed unless it is off, or has its
         table's value: what runs did before there was a choice.
         """
-        new = vars(args) | {"processes": self.rt.world, "format": FORMAT}
+        new = vars(args) | {"processes": self.rt.world, "amp": self.rt.precision, "format": FORMAT}
         names = []
         for name in sorted((old.keys() | new.keys()) - set(free)):
-            if name in old:
+            if name == "teacher":                       # "runs/t/" is "runs/t"
+                same = real_paths(old.get(name)) == real_paths(new.get(name))
+            elif name in old:
                 same = old[name] == new.get(name)
             else:
                 same = new[name] in (None, False, self.defaults.get(name))
@@ -239,12 +278,16 @@ class PastRun:
         return ", ".join(f"{k if k == 'processes' else flag(k)} {old.get(k)} -> {new.get(k)}"
                          for k in names)
 
-    def force(self, args, changes):
-        """UserError for changed settings, or, with --force, a line about them."""
+    def check_force(self, args, changes):
+        """UserError for changed settings, unless --force."""
         if not args.force:
             raise UserError(f"{self.folder} was begun with other settings: {changes}; " +
                             (REMOVE if self.wait else "repeat them, start another run, or go on "
                              "all the same with --force"))
+
+    def force(self, args, changes):
+        """UserError for changed settings, or, with --force, a line about them."""
+        self.check_force(args, changes)
         self.forced = [*self.forced, f"after epoch {self.start_epoch}: {changes}"]
         self.rt.print(f"--force: going on {self.forced[-1]}")
 
@@ -341,7 +384,7 @@ class PastRun:
         result = read_json(self.folder, "result.json")
         rows = {name: r for name, r in result.items()
                 if is_like(r, {"": 0.0}) and set(COLUMNS) <= r.keys()}
-        self.rt.print(f"{self.folder} is finished ({args.epochs} epochs); its result:\n"
+        self.rt.print(f"{self.folder} is finished ({result['epochs']} epochs); its result:\n"
                       + table(rows, title))
         picture = os.path.join(self.folder, "summary.png")
         if (draw and self.rt.main and os.path.exists(self.checkpoint)
@@ -350,7 +393,7 @@ class PastRun:
         compared = all("margin" in rows.get(name, {}) for name in ("teacher_avg", "avg+teacher"))
         if draw and "avg" in rows and (compared or result.get("teacher") is None):
             holdout = read_json(self.folder, "config.json").get("holdout")
-            self.rt.print(advice(rows, self.folder, result["teacher"], args.epochs, holdout))
+            self.rt.print(advice(rows, self.folder, result["teacher"], result["epochs"], holdout))
         return True
 
     def write(self, action):
@@ -370,6 +413,16 @@ class PastRun:
         failed, = all_max([int(error is not None)], self.rt)
         if failed:
             exit_together(error, self.rt)
+
+
+def is_there(path):
+    """Is a teacher's file, or the result of its run, there, so that none is trained?"""
+    return os.path.isfile(path) or os.path.exists(os.path.join(path, "result.json"))
+
+
+def real_paths(teacher):
+    """The setting `teacher`, paths by commas or None, in one spelling."""
+    return teacher and [os.path.realpath(path) for path in teacher_files(teacher)]
 
 
 def is_epoch(line):

@@ -11,7 +11,6 @@ stop. It says how many steps of its epoch are done. Everything random in a step 
 epoch, step, rank), so on a CPU a resumed run ends bit for bit where the uninterrupted one ends; on
 a GPU, whose kernels add in any order, it is the same only statistically.
 """
-import glob
 import math
 import os
 import platform
@@ -36,14 +35,6 @@ from engine.records import as_line, is_like, save_json
 from engine.runtime import UserError, all_max, all_sum, barrier, gather
 
 TIMED = (3, 13)     # the steps between which the time left is estimated
-# All files that this project writes into a run's folder: what --overwrite removes.
-FIGURES = ("attention", "distance", "rank", "augment", "entropy", "sharpness", "diversity",
-           "imbalance", "curves")
-OWN_FILES = ("result.json", "last.pt", "previous.pt", "log.jsonl", "config.json", "summary.png",
-             "per_class.csv", "confusion.csv", "confusion.png", "calibration.json", "heads.csv",
-             "report.html", "model.pt2", "model.json", "model.onnx", "with_*",
-             "events.out.tfevents.*",
-             *(f"{figure}.{ending}" for figure in FIGURES for ending in ("png", "csv", "json")))
 
 
 class Run(PastRun):
@@ -115,15 +106,13 @@ class Run(PastRun):
         for name in ("last.pt", "log.jsonl", "config.json", "result.json"):
             remove_temporaries(os.path.join(self.folder, name))
         if self.overwrite:
-            for pattern in OWN_FILES:
-                for path in glob.glob(os.path.join(glob.escape(self.folder), pattern)):
-                    os.remove(path)
+            self.remove_files()
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "numpy": np.__version__}
         save_json(os.path.join(self.folder, "config.json"), self.config() | {
             "classes": self.data.class_names, "counts": self.data.counts,
             "class_groups": self.data.groups, "versions": versions,
-            "hardware": self.rt.hardware(), "amp_dtype": str(self.rt.amp),
+            "hardware": self.hardware, "amp_dtype": str(self.rt.amp),
             "teachers": self.teachers, "forced": self.forced,
             "fingerprint": self.data.fingerprint})
         self.seconds = sum(record["seconds"] for record in self.log)
@@ -139,6 +128,8 @@ class Run(PastRun):
         """Start the epoch's clock and sums, or go on with those of a half-done one."""
         sums = torch.zeros(len(self.metrics) + 1, device=self.rt.device)    # the last: finite steps
         self.started = time.monotonic()
+        if self.timer is not None and self.timed < TIMED[1]:    # an evaluation is no step
+            self.timer += self.started - self.stepped
         if epoch == self.start_epoch and self.start_step:
             sums_by_rank, seconds = self.half_epoch
             self.started -= seconds
@@ -167,7 +158,7 @@ class Run(PastRun):
             self.parts["scaler"].stop_if_lost(epoch, step, self.args.lr)
             self.bar.set_postfix_str(f"epoch {epoch + 1}/{self.args.epochs}, "
                                      f"loss {values[0].item():.3f}", refresh=False)
-        if (step + 1) % self.every_steps == 0:
+        if (epoch * self.steps + step + 1) % self.every_steps == 0:
             self.due = True
         stop = self.save_if_due(epoch, step + 1)
         if stop:
@@ -204,12 +195,14 @@ class Run(PastRun):
 
     def estimate(self, epoch, step):
         """Print once how long the rest will take, by ten steps of this run."""
-        self.timed += 1
         first, last = TIMED
+        self.timed += 1
+        if self.timed <= last and (self.timed in TIMED or step + 1 == self.steps):
+            self.stepped = self.rt.now()
         if self.timed == first:
-            self.timer = time.monotonic()
+            self.timer = self.stepped
         elif self.timed == last:
-            per_step = (time.monotonic() - self.timer) / (last - first)
+            per_step = (self.stepped - self.timer) / (last - first)
             per_step /= self.passes[epoch]
             steps = (self.steps - step - 1) * self.passes[epoch]
             steps += self.steps * sum(self.passes[epoch + 1:])
@@ -253,7 +246,7 @@ class Run(PastRun):
         about = dict(config=self.config(), data=self.data.fingerprint, counts=self.data.counts,
                      class_names=self.data.class_names, groups=self.data.groups,
                      white=self.data.white, world=self.rt.world, teachers=self.hashes(),
-                     forced=self.forced)
+                     forced=self.forced, amp=self.rt.precision, hardware=self.hardware)
 
         def write():
             with suppress(FileNotFoundError):   # of a shorter run, which --force has extended
@@ -272,7 +265,7 @@ class Run(PastRun):
             args, data = self.args, self.data
             result = {"dataset": data.label, "imb": round(data.imb, 1),
                       "recipe": args.recipe, "epochs": args.epochs, "seed": args.seed,
-                      "command": command_line(self.rt), "hardware": self.rt.hardware(),
+                      "command": command_line(self.rt), "hardware": self.hardware,
                       "seconds": round(self.seconds, 1), "date": time.strftime("%Y-%m-%d")}
             if self.teachers:
                 result["teachers"] = self.teachers

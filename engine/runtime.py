@@ -193,6 +193,17 @@ class Runtime:
     def main(self):
         return self.rank == 0
 
+    def now(self):
+        """The clock's seconds, once the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+    @property
+    def precision(self):
+        """That of --amp which autocast has."""
+        return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "none"}[self.amp]
+
     def autocast(self):
         dtype = self.amp or torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.amp is not None)

@@ -204,7 +204,8 @@ def is_finished(folder, args=None):
     if args:
         config = read_json(folder, "config.json")
         other = [flag(name) for name in DATA_SETTINGS
-                 if name in config and config[name] != getattr(args, name)]
+                 if name in config and config[name] != getattr(args, name)
+                 and not isinstance(config[name], dict)]        # groups, in older runs
         if other:
             raise UserError(f"{folder} is a finished run with another {', '.join(other)}: remove "
                             "it, or run this table in another folder")

@@ -15,6 +15,7 @@ import train_student
 from engine import runtime
 from engine.runtime import UserError
 from engine.networks import build_student
+from engine.settings import has_second_phase
 
 
 def class_balanced(args, data, epoch):
@@ -29,7 +30,8 @@ def second_run(first):
     """Settings of the second run, after the first (resolved): a tenth of its epochs."""
     refuse_minutes(first)
     settings = dict(epochs=max(1, first.epochs // 10), warmup_epochs=0, weight_decay=1e-8,
-                     drw_epoch=0, repeats=None, ema=None, logit_adjustment=None)
+                     drw_epoch=0 if has_second_phase(first) else None, repeats=None, ema=None,
+                     logit_adjustment=None)
     own = dict(method="vit-crt", finetune=first.out, teacher="auto", out=None)
     return argparse.Namespace(**vars(first) | settings | own)
 

@@ -11,6 +11,7 @@ classes' F1; accuracy: of the test images. Of a balanced test set macro F1 is no
 """
 import argparse
 import math
+import os
 import shlex
 
 import train_student
@@ -63,6 +64,15 @@ def check(minutes, settings):
                             f"{TEACHER_SHARE * more:g} minutes, trained already: choose others")
 
 
+def check_teacher(args):
+    """UserError if the teacher is there already: its student would have its minutes as well."""
+    teacher = getattr(args, "teacher", None)
+    begun = os.path.exists(os.path.join(args.out, "config.json"))
+    if teacher and not begun and is_finished(teacher):
+        raise UserError(f"{teacher} is trained already, and its minutes would be its student's "
+                        "too: remove that folder")
+
+
 def main():
     parser = argparse.ArgumentParser(
         prog="python -m experiments.minutes", description=__doc__, allow_abbrev=False,
@@ -82,6 +92,7 @@ def main():
             command = f"{command} {shlex.join([*common, f'--minutes={minutes:g}'])}"
             args = settings_of(command, rt)
             if not is_finished(args.out, args) and not options.show:
+                check_teacher(args)
                 run(command)
             if is_finished(args.out, args):
                 lines.append(table_row(minutes, name, args.out, head))

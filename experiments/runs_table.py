@@ -60,7 +60,7 @@ def row_of(folder):
     config, result = read_json(folder, "config.json"), read_json(folder, "result.json")
     log = read_log(folder)
     kind = "teacher" if "arch" in config else "student"
-    teachers = [os.path.basename(path) for path in (result["teacher"] or "").split(",")]
+    teachers = [os.path.basename(path.rstrip("/")) for path in (result["teacher"] or "").split(",")]
     row = {name: result.get(name) for name in AS_IN_RESULT} | result["avg"]
     row |= {"name": os.path.basename(os.path.abspath(folder)), "kind": kind,
             "data": result["dataset"], "dataset": config["dataset"], "teacher": ",".join(teachers),

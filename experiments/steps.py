@@ -2,7 +2,8 @@ r"""A training step, looked at closely: images/s, kernel launches, how busy the 
 
     python -m experiments.steps --data-dir data           the steps of this project's runs
     python -m experiments.steps --only small --compile    one of them, with torch.compile
-    python -m experiments.steps --only resnet32 --compile --graphs     and CUDA graphs
+    python -m experiments.steps --only resnet32 --compile --graphs     and CUDA graphs (for steps
+                                                          of one micro-batch: not base)
     python -m experiments.steps --device cpu              on a CPU: smaller batches and networks
 
 Each row is a training script's own loop, with its settings, augmentation, data and mixed precision;

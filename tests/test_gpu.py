@@ -167,8 +167,9 @@ def test_minutes(module, run, monkeypatch):
     gpu = run(module, *flags)
     gpu.waits = [wait for wait in gpu.waits if "evaluation.py" not in wait[1]]      # of four
     assert_no_step_waits(gpu)
-    # An epoch's beginning, steps and evaluation: 1 + 10 + 1, twice 1 + 2 + 1; the teacher's end.
-    assert len(waited) == 20 + 2 * (module is train_teacher)
+    # An epoch's beginning, steps and evaluation: 1 + 10 + 1, twice 1 + 2 + 1; the teacher's end;
+    # and in training itself, for the time left, the third and the last step.
+    assert len(waited) == 20 + 2 * (module is train_teacher) + 2
 
 
 def test_float16(run, teacher):

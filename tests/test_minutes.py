@@ -174,7 +174,7 @@ def test_the_slowest_process_and_rank_0_decide(monkeypatch):
 
     def all_max(numbers, rt):
         seen.append(list(numbers))
-        return [9, 4] if len(numbers) == 2 else list(numbers)
+        return [9, 4] if isinstance(numbers, tuple) else list(numbers)     # the epochs
     monkeypatch.setattr(minutes, "all_max", all_max)
     monkeypatch.setattr(Folder, "after_epoch", lambda *args: None)
     args, run = asked(minutes=3), Folder(clock)
@@ -193,6 +193,22 @@ def test_what_comes_after_training_is_counted(monkeypatch):
                        torch.nn.Linear(1, 1), CPU, at_end=summary)
     # 180 s, less 50 of the summary, 2.5 and about 9 to measure it and the steps, 10 s an epoch.
     assert args.epochs == 12
+
+
+@pytest.mark.parametrize("device, epochs", [("cpu", 1), ("cuda", 16)])
+def test_a_gpus_first_summary_is_no_measure_of_it(device, epochs, monkeypatch):
+    """Ten seconds of choosing kernels for 50 images, taken for those of each 50: a teacher of one
+    epoch, because there is "no time" after its summary."""
+    clock, args, first = Clock(monkeypatch), asked(minutes=3), [10.0]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    run = Folder(clock)
+    run.rt = Runtime(torch.device(device))
+
+    def summary(net, data, rt):
+        clock.now += first.pop() if first else 0.001 * len(data.train_labels)
+    minutes.fit_epochs(run, training(clock, 0.5), args, small_data(), torch.nn.Linear(1, 1), CPU,
+                       at_end=summary)
+    assert args.epochs == epochs
 
 
 def test_random_numbers_are_those_of_a_run_without_it(monkeypatch):

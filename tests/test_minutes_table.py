@@ -64,6 +64,18 @@ def test_what_all_runs_cannot_share(flags, words, monkeypatch, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_a_student_does_not_get_its_teachers_time_as_well(monkeypatch, tmp_path, capsys):
+    """Stopped between teacher and student, and the row of five minutes is one of seven."""
+    monkeypatch.chdir(tmp_path)
+    commands = []
+    monkeypatch.setattr(minutes, "run", commands.append)
+    finish("runs/teacher_cifar10_imb100_ours_min2_s0", 4)
+    with pytest.raises(SystemExit):
+        script(minutes, monkeypatch, "--minutes", 5)
+    assert "teacher_cifar10_imb100_ours_min2_s0 is trained already" in capsys.readouterr().err
+    assert not any("train_student" in command and "vit" not in command for command in commands)
+
+
 def test_a_finished_run_of_other_images_is_not_shown(monkeypatch, tmp_path, capsys):
     """Half of the images held out, and the numbers of a fifth: one folder's name for both."""
     monkeypatch.chdir(tmp_path)
@@ -74,6 +86,9 @@ def test_a_finished_run_of_other_images_is_not_shown(monkeypatch, tmp_path, caps
     config = {"epochs": 3, "holdout": 0.5, "imb": 10.0, "dataset": "cifar10"}
     Path(args.out, "config.json").write_text(json.dumps(config))
     assert minutes.is_finished(args.out, args) and minutes.is_finished(args.out)
+    older = config | {"groups": {"head": [0]}}                  # another thing of that name
+    Path(args.out, "config.json").write_text(json.dumps(older))
+    assert minutes.is_finished(args.out, args)
     Path(args.out, "config.json").write_text(json.dumps(config | {"holdout": 0.2}))
     with pytest.raises(minutes.UserError, match="with another --holdout"):
         minutes.is_finished(args.out, args)

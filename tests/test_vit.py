@@ -448,7 +448,7 @@ def test_both_branches_of_a_block_are_dropped_independently():
     """Attention branch 1, MLP branch 10, p = 1/2: x + {0, 2} + {0, 20}. One shared mask or an
     undropped branch loses values."""
     torch.manual_seed(0)
-    block = vit.Block(embed_dim=4, num_heads=2, drop_rate=0.5)
+    block = vit.Block(embed_dim=4, num_heads=2, drop_prob=0.5)
     with torch.no_grad():
         for layer, constant in [(block.attn.proj, 1), (block.mlp.fc2, 10)]:
             layer.weight.zero_()
@@ -463,8 +463,8 @@ def test_drop_path_rates_rise_linearly_from_0():
     """DeiT's rule: block i of 12 has 0.1 i / 11. Off by one (i / 12, or starting above 0), or
     one rate for all blocks."""
     model = small_vit(depth=12, drop_path=0.1)
-    assert [b.drop_rate for b in model.blocks] == pytest.approx([0.1 * i / 11 for i in range(12)])
-    assert [b.drop_rate for b in small_vit(depth=1, drop_path=0.1).blocks] == [0]
+    assert [b.drop_prob for b in model.blocks] == pytest.approx([0.1 * i / 11 for i in range(12)])
+    assert [b.drop_prob for b in small_vit(depth=1, drop_path=0.1).blocks] == [0]
 
 
 # ---- positions at another resolution ----

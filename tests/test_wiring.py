@@ -476,10 +476,10 @@ def test_drop_path_reaches_every_block():
     train_student.resolve(args, CPU)
     with torch.device("meta"):
         net = build_student(vars(args), 10, False)
-    assert [b.drop_rate for b in net.blocks] == pytest.approx([0.1 * i / 11 for i in range(12)])
+    assert [b.drop_prob for b in net.blocks] == pytest.approx([0.1 * i / 11 for i in range(12)])
     small = student_settings("--drop-path", 0.3, model="micro", img_size=8, patch_size=4)
     net = train_student.new_network(small, small_data(), CPU)
-    assert [b.drop_rate for b in net.blocks] == pytest.approx([0.3 * i / 5 for i in range(6)])
+    assert [b.drop_prob for b in net.blocks] == pytest.approx([0.3 * i / 5 for i in range(6)])
 
 
 @pytest.mark.parametrize("flags, check", [

@@ -3,10 +3,11 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import train_student
 import train_teacher
-from engine import minutes
+from engine import minutes, runtime
 from engine.run_folder import Run
 from tiny_runs import PLAIN, STUDENT, Killed, assert_same_run, read, train
 
@@ -77,22 +78,34 @@ def test_a_run_goes_on_with_its_minutes_only(tiny_cifar, measured, tmp_path, ref
     """A run of ten minutes that goes on as one of twenty without a word."""
     flags = [*in_minutes(PLAIN), "--data-dir", tiny_cifar, "--out", tmp_path]
     train(train_student, *flags)
-    error = refused(train_student, *flags, "--minutes", "4", "--resume")
-    assert "other settings: --minutes 3.0 -> 4.0;" in error
+    for more in ([], ["--force"]):          # which would train nothing, and write "4 minutes"
+        error = refused(train_student, *flags, "--minutes", "4", "--resume", *more)
+        assert "was begun with --minutes 3.0, which cannot be changed" in error
     assert "--epochs" in refused(train_student, *PLAIN, "--data-dir", tiny_cifar, "--minutes", "3")
 
 
-def test_a_run_without_a_checkpoint_has_the_epochs_of_its_own_minutes(tiny_cifar, measured,
-                                                                      tmp_path):
-    """Killed before its first checkpoint, then begun with more minutes: the old epochs."""
+@pytest.mark.parametrize("other", [dict(minutes=1.0), dict(model="mini")])
+def test_a_run_without_a_checkpoint_has_the_epochs_of_its_own_settings(other, tiny_cifar, measured,
+                                                                       tmp_path):
+    """Killed before its first checkpoint, then begun with more minutes, or a network of another
+    size: the old epochs."""
     flags = [*in_minutes(PLAIN), "--data-dir", tiny_cifar, "--out", tmp_path]
     train(train_student, *flags)
-    config = read(tmp_path, "config.json") | dict(minutes=1.0, epochs=7)
+    config = read(tmp_path, "config.json") | other | dict(epochs=7)
     for file in tmp_path.iterdir():
         file.unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
     train(train_student, *flags, "--resume")
     assert read(tmp_path, "config.json")["epochs"] == 2 and len(measured) == 2
+
+
+def test_a_signal_ends_the_measurement(monkeypatch, capsys):
+    """Minutes of a measurement, after a signal that asked the run to stop."""
+    probe = minutes.Probe(runtime.Runtime(torch.device("cpu")), 100)
+    monkeypatch.setattr(runtime, "stop_signal", 15)
+    with pytest.raises(SystemExit) as stopped:
+        probe.after_epoch(0, None)
+    assert stopped.value.code == 143 and "Stopped" in capsys.readouterr().out
 
 
 def test_a_student_shares_its_minutes_with_its_teacher(tiny_cifar, measured, tmp_path, monkeypatch,

@@ -22,7 +22,7 @@ pytest_plugins = ["tiny_runs"]
 
 @pytest.mark.parametrize("kind, at, every, first", [
     ("teacher", (1, 2), "1", (1, 2)), ("teacher", (1, 0), "10m", (0, 0)),
-    ("paco", (1, 1), "2", (0, 2)), ("student", (0, 2), "1", (0, 2))])
+    ("paco", (1, 0), "2", (0, 2)), ("student", (0, 2), "1", (0, 2))])
 def test_a_killed_run_ends_where_the_undisturbed_one_does(kind, at, every, first, shared_run,
                                                           tmp_path, steps_done):
     """Killed before step `at`, resumed with step `first`, within an epoch, before or after the DRW
@@ -143,11 +143,13 @@ def test_checkpoints_by_the_clock(shared_run, tmp_path, monkeypatch, saves):
     assert saves == [(1, 2), (2, 0)]                # two steps of epoch 1 are done; the end
 
 
-def test_checkpoints_by_steps(shared_run, tmp_path, saves):
-    """--save-every 2 of epochs of 3 steps, and the end."""
+@pytest.mark.parametrize("every, expected", [(2, [(0, 2), (1, 1), (1, 3), (2, 0)]),
+                                             (4, [(1, 1), (2, 0)])])
+def test_checkpoints_by_steps(every, expected, shared_run, tmp_path, saves):
+    """Epochs of 3 steps, and the end; no checkpoint at all where an epoch has fewer steps."""
     module, flags, _ = shared_run("teacher")
-    train(module, *flags, *WITHOUT_SAM, "--out", tmp_path / "run", "--save-every", "2")
-    assert saves == [(0, 2), (1, 2), (2, 0)]
+    train(module, *flags, *WITHOUT_SAM, "--out", tmp_path / "run", "--save-every", every)
+    assert saves == expected
 
 
 # ---- Stopped by a signal -------------------------------------------------------------------------
@@ -221,6 +223,89 @@ def test_torchruns_restart_resumes_by_itself(shared_run, tmp_path, monkeypatch, 
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(module, *flags)
     assert steps_done == [(1, 1), (1, 2)] and len(records(tmp_path / "run")) == 2
+
+
+def test_torchruns_restart_does_not_take_what_is_overwritten(shared_run, tmp_path, monkeypatch,
+                                                             steps_done):
+    """A worker that died before its first step, and the old result printed as the new one."""
+    module, flags, finished = shared_run("teacher")
+    shutil.copytree(finished, tmp_path / "run")
+    flags = [*flags, *WITHOUT_SAM, "--out", tmp_path / "run", "--overwrite"]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_teacher, "load_data", killed)
+        train(module, *flags)
+    assert not steps_done
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train(module, *flags)
+    assert len(steps_done) == 6 and read(tmp_path / "run", "config.json")["rho"] == 0
+
+
+def killed(*args):
+    raise Killed
+
+
+def test_a_run_keeps_its_precision_and_remembers_its_machines(shared_run, tmp_path, refused):
+    """Half of a run in bfloat16, because the machine that resumes it has that; the minutes of two
+    machines under the name of one."""
+    module, flags, finished = shared_run("teacher")
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    flags, state = [*flags, "--out", tmp_path / "run", "--resume"], checkpoint(finished)
+    torch.save(state | {"amp": "bf16"}, tmp_path / "run" / "last.pt")
+    assert "--amp bf16 -> none" in refused(module, *flags)
+    torch.save(state | {"hardware": "an abacus"}, tmp_path / "run" / "last.pt")
+    train(module, *flags)
+    for name in ("result.json", "config.json"):
+        assert read(tmp_path / "run", name)["hardware"].startswith("an abacus, then ")
+
+
+def test_another_teacher_is_not_trained_to_be_refused(shared_run, tmp_path, monkeypatch, refused):
+    """Hours of a teacher's training, then "its weights are others"."""
+    module, flags, finished = shared_run("student")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    at = flags.index("--teacher")
+    others = [*flags[:at], *flags[at + 2:], "--out", "run", "--resume"]
+    error = refused(module, *others)
+    assert "--teacher" in error and "-> runs/teacher_" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_students_teacher_may_be_spelled_otherwise(shared_run, capsys):
+    """"runs/t/" for "runs/t", and another run is said to be there."""
+    module, flags, finished = shared_run("student")
+    at = flags.index("--teacher") + 1
+    flags = [*flags[:at], flags[at] + "/", *flags[at + 1:], "--out", finished]
+    train(module, *flags)
+    assert "is finished (2 epochs)" in capsys.readouterr().out
+
+
+def test_a_shorter_run_by_force_is_the_finished_one(shared_run, capsys):
+    """The result of two epochs under the name of one."""
+    module, flags, finished = shared_run("teacher")
+    train(module, *flags, "--out", finished, "--epochs", "1", "--resume", "--force")
+    text = capsys.readouterr().out
+    assert "nothing is left to train with" in text and "is finished (2 epochs)" in text
+
+
+def test_the_time_left_is_that_of_steps(monkeypatch):
+    """An evaluation of a minute among the ten steps that are timed: "hours left"."""
+    clock, printed = [0.0], []
+    rt = runtime.Runtime(torch.device("cpu"))
+    run = Run.__new__(Run)
+    vars(run).update(rt=rt, metrics=("loss",), start_epoch=0, start_step=0, steps=8, timed=0,
+                     timer=None, passes=[1, 1, 1])
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(runtime.Runtime, "print", lambda rt, text: printed.append(text))
+    for epoch in range(3):
+        run.begin_epoch(epoch)
+        for step in range(8):
+            clock[0] += 1
+            run.estimate(epoch, step)
+        clock[0] += 60
+    assert len(printed) == 1 and printed[0].startswith("about 11 s left")      # 3 + 8 steps
 
 
 def test_another_batch_by_force_begins_the_half_done_epoch_again(shared_run, tmp_path, capsys,

@@ -104,6 +104,12 @@ def test_crt_trains_a_new_classifier_and_nothing_else(own_runs, tmp_path, monkey
     torch.testing.assert_close(checkpoint("again")["model"], after, rtol=0, atol=0)
 
 
+def test_crt_without_mixing(own_runs):
+    """A second run that is refused after the whole first one: nothing changes at --drw-epoch."""
+    train(crt, *SMALL, *own_runs, "--mixup", "0", "--cutmix", "0", "--out", "run")
+    assert read("run", "result.json")["method"] == "vit-crt"
+
+
 # ---- Modes of distillation -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, head", [
