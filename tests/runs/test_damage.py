@@ -20,7 +20,7 @@ pytest_plugins = ["tiny_runs"]
 def saved_twice(tiny_cifar, tmp_path_factory):
     """(flags, run folder) of a finished teacher; previous.pt is of the second step of epoch 1."""
     folder = tmp_path_factory.mktemp("twice") / "run"
-    flags = [*TEACHER, *WITHOUT_SAM, "--data-dir", tiny_cifar, "--save-every", "2"]
+    flags = [*TEACHER, *WITHOUT_SAM, "--data-dir", tiny_cifar, "--save-every", "5"]
     train(train_teacher, *flags, "--out", folder)
     return flags, folder
 

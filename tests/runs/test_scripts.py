@@ -49,7 +49,8 @@ def test_a_run_folder_holds_what_the_contract_says(student_run):
 def test_a_checkpoint_holds_what_the_contract_says(student_run, teacher_run, paco_run):
     """A part that a resumed run would miss; PaCo's projection among the network's weights."""
     about = {"model", "optimizer", "scaler", "config", "data", "class_names", "counts", "groups",
-             "epoch", "step", "sums", "seconds", "world", "teachers", "forced", "white"}
+             "epoch", "step", "sums", "seconds", "world", "teachers", "forced", "white", "amp",
+             "hardware"}
     student, teacher = checkpoint(student_run), checkpoint(teacher_run)
     assert student.keys() == about | {"ema", "teacher_prior"}
     assert teacher.keys() == about | {"paco"} and teacher["paco"] is None
