@@ -28,6 +28,7 @@ with its numbers, NAME.csv (rank: .json), into the first run's folder or beside 
 --out says where. Figures, report and summary need matplotlib, and nothing else does.
 """
 import os
+import re
 from math import inf
 
 import torch
@@ -40,6 +41,7 @@ from engine.datasets import describe
 from engine.evaluation import (predicted, table, tables as result_tables, teacher_summary,
                                teacher_summary_text)
 from engine.networks import NORMALISATIONS, short_name, teacher_files
+from engine.records import read_json
 from engine.runtime import Runtime, UserError, run_main, setup
 from engine.settings import Parser, check_ranges, group_limits
 from images.files import class_name, shown
@@ -73,7 +75,8 @@ def command_eval(options, rt):
         rt.print(teacher_summary_text(teacher_summary(network.net, data, rt)))
     rt.print(tables.write(out, tables.as_csv(class_rows)))
     table_of_pairs = tables.as_csv(confused) if confused else "class,predicted,images,of,%\n"
-    rt.print(tables.write(confusion_path(out), table_of_pairs))
+    if not tables.is_device(out):                                       # /dev/null, /dev/stdout
+        rt.print(tables.write(confusion_path(out), table_of_pairs))
     changed = network.data and network.data != data.fingerprint
     if changed or loading.names_other_data(network, flags["data_flags"]):
         rt.print("the temperature is not saved for predict and export: these may not be the data "
@@ -119,7 +122,7 @@ def command_predict(options, rt):
 
 def command_export(options, rt):
     path, = options.runs
-    stem = output_path(options, "model").removesuffix(".pt2")
+    stem = re.sub(r"\.(pt2|onnx|json)$", "", output_path(options, "model"))
     network = network_alone(path, options, rt)
     temperature = calibration.load_temperature(path, network)
     rt.print("\n".join(export(network, stem, temperature)))
@@ -175,7 +178,8 @@ def summary(folder, out=None, **flags):
     log = loading.run_log(folder)
     rt = Runtime(torch.device("cpu"))       # alone, also when one of several processes calls it
     subject = loading.Subject("", folder, *loading.load_student(folder, rt, **flags))
-    figure = run_figures.summary(subject, result, log)
+    classes = read_json(folder, "config.json").get("classes")
+    figure = run_figures.summary(subject, result, log, classes)
     return tables.write(out or os.path.join(folder, "summary.png"), drawing.as_png(figure))
 
 

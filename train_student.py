@@ -406,7 +406,7 @@ def run_student(args, rt, prepare=None, wait=False, **replacements):
     rt.print(f"\n{evaluation.final_table(results, args.method, data)}\nRun folder: {args.out}")
     if rt.main:
         draw_summary(args.out)
-    rt.print(evaluation.advice(results, args.out, args.teacher, args.epochs, args.holdout))
+    rt.print(evaluation.advice(results, args.out, args.teacher, vars(args)))
 
 
 def draw_summary(folder):

@@ -199,9 +199,17 @@ def load_logs(paths, labels=None):
 
 
 def load_networks(kind, paths, rt, labels=None, **flags):
-    """The networks as Subjects. UserError for one that is not a `kind`: "student" or "teacher"."""
-    return [Subject(log.label, log.path, *load_kind(kind, log.path, rt, **flags))
-            for log in load_logs(paths, labels)]
+    """The networks as Subjects. UserError for one that is not a `kind`: "student" or "teacher".
+
+    Of several, norm and size are for those from elsewhere.
+    """
+    subjects = []
+    for log in load_logs(paths, labels):
+        more = flags
+        if os.path.isdir(log.path) and not all(map(os.path.isdir, paths)):
+            more = flags | dict(norm=None, size=None)
+        subjects.append(Subject(log.label, log.path, *load_kind(kind, log.path, rt, **more)))
+    return subjects
 
 
 def load_kind(kind, path, rt, **flags):
@@ -253,15 +261,15 @@ def load_alone(path, rt, norm=None, size=None, mirror=False):
 def load_files(files, path, norm, size):
     """The Networks of the files of a path.
 
-    Of several, norm and size are for those from elsewhere: a run says its own. UserError if then
-    they are for none.
+    norm and size are for those from elsewhere: a run says its own. UserError if then they are for
+    none.
     """
-    if len(files) == 1 or (norm is None and size is None):
+    if norm is None and size is None:
         return [load_network(file, norm, size) for file in files]
     networks = [load_network(file) for file in files]
     if all(network.config for network in networks):
-        raise UserError(f"{shown(path)}: --norm and --size are for files from elsewhere, and these "
-                        "are runs, which say their own")
+        raise UserError(f"{shown(path)}: --norm and --size are for files from elsewhere; a run "
+                        "says its own")
     return [network if network.config else load_network(file, norm, size)
             for file, network in zip(files, networks)]
 
@@ -299,8 +307,11 @@ def settings_of(network, path, data_flags):
                    holdout=None, holdout_by=None, train_list=None, test_list=None,
                    list_columns=None,
                    white=network.white if network.config else None)
+    config = network.config
+    if data_flags.get("dataset", config.get("dataset")) != config.get("dataset"):
+        config = {name: value for name, value in config.items() if name not in DATA_FLAGS}
     # Images that have become unusable are listed and left out: there is no --skip-bad here.
-    args = argparse.Namespace(**assumed | network.config | data_flags | {"skip_bad": True})
+    args = argparse.Namespace(**assumed | config | data_flags | {"skip_bad": True})
     own_images = args.dataset in ("folder", *data_lt.LISTS)
     if args.imb is None and not own_images:
         args.imb = 100.0

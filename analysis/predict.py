@@ -65,7 +65,7 @@ def find_images(names):
     Each once. Folders that cannot be read are named on stderr. Raises UserError for a name that
     matches nothing.
     """
-    paths, problems = [], []
+    paths, problems, ignored = [], [], Counter()
     for name in names:
         matches = [name]
         if not os.path.exists(name):
@@ -74,10 +74,10 @@ def find_images(names):
                 raise UserError(f"there is no file, folder or match for {name}")
         for match in matches:
             if os.path.isdir(match):
-                paths += sorted(files.walk(match, problems, Counter()), key=files.natural)
+                paths += sorted(files.walk(match, problems, ignored), key=files.natural)
             else:
                 paths.append(match)
-    for problem in problems:
+    for problem in [*problems, *([files.ignored_text(ignored)] if ignored else [])]:
         print(problem, file=sys.stderr)
     if not paths:
         raise UserError(f"there are no images in {', '.join(names)}")

@@ -328,12 +328,19 @@ def mistakes(images, rows, columns=6):
     return figure
 
 
-def summary(subject, result, log):
+def summary(subject, result, log, classes=None):
     """A student's run on one page: accuracy per class, over the training, and attention maps.
 
-    subject: a loading.Subject. result: its result.json. log: the epochs of its log.jsonl.
+    subject: a loading.Subject. result: its result.json. log: the epochs of its log.jsonl. classes:
+    names of the classes in the result's order, if that may differ from the data's.
     """
     data, columns = subject.data, 10
+    if classes and sorted(classes) == sorted(data.class_names):
+        order = [classes.index(name) for name in data.class_names]
+        per_class = {head: [accuracies[k] for k in order]
+                     for head, accuracies in result["per_class"].items()
+                     if len(accuracies) == len(classes)}
+        result = result | {"per_class": result["per_class"] | per_class}
     for head, accuracies in result["per_class"].items():
         if len(accuracies) != data.num_classes:
             raise UserError(f"{subject.path}: result.json is of another run: it has {head} on "

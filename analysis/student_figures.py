@@ -26,7 +26,8 @@ def attention(subjects, rt, classes=None, index=None, columns=8, images=None, se
     """
     data = subjects[0].data
     for s in subjects[1:]:
-        same_images = len(s.data.test_labels) == len(data.test_labels)
+        same_images = (torch.equal(s.data.test_labels, data.test_labels)
+                       and s.args.holdout == subjects[0].args.holdout)
         if s.data.class_names != data.class_names or not same_images:
             raise UserError("attention shows the same test images to all networks: name runs on "
                             "the same data set")

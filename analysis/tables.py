@@ -59,12 +59,17 @@ def as_json(numbers):
     return json.dumps(numbers, indent=1) + "\n"
 
 
+def is_device(path):
+    """Is it no place for a file, as /dev/stdout, a link, is none?"""
+    return (os.path.exists(path) and not os.path.isfile(path)
+            or os.path.abspath(path).startswith("/dev/"))
+
+
 def write(path, content):
     """Write bytes or text; returns the path. UserError if it cannot be written."""
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")       # paths that are not UTF-8
-    is_device = os.path.exists(path) and not os.path.isfile(path)
-    if not is_device and not os.path.abspath(path).startswith("/dev/"):     # /dev/stdout: a link
+    if not is_device(path):
         write_atomically(path, lambda file: file.write(content))
         return path
     try:                                        # not replaced by a file, as the other way would

@@ -20,7 +20,7 @@ from resnet import FastNet
 # ---- Entropy -------------------------------------------------------------------------------------
 
 def entropy(subjects, rt, images=None):
-    """Entropy of a teacher's predictions on training images, clean and as the paper's students get
+    """Entropy of a teacher's predictions on training images, clean and as students at 32 px get
     them (Figure 3), and how often it is right on them (Table 1).
 
     engine.evaluation.teacher_on_training_images: clean; strong (cropped, RandAugmented, erased);
@@ -53,8 +53,9 @@ def entropy(subjects, rt, images=None):
         drawing.label_axes(axis, f"entropy, nats (at most ln {K} = {edges[-1]:.2f})", "", s.label)
         axis.legend(frameon=False, fontsize=8)
     axes[0, 0].set_ylabel("share of the images, %")
-    note = ("Training images as they are (clean), with the paper's augmentation of a student's "
-            "images (strong), and with its mixing too (mixed). The scale of shares is logarithmic.")
+    note = ("Training images as they are (clean), cropped with padding, RandAugmented and erased "
+            "as students' images at 32 px (strong), and mixed too (mixed). The scale of shares is "
+            "logarithmic.")
     drawing.finish(figure, "How sure a teacher is of its student's images", subjects, note)
     return Figure(figure, table, rows, note)
 

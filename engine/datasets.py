@@ -30,8 +30,8 @@ from engine.runtime import barrier
 from engine.settings import own_name
 from images.copies import without_copies
 from images.decode import Stream, check, problem, read_all, sides, white_level
-from images.files import (DataError, Files, list_folder, natural, refuse, shown, some,
-                          subfolders)
+from images.files import (DataError, Files, ignored_text, list_folder, natural, refuse, shown,
+                          some, subfolders)
 from images.holdout import group_names, hold_out
 from images.layout import (better_root, check_classes, find_splits, refuse_layout, renumber,
                            split_of, with_images)
@@ -80,8 +80,7 @@ def load(args, rt):
         train, test, label = find_files(args, imb)
         fingerprint = train.fingerprint(root) + test.fingerprint(root)
         read = functools.partial(read_files, args, label, train, test, fingerprint, rt)
-    key = (dataset, os.path.abspath(root), imb, kind, args.holdout, image_sizes(args), fingerprint,
-           rt.device)
+    key = (dataset, os.path.abspath(root), imb, kind, args.holdout, image_sizes(args), fingerprint)
     white = getattr(args, "white", None)
     if (key, args.skip_bad, white) not in last_loaded:
         last_loaded.clear()
@@ -91,6 +90,8 @@ def load(args, rt):
             for level in (white, data.white):
                 last_loaded[key, skip_bad, level] = data
     data = last_loaded[key, args.skip_bad, white]
+    if data.train_labels.device.type != rt.device.type:     # a run on a GPU; its picture is not
+        data = data.to(rt.device)
     if getattr(args, "groups", None):
         return replace(data, groups=group_classes(dataset, data.counts, args.groups))
     return data
@@ -137,8 +138,7 @@ def read_files(args, label, train, test, fingerprint, rt):
         rt.print(remark)
     ignored = train.ignored + test.ignored
     if ignored:
-        endings = ", ".join(f"{n} {ending}" for ending, n in sorted(ignored.items()))
-        rt.print(f"Ignored, not images: {endings}")
+        rt.print(ignored_text(ignored))
     train_size, test_size = image_sizes(args)
     needed = 3 * (len(train) * train_size ** 2 + len(test) * test_size ** 2)                # bytes
     on_disk = args.dataset in LISTS or needed > memory_budget(rt)
@@ -287,6 +287,9 @@ def load_cifar(root, num_classes, imb=100, kind="exp", holdout=None):
     except Exception as error:                  # no network, no space, a damaged archive, ...
         if not existed and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)                      # torchvision creates it before it tries
+        if os.path.isdir(os.path.join(root, cifar.base_folder)):
+            raise DataError(f"the files of CIFAR-{num_classes} under {place} are damaged or not "
+                            f"complete, and could not be downloaded ({error})") from None
         below = better_root(root) if os.path.isdir(root) else None
         advice = f" {shown(below)}" if below and is_cifar_folder(below) else ""
         raise DataError(
@@ -433,7 +436,7 @@ def split_folder(root, holdout, holdout_by):
     else:
         raise DataError(f"{shown(root)} has no images to test on: put some into train/<class>/ and "
                         "some into test/<class>/ (or val/), or keep a part of each class for that "
-                        "with --holdout 0.2")
+                        "with --holdout 0.2" + "".join(f". {remark}" for remark in remarks))
     train, test = without_copies(train, test)
     if holdout:
         groups = group_names(train, holdout_by, root) if holdout_by else None

@@ -253,9 +253,9 @@ def teacher_on_training_images(net, data, rt, kinds=("clean", "strong", "mixed")
                                limit=SUMMARY_IMAGES, batch=64):
     """A teacher on (up to `limit`) training images as a student's augmentation makes them.
 
-    kinds: "clean"; "strong": cropped, RandAugmented, erased; "mixed": those, mixed. At the data's
-    own size. Returns {kind: (correct (n,) bool, entropy (n,) in nats)}; a mixed image's label is
-    the one with the larger share. Table 1 and Figure 3 of the paper.
+    kinds: "clean"; "strong": padded, cropped, RandAugmented, erased; "mixed": those, mixed. At
+    the data's own size. Returns {kind: (correct (n,) bool, entropy (n,) in nats)}; a mixed image's
+    label is the one with the larger share. Table 1 and Figure 3 of the paper.
     """
     net.eval()
     torch.manual_seed(0)
@@ -392,14 +392,16 @@ def heads_compared(results):
     return "; ".join([*sentences, "avg, the mean of their logits, is the prediction"]) + "."
 
 
-def advice(results, folder, teacher, epochs, holdout):
+def advice(results, folder, teacher, settings):
     """Which network of a student's finished run to use, and how: one line for its end.
 
     results: as with_teacher returns them, of the run in `folder`. teacher: its path or None.
-    epochs, holdout: settings of the run. A difference within its 95 % interval is none.
+    settings: those of the run, a dict. A difference within its 95 % interval is none.
     """
     name = "balanced accuracy" if "balanced" in results["avg"] else "accuracy"
-    images = "held-out images" if holdout else "test images"
+    images = "held-out images" if settings.get("holdout") else "test images"
+    given = ((flag, settings.get(f"teacher_{flag}")) for flag in ("norm", "size"))
+    flags = "".join(f" --{flag} {value}" for flag, value in given if value is not None)
     s = main_accuracy(results["avg"])
     if "teacher_avg" not in results:
         return f"Use the network: {predict_command(folder)} ({name} {s:.1f} % on the {images})"
@@ -408,19 +410,20 @@ def advice(results, folder, teacher, epochs, holdout):
     text = f"{name} on the {images}: student {s:.1f} %, teacher {t:.1f} %"
     interval = "95 % interval of the difference: +-"
     if c - max(s, t) > margin_c:
-        return (f"Use both together: {predict_command(f'{folder},{teacher}')} ({text}, both "
+        return (f"Use both together: {predict_command(f'{folder},{teacher}', flags)} ({text}, both "
                 f"{c:.1f} %; {interval}{margin_c:.1f})")
     text += f"; {interval}{margin:.1f}"
     if t - s > margin:
-        return (f"Use the teacher: {predict_command(teacher)} ({text}). A longer training may let "
-                f"the student catch up: --epochs {2 * epochs}, or more --minutes.")
+        return (f"Use the teacher: {predict_command(teacher, flags)} ({text}). A longer training "
+                f"may let the student catch up: --epochs {2 * settings['epochs']}, or more "
+                "--minutes.")
     clear = "" if s - t > margin else "no clear difference; "
     return f"Use the student: {predict_command(folder)} ({clear}{text})"
 
 
-def predict_command(path):
-    """The command that predicts with the network of this run folder."""
-    return f"python analyze.py predict --checkpoint {shlex.quote(path)} PICTURES"
+def predict_command(path, flags=""):
+    """The command that predicts with the network of this run folder or file."""
+    return f"python analyze.py predict --checkpoint {shlex.quote(path)}{flags} PICTURES"
 
 
 def columns(results):

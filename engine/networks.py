@@ -513,6 +513,9 @@ def load_teacher(path, data, rt, norm=None, size=None):
             raise UserError(f"{file} is not a teacher: it is {teacher.what}")
         match_classes(teacher, data, f"the teacher {file}")
     net, text = mean_of(teachers, path)
+    side = data.test_images.shape[-1]
+    if net.img_size > side:
+        text += f", its images enlarged from {side} px (a larger --img-size shows it more)"
     net.origin = [origin(*pair) for pair in zip(files, teachers)]
     return net.to(rt.device, memory_format=torch.channels_last), text
 
@@ -544,12 +547,15 @@ def joined(networks, path):
         raise UserError(f"{path}: two students; name one, its teacher, or both together")
     net, what = mean_of(teachers, path)
     weights = "+".join(network.weights for network in networks)
+    fingerprints = {network.data for network in networks} - {"", None}
+    known = fingerprints.pop() if len(fingerprints) == 1 else "+".join(sorted(fingerprints))
     configs = [network.config for network in networks]
     if not students:
-        return replace(networks[0], net=net, what=what, weights=weights, configs=configs)
+        return replace(networks[0], net=net, what=what, weights=weights, configs=configs,
+                       data=known)
     student, = students
     return replace(student, teacher=net, what=f"{student.what}; with {what}", weights=weights,
-                   configs=configs)
+                   configs=configs, data=known)
 
 
 def match_each_other(networks, files):

@@ -392,8 +392,8 @@ class PastRun:
             draw(self.folder)
         compared = all("margin" in rows.get(name, {}) for name in ("teacher_avg", "avg+teacher"))
         if draw and "avg" in rows and (compared or result.get("teacher") is None):
-            holdout = read_json(self.folder, "config.json").get("holdout")
-            self.rt.print(advice(rows, self.folder, result["teacher"], result["epochs"], holdout))
+            settings = read_json(self.folder, "config.json")
+            self.rt.print(advice(rows, self.folder, result["teacher"], settings))
         return True
 
     def write(self, action):

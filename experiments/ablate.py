@@ -124,7 +124,7 @@ def modes(teacher):
 
     "usual" is DeiT's soft loss: temperature 3, a tenth of the loss. DeiT divides it by the number
     of classes, 10, too: 0.9 CE + 0.1 KL / 10, here alpha = 0.01 / 0.91. The report's has
-    temperature 2 and half of the loss.
+    temperature 2 and half of the loss, and its students always two tokens before one shared head.
     """
     plain = f"{STUDENT} --imb 1 --epochs 20 {NOT_MIXED}"
     hard = f"{plain} --method deit --teacher {teacher}"

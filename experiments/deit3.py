@@ -3,8 +3,9 @@ r"""DeiT-III (Touvron et al., ECCV 2022, arXiv 2204.07118): a ViT without a teac
     python -m experiments.deit3 --dataset cifar10 --imb 100          flags as of train_student.py
 
 Changes to the recipe: 3-Augment instead of RandAugment and erasing, LayerScale, binary
-cross-entropy without label smoothing. Optimizer, crop and stochastic depth stay the recipe's
-(published: LAMB, a simple random crop, stronger stochastic depth).
+cross-entropy without label smoothing. Optimizer, crop, sizes, epochs and stochastic depth stay the
+recipe's (published: LAMB, a simple random crop, 192 px for 800 epochs and 224 px for 20, tests on
+the whole image, stronger stochastic depth).
 """
 import torch
 import torch.nn.functional as F

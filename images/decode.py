@@ -91,7 +91,7 @@ def reason(error):
         return "no image that can be read"
     if isinstance(error, Image.DecompressionBombError):
         return f"has more than {MAX_PIXELS / 1e6:.0f} million pixels"
-    text = str(getattr(error, "strerror", None) or error or type(error).__name__)
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return shown(" ".join(text.split())[:200])
 
 

@@ -157,10 +157,17 @@ def is_folder(entry):
         return False
 
 
-def are_of_a_run(names):
-    """Are these the names of the files in a run's folder?"""
-    names = set(names)
-    return len(RUN_FILES & names) >= 2 or names == {"lock"}     # of a run that is about to begin
+def are_of_a_run(entries):
+    """Are these os.DirEntries those of a run's folder?"""
+    names = {entry.name for entry in entries}
+    about_to_begin = names == {"lock"} and not is_folder(entries[0])
+    return len(RUN_FILES & names) >= 2 or about_to_begin
+
+
+def ignored_text(ignored):
+    """The Counter of files that are left out, for people."""
+    endings = ", ".join(f"{n} {ending}" for ending, n in sorted(ignored.items()))
+    return f"Ignored, not images: {endings}"
 
 
 def is_run(folder):
@@ -169,7 +176,7 @@ def is_run(folder):
         entries = list(os.scandir(folder))
     except OSError:                                     # walk makes a problem of it
         return False
-    if are_of_a_run(entry.name for entry in entries):
+    if are_of_a_run(entries):
         return True
     inner = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
     return (bool(inner) and not any(is_image(entry.name) for entry in entries)
@@ -281,7 +288,7 @@ def walk(folder, problems, ignored, elsewhere=frozenset()):
                 continue
             visited.add(here)
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-            if are_of_a_run(entry.name for entry in entries):
+            if are_of_a_run(entries):
                 continue
         except OSError as error:
             problems.append(f"{shown(folder)}: {error.strerror}")

@@ -53,11 +53,16 @@ def find_splits(root):
                       f"Put images to train on into {place}/train/<class>; or, if {name} is a "
                       f"class, rename it, for example to class_{name}.")
     train_root, test_root, remarks = os.path.join(root, found["train"][0]), None, []
+    known = {plain(name) for name in with_images(train_root)}
     for purpose in ("test", "val"):                     # test, if there are both
         for name in found.get(purpose, ()):
             folder = os.path.join(root, name)
-            if not with_images(folder):
+            classes = with_images(folder)
+            if not classes:
                 remarks.append(f"{shown(folder)} has no class folders of images: it is not used.")
+            elif known and not known & set(map(plain, classes)):
+                remarks.append(f"{shown(folder)} has none of the classes of {shown(train_root)}: "
+                               "it is not used.")
             elif test_root:
                 remarks.append(f"{shown(folder)} is not used; {shown(test_root)} is.")
             else:

@@ -87,23 +87,27 @@ def read_list(path, root, whole, columns=None, by=None):
     """
     rows, header = read_rows(path, columns, by)
     base = base_folder(path, root, rows)
-    problems, good, first_line = [], {}, {}
+    problems, good, first = [], {}, {}              # first: {name: (line, its split, class)}
     for row in rows:
-        name = relative(row.image, base)
+        name, label = relative(row.image, base), class_name(row.label)
         split = whole if row.split is None else split_of(row.split)
         wrong = row.wrong
         if not wrong and split is None:
             wrong = f"split {shown(row.split)!r} is none of train, val and test"
         elif not wrong and name is None:
             wrong = f"{shown(row.image)} is not a path below {shown(base)}"
-        elif not wrong and name in first_line:
-            wrong = f"{shown(row.image)} is listed in line {first_line[name]} already"
+        elif not wrong and name in first:
+            line, its_split, its_label = first[name]
+            wrong = f"{shown(row.image)} is listed in line {line} already"
+            if label != its_label:                  # nobody knows which is right
+                wrong += f", as {its_label}, not {label}: neither is used"
+                good[its_split].pop(name, None)
         if wrong:
             problems.append(f"{shown(path)}, line {row.line}: {wrong}")
         else:
-            first_line[name] = row.line
+            first[name] = row.line, split, label
             path_of_image = os.fsencode(os.path.join(base, row.image))
-            good.setdefault(split, []).append((path_of_image, class_name(row.label), row.group))
+            good.setdefault(split, {})[name] = path_of_image, label, row.group
     if not rows:
         raise DataError(f"the list {shown(path)} is empty: a header image,label and rows, or lines "
                         "'relative/path label', are expected")
@@ -112,7 +116,8 @@ def read_list(path, root, whole, columns=None, by=None):
         raise DataError(f"the list {shown(path)}: its column of splits never says train, val or "
                         f"test, but {some(dict.fromkeys(splits))}; name another, as in "
                         "--list-columns split=fold, or put these words there")
-    parts = {split: as_files(images, base, header, by) for split, images in good.items()}
+    parts = {split: as_files(list(images.values()), base, header, by)
+             for split, images in good.items()}
     parts = parts or {whole: as_files([], base, header, by)}
     return parts, base, problems
 
@@ -145,10 +150,19 @@ def base_folder(path, root, rows):
 
 def relative(image, base):
     """A path without detours, relative to base: of a/../b/x.jpg b/x.jpg; None outside of it."""
-    if os.path.isabs(image):
-        image = os.path.relpath(image, os.path.abspath(base))
     name = os.path.normpath(image)
-    return None if name.split(os.sep)[0] == ".." else name
+    if os.path.isabs(image):
+        try:
+            name = os.path.relpath(image, os.path.abspath(base))
+            if is_outside(name):                            # unless by a link
+                name = os.path.relpath(os.path.realpath(image), os.path.realpath(base))
+        except ValueError:                                  # another drive of Windows
+            return None
+    return None if is_outside(name) else name
+
+
+def is_outside(name):
+    return name.split(os.sep)[0] == ".."
 
 
 # ---- Reading -------------------------------------------------------------------------------------

@@ -333,7 +333,7 @@ def hue(images, op, turns, fill, nearest):
 
 
 def rotate(images, op, degrees, fill, nearest):
-    """Turn counter-clockwise about the centre, bicubic."""
+    """Turn counter-clockwise about the centre, bicubic (grid_sample's kernel, not quite PIL's)."""
     n, _, H, W = images.shape
     angle = per_image(degrees * (math.pi / 180), images)[:, 0]                      # (n,1,1)
     x = torch.arange(W, device=images.device) - (W - 1) / 2                         # (W,)

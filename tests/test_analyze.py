@@ -438,7 +438,7 @@ def test_flags_that_name_other_data():
     assert loading.names_other_data(file, {"dataset": "folder", "holdout": 0.2})
 
 
-def test_norm_and_size_go_to_the_files_from_elsewhere(runs, tmp_path):
+def test_norm_and_size_go_to_the_files_from_elsewhere(runs, tiny_cifar, tmp_path):
     """A student's images normalised as its teacher's file needs it; a flag without any effect."""
     torch.save(torch.load(runs["teacher"] / "last.pt", weights_only=True)["model"],
                tmp_path / "t.pth")
@@ -450,8 +450,21 @@ def test_norm_and_size_go_to_the_files_from_elsewhere(runs, tmp_path):
         assert torch.equal(network.net.mean, own.mean) and network.net.img_size == own.img_size
         assert network.teacher.mean.flatten().tolist() == pytest.approx((0.485, 0.456, 0.406))
         assert network.teacher.img_size == 24
-    with pytest.raises(UserError, match="these are runs, which say their own"):
-        loading.load_alone(f"{run},{runs['teacher']}", RT, norm="imagenet")
+    for path in (run, f"{run},{runs['teacher']}"):
+        with pytest.raises(UserError, match="a run says its own"):
+            loading.load_alone(path, RT, norm="imagenet")
+    found = loading.load_networks("teacher", [str(runs["teacher"]), str(tmp_path / "t.pth")], RT,
+                                  norm="imagenet", data_flags=dict(data_dir=str(tiny_cifar), imb=4))
+    means = [subject.net.mean.flatten()[0].item() for subject in found]
+    assert means == pytest.approx([0.4914, 0.485])
+
+
+def test_a_run_on_another_data_set_leaves_its_own_settings_behind(runs):
+    """--imb 100 of CIFAR that thins somebody's photographs."""
+    network = loading.load_alone(str(runs["vit"]), RT)
+    assert loading.settings_of(network, "x", {}).imb == network.config["imb"] is not None
+    args = loading.settings_of(network, "x", dict(dataset="folder", data_dir="mine"))
+    assert args.imb is None and args.data_dir == "mine" and args.epochs == network.config["epochs"]
 
 
 def test_runs_of_one_name_are_told_apart():

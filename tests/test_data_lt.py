@@ -30,6 +30,7 @@ def test_cifar100_counts_are_the_published_ones():
     assert c50[:6] == [500, 480, 462, 444, 426, 410] and c50[-6:] == [12, 11, 11, 10, 10, 10]
     assert [c50[k] for k in (35, 36, 70, 71)] == [125, 120, 31, 30]
     assert data_lt.long_tailed_counts(500, 100, 100, "step") == [500] * 50 + [5] * 50
+    assert data_lt.long_tailed_counts(49, 2, 49) == [49, 1]             # 49 * (1 / 49) < 1
 
 
 @pytest.mark.parametrize("dataset, totals", [

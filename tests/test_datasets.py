@@ -208,6 +208,18 @@ def test_what_is_not_the_published_cifar_is_found(names, counts, test_counts, di
     assert datasets.cifar_difference(names, counts, test_counts) == difference
 
 
+def test_damaged_files_of_cifar_are_not_called_missing(tmp_path, monkeypatch):
+    """Somebody who looks for the right --data-dir, and has it."""
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half")
+
+    def offline(*args, **more):
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
+    with pytest.raises(DataError, match="are damaged or not complete"):
+        load("cifar10", tmp_path)
+
+
 def test_the_names_of_cifar_100_are_in_their_order():
     names = datasets.CIFAR_NAMES[100].split()
     assert len(names) == 100 and names == sorted(names)
@@ -621,6 +633,9 @@ def test_a_folder_too_large_for_memory_stays_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "total_memory", lambda: 0)
     datasets.last_loaded.clear()
     streamed = load("folder", tmp_path)
+    with monkeypatch.context() as patch:                    # the same data again are not read again
+        patch.setattr(datasets, "read_files", lambda *args: 1 / 0)
+        assert load("folder", tmp_path).train_images is streamed.train_images
     datasets.last_loaded.clear()
     assert isinstance(streamed.train_images, Stream)
     assert streamed.fingerprint == in_memory.fingerprint

@@ -455,16 +455,19 @@ def rows_of(student, teacher, both, margin=2.0):
 def test_the_last_line_says_which_network_to_use(accuracies, use, more):
     """Accuracy where balanced accuracy decides; a difference by chance; a path that a shell cuts in
     two; a student recommended that is worse than its teacher."""
-    line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", 30, None)
+    line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", dict(epochs=30))
     assert line.startswith(use) and more in line and "\n" not in line
     assert f"balanced accuracy on the test images: student {accuracies[0]} %" in line
     assert ("no clear difference" in line) == ("no clear difference" in more)
-    line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", 30, 0.2)
+    line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", dict(epochs=30, holdout=0.2))
     assert "on the held-out images" in line
+    settings = dict(epochs=30, teacher_norm="imagenet", teacher_size=32)
+    line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", settings)
+    assert ("--norm imagenet --size 32 PICTURES" in line) == ("t x" in line)
 
 
 def test_a_network_without_a_teacher_is_named_alone():
     """A teacher that there is none of; "balanced" of a test set that is balanced anyway."""
-    line = evaluation.advice({"avg": dict(overall=52.04)}, "runs/vit", None, 30, None)
+    line = evaluation.advice({"avg": dict(overall=52.04)}, "runs/vit", None, dict(epochs=30))
     assert line == ("Use the network: python analyze.py predict --checkpoint runs/vit PICTURES "
                     "(accuracy 52.0 % on the test images)")

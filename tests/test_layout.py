@@ -64,6 +64,22 @@ def test_a_folder_without_classes_to_test_on_is_not_used_and_that_is_said(test, 
     assert load(tmp_path) == (["cat", "dog"], 8, 6, [remark])
 
 
+def test_a_folder_of_other_names_to_test_on_is_not_used_and_that_is_said(tmp_path):
+    """Tiny-ImageNet's test/images/*: refused with advice that is refused in its turn."""
+    remark = f"{tmp_path / 'test'} has none of the classes of {tmp_path / 'train'}: it is not used."
+    write_files(tmp_path, folders("train") | {"test/images": 5})
+    assert refusal(tmp_path).endswith(f"--holdout 0.2. {remark}")
+    assert load(tmp_path, 0.25) == (["cat", "dog"], 6, 2, [remark])
+    write_files(tmp_path, folders("val", n=3))
+    assert load(tmp_path) == (["cat", "dog"], 8, 6, [remark])
+
+
+def test_a_class_of_locks_hides_no_other(tmp_path):
+    """door/lock/*.jpg taken for the folder of a run, and the class door left out."""
+    write_files(tmp_path, {"door/lock": 4, "window": 4, "wall": 4})
+    assert load(tmp_path, 0.25)[:2] == (["door", "wall", "window"], 9)
+
+
 @pytest.mark.parametrize("train, test", [
     ("seg_train", "seg_test"), ("images_train", "images_val"), ("Train (1)", "Test (1)"),
     ("01_train", "02_test"), ("MyTrain", "MyValidation"), ("train_32x32", "test_32x32")])

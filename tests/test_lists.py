@@ -1,5 +1,6 @@
 """images/lists.py: tables as people have them, the published lists, and what is wrong with both."""
 import argparse
+import os
 import random
 import time
 from dataclasses import replace
@@ -8,6 +9,7 @@ import pytest
 
 from engine.datasets import survey
 from image_folders import write_files
+from images import lists
 from images.files import DataError
 from images.lists import find_listed, from_windows, read_list
 
@@ -166,7 +168,7 @@ def test_a_row_that_cannot_be_used_is_named_by_its_line(row, words, tmp_path):
     """A class called "pie" and one "apple"; an image with two labels; the line before or after."""
     content = f'image,label,split\na/0.jpg,cat,train\n"b/\n1.jpg",dog,train\n{row}\n'
     train, _, files = listed(tmp_path, content)
-    assert len(train) == 2 and len(files.problems) == 1
+    assert len(train) == 2 - ("listed in line 2" in words) and len(files.problems) == 1
     assert files.problems[0].startswith(f"{tmp_path}/list.csv, line 5: ")
     assert words in files.problems[0]
 
@@ -176,11 +178,11 @@ def test_bad_rows_are_problems_whichever_splits_are_used(test_list, tmp_path):
     """A misspelled split and an image with two labels that vanish without a word, because the
     list's first split is not used: val beside test, or test beside a list of test images."""
     rows = ["a/0.jpg,cat,val", "a/1.jpg,cat,train", "a/2.jpg,dog,train", "b/0.jpg,cat,test",
-            "b/1.jpg,dog,test", "b/2.jpg,cat,tarin", "a/1.jpg,dog,test"]
+            "b/1.jpg,dog,test", "b/2.jpg,cat,tarin", "a/1.jpg,dog,test", "b/9.jpg,cat,train"]
     path = write(tmp_path, "\n".join(["image,label,split", *rows]))
     other = write(tmp_path, "b/3.jpg cat\nb/4.jpg\n", "test.txt") if test_list else None
     train, test, _ = find_listed(path, other, str(tmp_path))
-    assert len(train) == 2 and len(test) == (1 if test_list else 2)
+    assert len(train) == 2 and len(test) == (1 if test_list else 2)     # neither has a/1.jpg
     assert [problem.split(": ")[0] for problem in train.problems] == [
         f"{path}, line 7", f"{path}, line 8"]
     assert "split 'tarin'" in train.problems[0] and "line 3 already" in train.problems[1]
@@ -255,7 +257,23 @@ def test_a_list_names_what_it_lists_twice(tmp_path):
     """One image as two classes."""
     (tmp_path / "list.txt").write_text("a.jpg 0\nb.jpg 1\na.jpg 1\n")
     found = read_lines(tmp_path / "list.txt")
-    assert len(found) == 2 and "line 3: a.jpg is listed in line 1 already" in found.problems[0]
+    assert [os.path.basename(path) for path in found.paths] == [b"b.jpg"]      # who knows which
+    assert found.problems[0].endswith("line 3: a.jpg is listed in line 1 already, as 0, not 1: "
+                                      "neither is used")
+    (tmp_path / "list.txt").write_text("a.jpg 0\nb.jpg 1\na.jpg 0\n")
+    found = read_lines(tmp_path / "list.txt")
+    assert len(found) == 2 and found.problems[0].endswith("is listed in line 1 already")
+
+
+def test_a_link_to_the_images_has_the_paths_of_the_list(tmp_path):
+    """Absolute paths of a list, "not below data", because data is a link."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "a.jpg").touch()
+    (tmp_path / "data").symlink_to("disk")
+    base = str(tmp_path / "data")
+    assert lists.relative(str(tmp_path / "disk" / "a.jpg"), base) == "a.jpg"
+    assert lists.relative(str(tmp_path / "a.jpg"), base) is None
+    assert lists.relative("../a.jpg", base) is None
 
 
 def test_long_lists_are_read_in_seconds(tmp_path):

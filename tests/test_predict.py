@@ -74,6 +74,10 @@ def test_each_image_is_predicted_once(tiny_cifar, tmp_path, monkeypatch, capsys)
     (tmp_path / "-y.png").write_bytes(image.read_bytes())
     monkeypatch.chdir(tmp_path)
     assert predict.find_images(["-y.png", "*", "in", "in/x.png"]) == ["-y.png", "in/x.png"]
+    for name in ("a.heic", "b.heic"):
+        (tmp_path / "in" / name).touch()
+    assert predict.find_images(["in"]) == ["in/x.png"]
+    assert capsys.readouterr().err == "Ignored, not images: 2 .heic\n"
 
     def unreadable(path):
         raise PermissionError(13, "Permission denied")
