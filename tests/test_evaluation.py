@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import augment
 import data_lt
 from engine import evaluation
 from engine.runtime import Runtime
@@ -237,6 +238,15 @@ def test_a_teacher_is_described_by_what_it_says_of_training_images():
     assert "50.0 % right, entropy 0.56 nats" in evaluation.teacher_summary_text(summary)
 
 
+def test_a_mixed_images_label_is_that_of_its_larger_part(monkeypatch):
+    """The label of the unmixed image, by which every teacher knows mixed images less well."""
+    monkeypatch.setattr(augment, "mixup_cutmix", lambda x, y, K: (
+        x, nn.functional.one_hot(torch.ones_like(y), K).float()))
+    always_1 = Teacher(torch.eye(4)[1:2], 32)
+    found = evaluation.teacher_on_training_images(always_1, small_data(), CPU)
+    assert found["mixed"][0].all() and found["strong"][0].float().mean() == 0.25
+
+
 # ---- A teacher on clean training images ----------------------------------------------------------
 
 @pytest.mark.parametrize("counts, n, drawn", [
@@ -418,6 +428,24 @@ def test_the_teacher_and_both_together_are_measured_on_the_students_test_images(
     variance = sum((b + c - (b - c) ** 2 / n) / n ** 2 for b, c, n in cells)
     expected = 100 * 1.96 * variance ** 0.5 / 4
     assert rows["teacher_avg"]["margin"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_both_together_are_compared_with_the_better_of_the_two():
+    """With the student always, and "use both" where the teacher alone is as good."""
+    data = small_data()
+    data.test_images[:, 0] = data.test_labels.to(torch.uint8)[:, None, None]
+
+    class Knows(Teacher):                               # all labels, from the first channel
+        def forward(self, x):
+            k = (x[:, 0, 0, 0] * 255).round().long()
+            return 50 * nn.functional.one_hot(k, 4).float()
+    student, teacher = Student(torch.eye(4)[:1], None), Knows(None, 32)
+    found = evaluation.evaluate_student(student, data, 32, 1.0, CPU)
+    rows = evaluation.with_teacher(found, student, teacher, data, 32, 1.0, CPU)
+    assert rows["teacher_avg"]["overall"] == rows["avg+teacher"]["overall"] == 100
+    # No image of which only one is right: half a one each way in every class.
+    expected = 196 * sum(1 / (n + 2) ** 2 for n in (8, 4, 2, 2)) ** 0.5 / 4
+    assert rows["avg+teacher"]["margin"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_margin_is_that_of_resampled_test_images():

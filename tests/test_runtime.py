@@ -1,6 +1,7 @@
 """engine/runtime.py: device and processes, seeds, signals, and how a script ends."""
 import atexit
 import ctypes
+import math
 import os
 import re
 import signal
@@ -13,8 +14,10 @@ import torch
 from tqdm import tqdm
 
 import data_lt
+import train_student
 from engine import runtime
 from engine.runtime import Runtime, UserError
+from engine.training import FiniteScaler
 from images.files import DataError
 
 CPU = Runtime(torch.device("cpu"))
@@ -308,6 +311,13 @@ def one_of_two(rank, folder):
     net.running_mean.fill_(rank + 5.0)
     runtime.share_buffers(net, rt)
     results["buffer"] = net.running_mean
+    prior = torch.tensor([0.5, 0.5])
+    train_student.update_prior(prior, torch.tensor([rank, rank]), 1.0, 1, rt)   # 0s and 1s
+    layer = torch.nn.Linear(2, 2)
+    scaler = FiniteScaler(layer, torch.optim.SGD(layer.parameters(), lr=0.1, fused=True), rt)
+    scaler.scale(layer(torch.ones(2)).sum() + (math.nan if rank == 0 else 0)).backward()
+    scaler.unscale_()
+    results |= {"prior": prior, "finite": scaler.update()}
     torch.save(results, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
     os._exit(0)                     # a fork: pytest's own ending is not this process's
@@ -324,7 +334,8 @@ def test_one_process_is_alone():
 
 
 def test_two_processes_gather_sum_and_share(tmp_path):
-    """Padding left in, rows cut, a rank's own rows first, labels turned into floats."""
+    """Padding left in, rows cut, a rank's own rows first, labels turned into floats; a prior of
+    one's own, a step that only the others take."""
     torch.multiprocessing.start_processes(one_of_two, args=(str(tmp_path),), nprocs=2,
                                           start_method="fork")
     zero, one = rows_of(0), rows_of(1)
@@ -332,6 +343,8 @@ def test_two_processes_gather_sum_and_share(tmp_path):
         results = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert results.pop("sum").tolist() == [2, 1] and results.pop("max").tolist() == [3, 1]
         assert results.pop("buffer").tolist() == [5, 5]                 # rank 0's
+        assert results.pop("prior").tolist() == pytest.approx([0.5, 0.5])
+        assert results.pop("finite").item() == 0        # of rank 0's loss: neither takes the step
         assert results.keys() == zero.keys()
         for name, rows in results.items():
             assert rows.dtype == zero[name].dtype

@@ -273,6 +273,8 @@ def test_a_lost_run_ends_after_ten_bad_steps_in_a_row():
     bad = [(x * torch.inf, y) for x, y in some_batches(9)]
     train("adamw", bad)[2].stop_if_lost(0, 8, 0.01)                         # nine are not ten
     train("adamw", bad + some_batches(1) + bad)[2].stop_if_lost(0, 18, 0.01)
+    with pytest.raises(UserError):
+        train("adamw", bad + bad[:1])[2].stop_if_lost(0, 9, 0.01)
     lost = train("adamw", bad + bad)[2]
     with pytest.raises(UserError, match="epoch 3, step 18.* 18 .*learning rate 0.01.*--lr"):
         lost.stop_if_lost(2, 17, 0.01)

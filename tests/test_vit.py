@@ -26,14 +26,14 @@ def small_vit(**kwargs):
 # ---- sizes and names ----
 
 @pytest.mark.parametrize("name, parameters", [("tiny", 5_910_800), ("small", 22_436_432),
-                                              ("base", 87_338_192)])
+                                              ("base", 87_338_192), ("mini", 3_241_616)])
 def test_parameter_counts_are_deits(name, parameters):
-    """A missing bias, token, head or norm, or a wrong width. Head count has no parameters, so d
+    """mini: half of tiny's blocks. A missing bias, token, head or norm, or a wrong width. Head count has no parameters, so d
     = 64 is checked beside it."""
     with torch.device("meta"):
         model = vit.MODELS[name](num_classes=1000)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert len(model.blocks) == 12
+    assert len(model.blocks) == (6 if name == "mini" else 12)
     assert all(b.attn.qkv.in_features == 64 * b.attn.num_heads for b in model.blocks)
 
 

@@ -585,6 +585,26 @@ def test_strong_augmentation_has_the_runs_settings(watch):
     assert calls[0][0]["images"].dtype is torch.uint8 and calls[0][1].shape[1:] == (3, 8, 8)
 
 
+@pytest.mark.parametrize("kind", ["student", "teacher", "paco"])
+def test_networks_are_in_mixed_precision_if_the_run_is(kind):
+    """--amp that does not arrive: half of a GPU's speed."""
+    half, modes = Runtime(torch.device("cpu"), amp=torch.bfloat16), []
+    net = Vit(False) if kind == "student" else Cnn()
+
+    def note(net, *_):
+        if net.training:
+            modes.append(torch.is_autocast_enabled("cpu"))
+    net.register_forward_hook(note)
+    if kind == "student":
+        args = student_settings("--method", "vit", epochs=1)
+        train_student.train(args, small_data(), net, None, half, RecordingRun())
+    else:
+        loss = ["--loss", "paco", "--queue", 16] if kind == "paco" else []
+        train_teacher.train(teacher_settings(*loss, epochs=1), small_data(), net, half,
+                            RecordingRun())
+    assert modes and all(modes)
+
+
 @pytest.mark.parametrize("kind", ["student", "teacher"])
 def test_every_step_has_draws_of_its_own(kind, watch):
     """One augmentation for all steps, epochs or processes."""
@@ -595,6 +615,15 @@ def test_every_step_has_draws_of_its_own(kind, watch):
         train_a_teacher(teacher_settings("--rho", 0, "--seed", 5))
     keys = list(dict.fromkeys(call["key"] for call, _ in calls))
     assert keys == [(5, epoch, step, 0) for epoch in range(2) for step in range(3)]
+    calls.clear()
+    second = Runtime(torch.device("cpu"), rank=1)           # of a world of 1: nobody to wait for
+    if kind == "student":
+        train_student.train(student_settings("--method", "vit"), small_data(), Vit(False), None,
+                            second, RecordingRun())
+    else:
+        train_teacher.train(teacher_settings("--rho", 0), small_data(), Cnn(), second,
+                            RecordingRun())
+    assert {call["key"][-1] for call, _ in calls} == {1}
 
 
 def test_a_finished_augmentation_is_what_the_student_is_given():
@@ -675,12 +704,6 @@ def test_hard_distillation_before_and_after_the_drw_epoch(flags, changes, mixes,
     assert [r["drw"] for r in run.records] == [epoch >= drw_epoch for epoch in range(2)]
 
 
-def test_class_weights_matter_to_the_loss():
-    """The test above, blind because all of a batch's weights are alike."""
-    w = class_weights()
-    assert w.max() / w.min() == pytest.approx(6, rel=0.01) and w.sum() == pytest.approx(K)
-
-
 def test_soft_distillation_is_tempered(watch):
     """Hard labels; KL the wrong way round; no tau^2; a mean over images and classes."""
     teacher = GivenTeacher()
@@ -741,15 +764,21 @@ def test_classes_among_thousands_are_adjusted_by_their_own_frequency():
     assert log_prior[1:].exp().tolist() == pytest.approx([0.99 / 8142] * 8141, rel=1e-4)
 
 
-def test_one_token_learns_from_labels_and_teacher(watch):
-    """A DIST head that is missing, or CLS's logits without their gradient in the second term."""
-    teacher = GivenTeacher()
-    steps, _ = recorded_steps(watch, "--alpha", 0.3, teacher=teacher, tokens=1)
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_one_token_learns_from_labels_and_teacher(adjusted, watch):
+    """A DIST head that is missing, CLS's logits without their gradient in the second term, or with
+    the labels' prior in both."""
+    teacher, pi_t = GivenTeacher(), torch.full((K,), 1 / K).double()
+    flags = ("--logit-adjustment", "--beta", 0) if adjusted else ()
+    steps, _ = recorded_steps(watch, "--alpha", 0.3, *flags, teacher=teacher, tokens=1)
     for i, step in enumerate(steps):
-        weights = class_weights() if i >= 3 else None
+        weights = class_weights() if i >= 3 and not adjusted else None
         y_t = teacher(step["x"]).argmax(dim=1)
-        loss = 0.7 * cross_entropy(step["cls"], step.get("soft", step["labels"]))
-        loss = loss + 0.3 * cross_entropy(step["cls"], y_t, weights)
+        pi_t = 0.99 * pi_t + 0.01 * F.one_hot(y_t, K).double().mean(dim=0)
+        priors = (PI.log(), pi_t.log()) if adjusted else (0, 0)
+        cls_logits, dist_logits = (step["cls"].double() + prior for prior in priors)
+        loss = 0.7 * cross_entropy(cls_logits, step.get("soft", step["labels"]))
+        loss = loss + 0.3 * cross_entropy(dist_logits, y_t, weights)
         assert step["dist"] is None and step["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -827,8 +856,11 @@ def test_the_weak_view_is_the_same_image_only_shifted_and_mirrored(watch):
             padded = F.pad(image, (1, 1, 1, 1))                         # an eighth of 8 px
             shifted = [padded[:, i:i + 8, j:j + 8] for i in range(3) for j in range(3)]
             assert any(torch.equal(view, s) or torch.equal(view, s.flip(2)) for s in shifted)
-        y_t = teacher(seen).argmax(dim=1)
-        assert step["loss"].isfinite() and len(y_t) == len(step["labels"])
+    for i, (step, seen) in enumerate(zip(steps, teacher.images.copy())):
+        y_t, weights = teacher(seen).argmax(dim=1), class_weights() if i >= 3 else None
+        loss = 0.5 * cross_entropy(step["cls"], step["labels"])
+        loss = loss + 0.5 * cross_entropy(step["dist"], y_t, weights)
+        assert step["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
     moved = [not torch.equal(seen, step["x"]) for step, seen in zip(steps, teacher.images)]
     assert any(moved)
 
@@ -1081,15 +1113,19 @@ def test_a_sam_step_written_out_again(watch, steps_of):
 def test_a_strong_teacher_learns_from_mixed_images(watch):
     """Hard labels, weak images or class weights in DeiT's teacher; another crop than its own."""
     mixed, criteria = watch(augment, "mixup_cutmix"), watch(losses, "cross_entropy")
-    strong = watch(augment, "strong_augment")
-    train_a_teacher(teacher_settings("--augment", "resized", drw_epoch=0))
+    strong, net, shown = watch(augment, "strong_augment"), Cnn(), []
+    net.register_forward_pre_hook(lambda net, inputs: shown.append(inputs[0]))
+    train_a_teacher(teacher_settings("--augment", "resized", drw_epoch=0), net)
     assert len(mixed) == len(criteria) == len(strong) == 6
-    for (call, (_, target)), (criterion, _), (made, x) in zip(mixed, criteria, strong):
+    for (call, (both, target)), (criterion, _), (made, x), seen in zip(mixed, criteria, strong,
+                                                                       shown):
+        assert torch.equal(seen, both)
         assert torch.equal(criterion["target"], target) and target.shape[1] == K
         assert criterion["weight"] is None and torch.equal(call["images"], x)
         assert (made["size"], made["crop"], made["rand_ops"]) == (8, "resized", 2)
         assert (made["magnitude"], made["erasing"]) == (9, 0.25)
         assert (call["mixup"], call["cutmix"], call["smoothing"]) == (0.8, 1.0, 0.1)
+    assert any(not torch.equal(seen, x) for seen, (_, x) in zip(shown, strong))
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
@@ -1121,9 +1157,28 @@ def test_weak_images_are_those_of_the_published_teacher(dataset, loss, made_by, 
         assert not made["random_crop_flip"] and not made["paco_query_view"]
 
 
+def test_ldams_images_are_shifted_by_up_to_4_px_and_mirrored():
+    """No shift, or no flip: a teacher that memorises."""
+    args = argparse.Namespace(augment="weak", dataset="cifar10", loss="ldam", img_size=8)
+    torch.manual_seed(0)
+    views = train_teacher.view(small_data().train_images[:1].expand(4000, -1, -1, -1), args)
+    assert len({view.numpy().tobytes() for view in views}) == 9 * 9 * 2
+
+
+def test_a_fast_teachers_stem_is_computed_from_the_images():
+    """A stem that stays as it was drawn, or is computed from the most frequent class alone."""
+    args = settings_of(train_teacher, "--recipe", "ours", "--img-size", 128)   # of 125 images
+    data = small_data(32)
+    data.train_labels = torch.arange(K).repeat_interleave(torch.tensor([200, 6, 3, 2]))
+    data.train_images = torch.zeros(211, 3, 32, 32, dtype=torch.uint8)
+    data.train_images[200:] = small_data(32).train_images[:11]      # only rare classes have pixels
+    weight = train_teacher.new_network(args, data, CPU).stem.weight
+    assert torch.equal(weight[12:], -weight[:12])
+    blank = 5e-4 ** -0.5                # the largest weights of images without any variation
+    assert weight[:12].flatten(1).norm(dim=1).max() < 0.9 * blank
+
+
 # ---- PaCo ----------------------------------------------------------------------------------------
-
-
 
 def paco_steps(watch, monkeypatch, *flags):
     """Two epochs of PaCo whose query view is all 51 and whose key view is all 102 but pixel 0."""
@@ -1162,6 +1217,15 @@ def test_pacos_anchors_and_keys_come_from_their_own_views(rho, watch, monkeypatc
             assert loss["v"] is v and loss["logits"] is logits
             assert torch.equal(loss["target"], y)
             assert torch.equal(loss["bank"][len(v):2 * len(v)], keys)
+
+
+def test_pacos_queue_takes_the_keys_and_labels_of_all_processes(watch, monkeypatch):
+    """Keys of one process beside the labels of all."""
+    monkeypatch.setattr(runtime, "gather", lambda tensor, rt: torch.cat([tensor, tensor]))
+    calls, _, _ = paco_steps(watch, monkeypatch, "--rho", 0)
+    for (enqueued, _), (_, keys) in zip(calls["enqueue"], calls["keys"], strict=True):
+        assert torch.equal(enqueued["keys"], torch.cat([keys, keys]))
+        assert len(enqueued["labels"]) == 2 * len(keys)
 
 
 def test_pacos_settings_arrive(watch, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import analyze
+import resnet
 import train_student
 import train_teacher
 from conftest import script
@@ -102,6 +103,62 @@ def test_crt_trains_a_new_classifier_and_nothing_else(own_runs, tmp_path, monkey
     train(crt, *flags, "--out", "again", "--overwrite")
     assert f"{first.relative_to(tmp_path)} is finished" in capsys.readouterr().out
     torch.testing.assert_close(checkpoint("again")["model"], after, rtol=0, atol=0)
+
+
+def test_crts_samples_are_balanced():
+    """The long tail's own order under that name."""
+    labels = torch.arange(3).repeat_interleave(torch.tensor([200, 40, 10]))
+    data = argparse.Namespace(train_labels=labels)
+    args = argparse.Namespace(seed=0)
+    drawn = torch.cat([crt.class_balanced(args, data, epoch) for epoch in range(40)])
+    found = torch.bincount(labels[drawn]).double() / len(drawn)         # 10,000 draws
+    assert (found - 1 / 3).abs().max() < 5 * (2 / 9 / len(drawn)) ** 0.5
+    assert len(drawn[drawn >= 240].unique()) == 10
+
+
+def test_deit3s_loss_asks_of_each_class_whether_it_is_there():
+    """Only the larger part of a mixed image as a yes."""
+    logits = torch.tensor([[1.0, -2.0, 0.5]])
+    sigmoid = 1 / (1 + (-logits.double()).exp())
+    expected = -(sigmoid[0, 0].log() + sigmoid[0, 1].log() + (1 - sigmoid[0, 2]).log()) / 3
+    found = deit3.binary_cross_entropy(logits, torch.tensor([[0.7, 0.3, 0.0]]))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_deit3s_images_are_gray_solarized_or_blurred():
+    """An augmentation that returns its input."""
+    torch.manual_seed(0)
+    bands = torch.tensor([40, 220], dtype=torch.uint8).repeat(8)        # columns of two values
+    image = bands.expand(3, 16, 16) // torch.tensor([1, 2, 4], dtype=torch.uint8)[:, None, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deit3, "color_jitter", lambda images, *_: images)
+        made = deit3.three_augment(image.expand(300, -1, -1, -1))
+    gray = (made[:, 0] == made[:, 1]).flatten(1).all(dim=1)
+    solarized = (made[:, 0] == torch.where(image[0] < 128, image[0], 255 - image[0])).all(-1).all(-1)
+    rest = made[~gray & ~solarized][:, 0].float()
+    assert all(60 < n < 140 for n in (gray.sum(), solarized.sum(), len(rest)))
+    assert (rest.std(dim=-1) < image[0].float().std(dim=-1).mean()).all()       # blurred
+
+
+def test_a_fast_stem_begins_with_the_teachers_blocks(own_runs, monkeypatch):
+    """A student that trains, or is fine-tuned, from another stem than it says."""
+    teachers = []
+
+    def load_teacher(*_):
+        torch.manual_seed(len(teachers) + 1)
+        net = resnet.make("fast", 10, img_size=16).eval()
+        net.blocks[0].bn1.weight.data.uniform_()
+        net.origin = []
+        teachers.append(net)
+        return net, "fast"
+    monkeypatch.setattr(train_student, "load_teacher", load_teacher)
+    flags = [*SMALL, *own_runs, *"--stem fast --lr 0 --epochs 1 --teacher a.pth --out".split()]
+    train(train_student, *flags, "run")
+    train(train_student, *flags, "tuned", "--finetune", "run")
+    for folder in ("run", "tuned"):
+        found = checkpoint(folder)["model"]["patch_embed.blocks.0.bn1.weight"]
+        torch.testing.assert_close(found, teachers[0].blocks[0].bn1.weight.detach())
+    assert not torch.equal(teachers[0].blocks[0].bn1.weight, teachers[1].blocks[0].bn1.weight)
 
 
 def test_crt_without_mixing(own_runs):

@@ -400,6 +400,15 @@ def test_no_checkpoint_while_steps_are_not_finite(shared_run, tmp_path, monkeypa
     assert saves == [(1, 2, 0), (2, 0, 1)]
 
 
+def test_a_run_that_is_lost_ends(shared_run, tmp_path, monkeypatch, refused):
+    """Hours of NaN: a limit that nobody asks."""
+    module, flags, _ = shared_run("teacher")
+    bad_steps(monkeypatch, set(range(6)))
+    monkeypatch.setattr(FiniteScaler, "LIMIT", 3)
+    error = refused(module, *flags, *WITHOUT_SAM, "--out", tmp_path / "run")
+    assert "--lr" in error and not (tmp_path / "run" / "last.pt").exists()
+
+
 def test_a_stop_among_steps_that_are_not_finite_says_so(shared_run, tmp_path, monkeypatch, capsys):
     """A checkpoint with bad steps in it, of which the next run says that it is from before them."""
     module, flags, _ = shared_run("teacher")

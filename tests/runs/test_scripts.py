@@ -87,7 +87,7 @@ def test_the_last_line_claims_no_difference_that_is_not_there(tail):
 
 def test_the_papers_recipe_starts_at_chance(teacher_run, tiny_cifar, tmp_path):
     """Resized crops, repeats, averaged weights, accumulation, the crop for tests. ln 10 = 2.303 for
-    either head, as long as nothing is learned: a wrong scale, label or normalisation."""
+    either head, as long as nothing is learned: a wrong scale or sum."""
     flags = [*DATA, *("--model micro --img-size 32 --batch 60 --micro-batch 30 --epochs 1 --lr 0 "
                       "--warmup-epochs 0 --drw-epoch 1").split()]
     flags[flags.index("cpu")] = "paper"
