@@ -301,7 +301,7 @@ def resolve(args, rt):
         changed["by"] = short_name(args.teacher)
     if args.finetune:
         changed["from"] = short_name(args.finetune)
-    args.out = args.out or os.path.join("runs", run_name(args.method, args, changed))
+    args.out = args.out or f"runs/{run_name(args.method, args, changed)}"
     if args.distill == "none":
         args.teacher = None
         return None

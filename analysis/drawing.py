@@ -1,4 +1,5 @@
 """What all figures share: colours, axes, the text around a figure, choosing images, PNG files."""
+import sys
 import textwrap
 import warnings
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from engine.runtime import UserError, one_line
 
 try:
     import matplotlib
-    matplotlib.use("Agg")                   # draw into files, also without a display
+    if "matplotlib.pyplot" not in sys.modules:      # else it is a notebook's
+        matplotlib.use("Agg")               # draw into files, also without a display
     import matplotlib.pyplot as plt
     from matplotlib.colors import PowerNorm
 except ImportError:

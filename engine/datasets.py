@@ -36,6 +36,7 @@ from images.holdout import group_names, hold_out
 from images.layout import (better_root, check_classes, find_splits, refuse_layout, renumber,
                            split_of, with_images)
 from images.lists import find_listed
+from images.machine import total_memory
 from images.near_copies import MOST, nearly_the_same, remark_on
 
 LIST_NAMES = {
@@ -220,19 +221,6 @@ def own_numbers(dataset, class_names, ids):
 def descending(counts):
     """Class numbers in order of descending count; ties in their own order."""
     return np.argsort(-counts, kind="stable")
-
-
-def total_memory():
-    """Bytes of memory of this machine, or of its container; 16 GiB where that is unknown."""
-    try:
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        machine = 2 ** 34
-    try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            return min(machine, int(file.read()))
-    except (ValueError, OSError):                               # "max", or no such file
-        return machine
 
 
 def memory_budget(rt):

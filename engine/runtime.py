@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from images.files import DataError, visible
+from images.machine import cpus
 
 try:
     LIBC = ctypes.CDLL("libc.so.6")         # Linux
@@ -85,6 +86,11 @@ def run_main(main):
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
+    except torch.OutOfMemoryError as error:
+        print(f"error: the GPU's memory is too small ({one_line(error, 90)}); less is needed with "
+              "--checkpointing, a smaller --micro-batch (of a teacher: --batch) or --amp fp16",
+              file=sys.stderr)
+        code = 2
     except OSError as error:
         if error.filename is None:
             raise
@@ -160,6 +166,9 @@ def end_with_parent():
     """
     if LIBC is not None:
         LIBC.prctl(1, signal.SIGTERM)               # PR_SET_PDEATHSIG
+
+
+CHILD = end_with_parent if os.name == "posix" else None     # preexec_fn of subprocess.Popen
 
 
 def one_line(value, longest=200):
@@ -262,6 +271,10 @@ def setup(device="auto", amp="auto"):
                         "torchrun sets: unset them") from None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and torch.version.cuda and os.path.exists("/dev/nvidia0"):
+            print(f"warning: there is a GPU, but its driver is too old for CUDA "
+                  f"{torch.version.cuda}, with which this torch was built: going on without it",
+                  file=sys.stderr)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (":" in device and world > 1):
         raise UserError(f"--device is auto, cpu, cuda or, for one process, cuda:N, not {device}")
     if device != "cpu" and int(device[5:] or local) >= torch.cuda.device_count():
@@ -273,6 +286,8 @@ def setup(device="auto", amp="auto"):
         torch.backends.cudnn.benchmark = True
     else:
         keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:     # torch does not know of a quota of time
+            torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:

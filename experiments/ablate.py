@@ -36,7 +36,7 @@ import train_teacher
 from engine import runtime
 from engine.records import read_json, read_log, teacher_right
 from engine.evaluation import COLUMNS
-from engine.runtime import UserError, end_with_parent, watched_signals
+from engine.runtime import CHILD, UserError, watched_signals
 from engine.settings import CARRIED, DATA_SETTINGS, as_flags, flag, resolve_data
 import experiments.deit3  # noqa: F401: its method, deit-iii
 from experiments import crt
@@ -267,7 +267,7 @@ def run(command):
     handlers = {number: signal.signal(number, hand_on) for number in watched_signals()}
     print(f"python {command}", flush=True)
     child = subprocess.Popen([sys.executable, *shlex.split(command), "--resume"],
-                             preexec_fn=end_with_parent)
+                             preexec_fn=CHILD)
     for number in early:
         child.send_signal(number)
     status = child.wait()

@@ -34,12 +34,12 @@ from dataclasses import dataclass
 import torch
 
 from engine import runtime
-from engine.datasets import total_memory
 from engine.evaluation import COLUMNS
 from engine.records import read_json, read_log
-from engine.runtime import Runtime, UserError, end_with_parent, one_line, watched_signals
+from engine.runtime import CHILD, Runtime, UserError, one_line, watched_signals
 from engine.settings import SHORTEST
 from experiments.ablate import STUDENT, TEACHER, is_finished
+from images.machine import total_memory
 
 SHARES = {"machine": 0.02, "agree": 0.22, "speed": 0.16, "teachers": 0.24, "students": 0.36}
 GRACE = 15                  # seconds from SIGTERM, at which training saves, to SIGKILL
@@ -163,7 +163,7 @@ def run(command, limit, log):
     before = last_logged(command.folder)        # of an earlier call
     with open(log, "w") as file:
         child = subprocess.Popen([sys.executable, *shlex.split(command.text)], stdout=file,
-                                 stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
+                                 stderr=subprocess.STDOUT, preexec_fn=CHILD)
         try:
             while child.poll() is None and time.monotonic() < deadline:
                 if command.stopped and not asked and last_logged(command.folder) > before:

@@ -6,6 +6,7 @@
     holdout       which images are kept for testing
     copies        which files are the same image
     near_copies   which test images look nearly like a training image
+    machine       how many CPUs and how much memory there are
     decode        image files decoded, checked, or streamed from disk
     operations    PIL's image operations for a batch of uint8 images, with an argument per image
     policies      AutoAugment, colour jitter, Cutout: which image gets which operation

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from images.files import DataError, shown
+from images.machine import cpus
 
-THREADS = os.cpu_count() or 1
-if hasattr(os, "sched_getaffinity"):
-    THREADS = len(os.sched_getaffinity(0))      # the CPUs that this process may use
+# The CPUs are shared by the processes that torchrun has started here.
+THREADS = max(1, cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 Image.init()                                    # OPEN then has all formats of this PIL
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF")

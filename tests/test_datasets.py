@@ -17,6 +17,7 @@ import data_lt
 from engine import datasets
 from engine.runtime import Runtime
 from image_folders import close, damage, deepen, make_folder, picture, write_files
+from images import machine
 from images.decode import Stream
 from images.files import DataError
 
@@ -647,12 +648,40 @@ def test_a_folder_too_large_for_memory_stays_on_disk(tmp_path, monkeypatch):
         assert step == same_step and torch.equal(x, same_x) and torch.equal(y, same_y)
 
 
-@pytest.mark.parametrize("limit, is_container", [("4096\n", True), ("max\n", False)])
-def test_memory_is_that_of_the_container(limit, is_container, monkeypatch):
+@pytest.fixture
+def control_group(tmp_path, monkeypatch):
+    """control_group(file, text) writes a limit of the group job/step, where this process is."""
+    monkeypatch.setattr(machine, "GROUPS", str(tmp_path))
+    own = "11:memory:/elsewhere\n0::/job/step\n"
+    monkeypatch.setattr(machine, "open", lambda path: io.StringIO(own) if path.startswith("/proc")
+                        else open(path), raising=False)
+
+    def write(file, text):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    return write
+
+
+@pytest.mark.parametrize("file", ["memory.max", "job/memory.max", "job/step/memory.max",
+                                  "memory/memory.limit_in_bytes"])
+def test_memory_is_that_of_the_container_or_job(file, control_group):
     """A container of 8 GiB on a machine of 512, filled as if it were the machine."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    monkeypatch.setattr(datasets, "open", lambda path: io.StringIO(limit), raising=False)
-    assert datasets.total_memory() == (4096 if is_container else machine)
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    control_group("job/step/memory.max", "max\n")
+    assert machine.total_memory() == whole
+    control_group(file, "4096\n")
+    assert machine.total_memory() == 4096
+
+
+def test_cpus_are_those_of_the_quota(control_group, monkeypatch):
+    """64 threads in a container that gets the time of two CPUs."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    control_group("cpu.max", "max 100000\n")
+    assert machine.cpus() == 64
+    control_group("job/cpu.max", "150000 100000\n")
+    assert machine.cpus() == 2
+    control_group("job/cpu.max", "1000 100000\n")
+    assert machine.cpus() == 1
 
 
 @pytest.mark.parametrize("device, processes, free, budget", [

@@ -323,6 +323,41 @@ def one_of_two(rank, folder):
     os._exit(0)                     # a fork: pytest's own ending is not this process's
 
 
+def test_too_little_memory_on_a_gpu_is_one_line_with_advice(capsys):
+    """A traceback of 60 lines on the first day with a GPU."""
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+    with pytest.raises(SystemExit) as stop:
+        runtime.run_main(main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "2.00 GiB" in error and "--micro-batch" in error and "--checkpointing" in error
+
+
+@pytest.mark.parametrize("own, expected", [(None, [1]), ("2", [])])
+def test_no_more_threads_than_the_quota_of_cpus(own, expected, monkeypatch):
+    """64 threads for two CPUs' time; somebody's own number overruled."""
+    asked = []
+    monkeypatch.setattr(runtime, "cpus", lambda: 1)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    runtime.setup("cpu")
+    assert asked == expected
+
+
+def test_a_gpu_with_too_old_a_driver_is_not_passed_over_in_silence(monkeypatch, capsys):
+    """The cpu recipe for days, on a machine with a GPU."""
+    exists = os.path.exists
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidia0" or exists(path))
+    assert runtime.setup("cpu").device.type == "cpu" and not capsys.readouterr().err   # asked for
+    assert runtime.setup().device.type == "cpu"
+    assert "driver is too old for CUDA 13.0" in capsys.readouterr().err
+
+
 def test_one_process_is_alone():
     """A copy, or a call to a process group that is not there."""
     rows = torch.rand(3, 2)

@@ -28,8 +28,8 @@ def small_vit(**kwargs):
 @pytest.mark.parametrize("name, parameters", [("tiny", 5_910_800), ("small", 22_436_432),
                                               ("base", 87_338_192), ("mini", 3_241_616)])
 def test_parameter_counts_are_deits(name, parameters):
-    """mini: half of tiny's blocks. A missing bias, token, head or norm, or a wrong width. Head count has no parameters, so d
-    = 64 is checked beside it."""
+    """A missing bias, token, head or norm, or a wrong width. Head count has no parameters, so d
+    = 64 is checked beside it. (mini: half of tiny's blocks.)"""
     with torch.device("meta"):
         model = vit.MODELS[name](num_classes=1000)
     assert sum(p.numel() for p in model.parameters()) == parameters
