@@ -18,6 +18,7 @@ K classes. Like every network here they take images in [0, 1] and normalise them
 `img_size` is the size they were made for.
 """
 import math
+import re
 from collections import OrderedDict
 
 import torch
@@ -308,6 +309,8 @@ class TorchvisionNetwork(Teacher):
         """torchvision's keys -> the keys of this network."""
         renamed, last = OrderedDict(), self.last_name + "."
         for key, tensor in weights.items():
+            # DenseNet's published files: denselayer1.norm.1.weight for denselayer1.norm1.weight.
+            key = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.", r"\1\2.", key)
             if key.startswith(last):
                 renamed["classifier." + key.removeprefix(last)] = tensor
             else:

@@ -30,7 +30,7 @@ import sys
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import log
+from math import isqrt, log
 
 import torch
 from torch import nn
@@ -416,7 +416,7 @@ def vit_network(weights, name):
     if D % 64:
         raise UserError(f"{name}: a ViT {D} wide does not have heads of 64, and the file does not "
                         "say how many it has")
-    H = 16 if D == 1280 else D // 64    # ViT-H has heads of 80
+    H = 16 if D in (1280, 1408, 1664) else D // 64      # ViT-H, timm's giant and gigantic
     net = fitted(lambda: vit.VisionTransformer(
         img_size=G * P, patch_size=P, num_classes=K, embed_dim=D, depth=depth, num_heads=H,
         mlp_ratio=hidden / D, distilled=distilled,
@@ -439,11 +439,20 @@ def torchvision_network(weights, name):
                "relative_coords_table")
     parameters = sum(v.numel() for k, v in weights.items() if not k.endswith(buffers))
     parameters += (1000 - K) * (d + 1 if has_bias else d)
+    size, patch, positions = 224, None, weights.get("encoder.pos_embedding")    # of a ViT, (1,T,D)
+    if positions is not None and "conv_proj.weight" in weights:
+        patches, patch = positions.shape[1] - 1, weights["conv_proj.weight"].shape[-1]
+        size = patch * isqrt(patches)
     for arch in models.list_models(module=models):
-        if models.get_model_weights(arch).DEFAULT.meta["num_params"] == parameters:
-            mean, std = NORMALISATIONS["imagenet"]
+        default = models.get_model_weights(arch).DEFAULT
+        count = default.meta["num_params"]
+        if arch.startswith("vit_") and patch:           # its positions are those of these images
+            count += (patches - (default.meta["min_size"][0] // patch) ** 2) * positions.shape[2]
+        if count == parameters:
+            used = default.transforms()         # mean 0.5, for a few
             try:
-                net = resnet.TorchvisionNetwork(arch, K, mean=mean, std=std)
+                net = resnet.TorchvisionNetwork(arch, K, img_size=size, mean=used.mean,
+                                                std=used.std)
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
             load_weights(net, net.from_torchvision(weights), name)

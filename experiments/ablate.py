@@ -33,13 +33,15 @@ from dataclasses import dataclass
 
 import train_student
 import train_teacher
+from data_lt import LISTS
 from engine import runtime
-from engine.records import read_json, read_log, teacher_right
+from engine.datasets import fingerprint_of_files, has_files
 from engine.evaluation import COLUMNS
+from engine.past_run import real_paths
+from engine.records import read_json, read_log, teacher_right
 from engine.runtime import CHILD, UserError, watched_signals
 from engine.settings import CARRIED, DATA_SETTINGS, as_flags, flag, resolve_data
-import experiments.deit3  # noqa: F401: its method, deit-iii
-from experiments import crt
+from experiments import crt, deit3
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def modes(teacher):
 TABLES = {"main": MAIN, "table1": TABLE1, "table2": TABLE2, "table5": TABLE5, "table6": TABLE6,
           "ours": OURS, "modes": modes, "search": SEARCH}
 # Data set and imbalance of each number in Row.published.
+fingerprints = {}       # {which data: fingerprint of their files}
 PUBLISHED_FOR = [("cifar10", 100), ("cifar10", 50), ("cifar100", 100), ("cifar100", 50)]
 PUBLISHED_FOR_MODES = [("cifar10", 1)]
 PUBLISHED_BY = {"table5": "paper, by PaCo", "table6": "paper, by PaCo-SAM",
@@ -165,12 +168,13 @@ def split(command):
 def student_settings(command):
     """The settings that a student's command gives; those of its recipe are None."""
     program, flags = split(command)
-    args = train_student.parse(flags)
     if program == DEIT3:
-        args.method = "deit-iii"
-    elif program == CRT:
+        return deit3.parse(flags)
+    if program == CRT:
+        args = crt.parse(flags)
         args.method = "vit"                                 # of its first run
-    return args
+        return args
+    return train_student.parse(flags)
 
 
 def resolved(command, rt):
@@ -196,8 +200,8 @@ def folder_of(command, rt):
 def is_finished(folder, args=None):
     """Is there a result in a run folder?
 
-    args: settings that it is to have. UserError if it was trained on others of the images: the
-    folder's name does not have all that chooses them.
+    args: settings that it is to have. UserError if it was trained on other images or by another
+    teacher: the folder's name does not have all that chooses them.
     """
     if not os.path.exists(os.path.join(folder, "result.json")):
         return False
@@ -206,10 +210,23 @@ def is_finished(folder, args=None):
         other = [flag(name) for name in DATA_SETTINGS
                  if name in config and config[name] != getattr(args, name)
                  and not isinstance(config[name], dict)]        # groups, in older runs
+        other += [flag(name) for name in ("teacher", "finetune")
+                  if name in config
+                  and real_paths(config[name]) != real_paths(getattr(args, name, None))]
+        if has_files(args) and config.get("fingerprint") not in (None, fingerprint(args)):
+            other.append("--data-dir, or other files in it")
         if other:
             raise UserError(f"{folder} is a finished run with another {', '.join(other)}: remove "
                             "it, or run this table in another folder")
     return True
+
+
+def fingerprint(args):
+    """Of the files that these settings name, which are looked at once."""
+    key = tuple(str(getattr(args, name)) for name in (*DATA_SETTINGS, "data_dir"))
+    if key not in fingerprints:
+        fingerprints[key] = fingerprint_of_files(args)
+    return fingerprints[key]
 
 
 def plan(table, common, seeds, rt):
@@ -217,10 +234,20 @@ def plan(table, common, seeds, rt):
 
     common: flags of every run, a list. UserError for one that the rows set themselves.
     """
+    given = train_student.parse(common)
+    if table in ("table1", "table2", "table5", "table6"):   # of the paper's method
+        if given.recipe in ("ours", "gpu", "best"):
+            raise UserError(f"{table} is about the paper's method: --recipe paper or cpu")
+        if given.recipe == "auto" and given.dataset == "folder" and rt.device.type == "cpu":
+            common = [*common, "--recipe", "cpu"]           # by itself it would be ours
+    if table == "ours" and given.dataset == "shapes":
+        raise UserError("ours: on shapes the recipe has another stem and learning rate")
     teachers, tables = [], []                               # tables: [[command of each row]]
     for seed in seeds:
         flags = [*common, "--seed", str(seed)]
         rows = TABLES[table]
+        if given.dataset in LISTS:                          # no recipe of PaCo's is for them
+            rows = [row for row in rows if "--teacher paco" not in row.command]
         if table == "modes":
             shared = as_flags(train_student.parse(flags), (*CARRIED, "recipe"))
             teachers.append(f"{MODES_TEACHER} {shlex.join(shared)}")
@@ -237,7 +264,9 @@ def check_common_flags(common, rows):
     """UserError for a common flag in which the rows differ, or that each run needs of its own."""
     given, default = vars(train_student.parse(common)), vars(train_student.parse([]))
     settings = [vars(student_settings(row.command)) for row in rows]
-    own = {"out", "seed"}
+    own = {"out", "seed", "minutes"}    # by which rows that share a teacher would get more time
+    if any(each["method"] != "deit-lt" for each in settings) or any(r.head != "avg" for r in rows):
+        own |= {"distill", "tokens"}
     for name in given:
         if len({each[name] for each in settings}) > 1:
             own.add(name)
@@ -337,6 +366,8 @@ def main():
     teachers, rows = plan(options.table, common, options.seeds, rt)
 
     commands = [*teachers, *(command for _, by_seed in rows for command in by_seed)]
+    for command in commands:            # what cannot be is said now, not after hours of the others
+        resolved(command, rt)
     for command in dict.fromkeys(commands):                 # rows of the same run: once
         if options.commands:
             print(f"python {command}")

@@ -28,7 +28,6 @@ def class_balanced(args, data, epoch):
 
 def second_run(first):
     """Settings of the second run, after the first (resolved): a tenth of its epochs."""
-    refuse_minutes(first)
     settings = dict(epochs=max(1, first.epochs // 10), warmup_epochs=0, weight_decay=1e-8,
                      drw_epoch=0 if has_second_phase(first) else None, repeats=None, ema=None,
                      logit_adjustment=None)
@@ -36,10 +35,17 @@ def second_run(first):
     return argparse.Namespace(**vars(first) | settings | own)
 
 
-def refuse_minutes(args):
-    """UserError: the second run's epochs, a part of its name, are not known before the first."""
+def parse(argv=None):
+    """The settings of train_student.py. UserError for those that cRT does not have.
+
+    The second run's epochs, a part of its name, would not be known before the first.
+    """
+    args = train_student.parse(argv)
     if args.minutes is not None:
         raise UserError("cRT is two runs: give --epochs instead of --minutes")
+    if args.distill not in (None, "none"):
+        raise UserError("--distill is not for cRT, which has no teacher")
+    return args
 
 
 def freeze_all_but_classifier(args):
@@ -55,8 +61,7 @@ def freeze_all_but_classifier(args):
 
 
 def main():
-    args = train_student.parse()
-    refuse_minutes(args)
+    args = parse()
     rt = runtime.setup(args.device, args.amp)
     first = argparse.Namespace(**vars(args) | dict(method="vit", out=None, resume=True,
                                                    overwrite=False))

@@ -55,13 +55,21 @@ def binary_cross_entropy(logits, target):
     return F.binary_cross_entropy_with_logits(logits, present.to(logits.dtype))
 
 
-def main():
-    args = train_student.parse()
+def parse(argv=None):
+    """The settings of train_student.py. UserError for those that DeiT-III does not have."""
+    args = train_student.parse(argv)
     args.method = "deit-iii"
     for name in ("smoothing", "rand_ops", "magnitude"):
         if getattr(args, name):
             raise UserError(f"{flag(name)} is not for DeiT-III: of a smoothed label every class "
                             "would be present, and 3-Augment replaces RandAugment")
+    if args.distill not in (None, "none"):
+        raise UserError("--distill is not for DeiT-III, which has no teacher")
+    return args
+
+
+def main():
+    args = parse()
     rt = runtime.setup(args.device, args.amp)
     train_student.run_student(args, rt, augment_images=augment_images,
                               label_loss=binary_cross_entropy)

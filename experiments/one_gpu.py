@@ -87,8 +87,12 @@ def commands(stage, options, seconds):
     return []
 
 
+def agree_epochs(options):
+    return max(1, min(3, round(options.minutes / 5)))
+
+
 def agree_commands(options):
-    epochs = max(1, min(3, round(options.minutes / 5)))
+    epochs = agree_epochs(options)
     same = (f"{STUDENT} --recipe cpu --method vit --model micro --batch 256 --micro-batch 256 "
             f"--epochs {epochs} --warmup-epochs 0 --drw-epoch {epochs}")
     short = (f"{TEACHER} --recipe cpu --epochs 2 --drw-epoch 1 --batch 128 --eval-every 2 "
@@ -212,6 +216,8 @@ def check_earlier_runs(options):
         expected = {name: getattr(options, name) for name in ("dataset", "imb", "seed", "device")}
         if os.path.basename(folder) == "same_cpu":
             expected["device"] = "cpu"
+        if os.path.basename(folder).startswith("same_"):    # compared with each other
+            expected["epochs"] = agree_epochs(options)
         for name, value in expected.items():
             if config.get(name) != value:
                 raise UserError(f"{folder} is a run with --{name} {config.get(name)}: choose "

@@ -38,7 +38,7 @@ NOT_LISTED = {"dataset", "imb", "seed", "recipe", "method", "loss", "model", "ar
               "epochs", "amp", "device", "data_dir", "out", "resume", "overwrite", "force",
               "save_every", "eval_every", "compile", "tensorboard", "wandb", "skip_bad"}
 OF_ITS_TEACHER = {"imb_type", "minutes", "holdout", "holdout_by", "train_list", "test_list",
-                  "list_columns", "teacher_rho"}
+                  "list_columns", "groups", "img_size", "teacher_rho"}
 SET_BY_FINETUNE = {"finetune", "img_size", "lr", "warmup_epochs", "weight_decay", "drw_epoch"}
 
 

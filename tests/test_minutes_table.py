@@ -6,7 +6,9 @@ import pytest
 
 import train_teacher
 from conftest import script
+from engine import datasets
 from experiments import minutes, resnet18
+from image_folders import write_files
 
 
 RESNET18_RUN = "runs/resnet18_cifar10_imb4_cpu_imgsize16_epochs4_batch24_s0"
@@ -92,6 +94,26 @@ def test_a_finished_run_of_other_images_is_not_shown(monkeypatch, tmp_path, caps
     Path(args.out, "config.json").write_text(json.dumps(config | {"holdout": 0.2}))
     with pytest.raises(minutes.UserError, match="with another --holdout"):
         minutes.is_finished(args.out, args)
+
+
+def test_a_finished_run_of_another_folder_of_the_same_name_is_not_shown(monkeypatch, tmp_path):
+    """a/fish, then b/fish, or a fish more: the numbers of before."""
+    monkeypatch.chdir(tmp_path)
+    for place, n in (("a", 3), ("b", 4)):
+        write_files(tmp_path / place / "fish", {"train/cod": n, "train/eel": 3, "test/cod": 2,
+                                                "test/eel": 2})
+    rt = minutes.runtime.setup("cpu", "none")
+    monkeypatch.setattr(train_teacher, "survey", lambda args: datasets.Survey(6, 2, 32))
+    command = f"{minutes.RESNET18} --dataset folder --data-dir"
+    first, second = (minutes.settings_of(f"{command} {place}/fish", rt) for place in "ab")
+    assert first.out == second.out
+    finish(first.out, 3)
+    config = {"epochs": 3, "dataset": "folder", "imb": None, "holdout": None,
+              "fingerprint": datasets.fingerprint_of_files(first)}
+    Path(first.out, "config.json").write_text(json.dumps(config))
+    assert minutes.is_finished(first.out, first)
+    with pytest.raises(minutes.UserError, match="--data-dir"):
+        minutes.is_finished(second.out, second)
 
 
 @pytest.mark.parametrize("flags, words", [

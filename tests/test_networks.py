@@ -313,6 +313,38 @@ def test_inaturalists_teachers_have_its_own_normalisation(tmp_path, big):
         torch.testing.assert_close(buffer.flatten(), torch.tensor(constants))
 
 
+def test_torchvisions_files_of_other_sizes_names_and_statistics(tmp_path):
+    """DenseNet's published keys and ViTs of other images refused; a mean of 0.5 passed over."""
+    state = torchvision.models.densenet121(num_classes=4).state_dict()
+    published = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): tensor
+                 for key, tensor in state.items()}
+    assert published.keys() != state.keys()
+    found = networks.load_network(save(tmp_path, published)).net.state_dict()
+    assert torch.equal(found["body.features.denseblock1.denselayer1.conv1.weight"],
+                       state["features.denseblock1.denselayer1.conv1.weight"])
+    vit = torchvision.models.vit_b_32(num_classes=4, image_size=96)
+    found = networks.load_network(save(tmp_path, vit.state_dict()))
+    assert found.what.startswith("torchvision's vit_b_32") and found.net.img_size == 96
+    with torch.device("meta"):
+        state = torchvision.models.efficientnet_v2_l(num_classes=4).state_dict()
+    with pytest.MonkeyPatch.context() as patch:             # half a gigabyte is not needed for this
+        patch.setattr(networks, "load_weights", lambda *_: None)
+        with torch.device("meta"):
+            patch.setattr(networks.resnet, "TorchvisionNetwork",
+                          lambda arch, K, img_size, mean, std: Asked(mean, std))
+            found = networks.torchvision_network(state, "x.pth").net
+    assert found.statistics == ([0.5] * 3, [0.5] * 3)
+
+
+class Asked(nn.Module):
+    def __init__(self, *statistics):
+        super().__init__()
+        self.statistics = tuple(map(list, statistics))
+
+    def from_torchvision(self, weights):
+        return weights
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "mnasnet0_5"])
 def test_torchvisions_networks(tmp_path, arch):
     """A wrong architecture found, a last layer left behind, names ignored, weights of before
