@@ -206,10 +206,15 @@ def load_networks(kind, paths, rt, labels=None, **flags):
     subjects = []
     for log in load_logs(paths, labels):
         more = flags
-        if os.path.isdir(log.path) and not all(map(os.path.isdir, paths)):
+        if is_run(log.path) and not all(map(is_run, paths)):
             more = flags | dict(norm=None, size=None)
         subjects.append(Subject(log.label, log.path, *load_kind(kind, log.path, rt, **more)))
     return subjects
+
+
+def is_run(path):
+    """Is it this project's run, or a checkpoint in it? By its name: nothing is read."""
+    return os.path.isdir(path) or os.path.basename(path) in ("last.pt", "previous.pt")
 
 
 def load_kind(kind, path, rt, **flags):

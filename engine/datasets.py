@@ -310,7 +310,8 @@ def cifar_folder(root, num_classes, imb, kind, holdout, skip_bad):
     if test_root:
         test = list_folder(test_root)
     elif not holdout:
-        raise DataError(f"there are no folders of images in {shown(os.path.join(root, 'test'))}")
+        raise DataError(". ".join([f"there are no folders of images in "
+                                   f"{shown(os.path.join(root, 'test'))}", *remarks]))
     for files, folder in ((train, train_root), (test, test_root or train_root)):
         if len(files.class_names) != num_classes:
             raise DataError(f"{shown(folder)} has {len(files.class_names)} class folders, "

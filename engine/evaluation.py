@@ -7,6 +7,7 @@ not, balanced is the mean of all classes' recalls, which is shown first, and mac
     F1_k = 2 precision_k recall_k / (precision_k + recall_k) = 2 right_k / (answers_k + images_k)
 """
 import math
+import os
 import shlex
 
 import torch
@@ -402,6 +403,8 @@ def advice(results, folder, teacher, settings):
     images = "held-out images" if settings.get("holdout") else "test images"
     given = ((flag, settings.get(f"teacher_{flag}")) for flag in ("norm", "size"))
     flags = "".join(f" --{flag} {value}" for flag, value in given if value is not None)
+    if all(map(os.path.isdir, (teacher or folder).split(","))):
+        flags = ""                                      # runs say their own
     s = main_accuracy(results["avg"])
     if "teacher_avg" not in results:
         return f"Use the network: {predict_command(folder)} ({name} {s:.1f} % on the {images})"

@@ -524,7 +524,9 @@ def load_teacher(path, data, rt, norm=None, size=None):
     net, text = mean_of(teachers, path)
     side = data.test_images.shape[-1]
     if net.img_size > side:
-        text += f", its images enlarged from {side} px (a larger --img-size shows it more)"
+        text += f", its images enlarged from {side} px"
+        if data.name in ("folder", *data_lt.LISTS):
+            text += " (a larger --img-size shows it more)"
     net.origin = [origin(*pair) for pair in zip(files, teachers)]
     return net.to(rt.device, memory_format=torch.channels_last), text
 

@@ -20,7 +20,7 @@ from engine.evaluation import COLUMNS, advice, table
 from engine.lock import Lock, held
 from engine.networks import check_origin, teacher_files
 from engine.records import is_like, read_json, read_log_lines
-from engine.runtime import UserError, all_max, exit_together
+from engine.runtime import PRECISIONS, UserError, all_max, exit_together
 from engine.settings import NOT_RESUMED, defaults, flag, set_epochs
 from engine.training import check_compiler
 
@@ -34,9 +34,10 @@ LACKS = "the log lacks epochs"      # in `forced` of a run that went on with suc
 # All files that this project writes into a run's folder: what --overwrite removes.
 FIGURES = ("attention", "distance", "rank", "augment", "entropy", "sharpness", "diversity",
            "imbalance", "curves")
-OWN_FILES = ("result.json", "last.pt", "previous.pt", "log.jsonl", "config.json", "summary.png",
-             "per_class.csv", "confusion.csv", "confusion.png", "calibration.json", "heads.csv",
-             "report.html", "model.pt2", "model.json", "model.onnx", "with_*",
+BEGUN_AGAIN = "overwriting"     # file of a run that --overwrite has locked but not begun yet
+OWN_FILES = (BEGUN_AGAIN, "result.json", "last.pt", "previous.pt", "log.jsonl", "config.json",
+             "summary.png", "per_class.csv", "confusion.csv", "confusion.png", "calibration.json",
+             "heads.csv", "report.html", "model.pt2", "model.json", "model.onnx", "with_*",
              "events.out.tfevents.*",
              *(f"{figure}.{ending}" for figure in FIGURES for ending in ("png", "csv", "json")))
 # What config.json says besides the settings.
@@ -57,13 +58,16 @@ class PastRun:
         self.previous = os.path.join(folder, "previous.pt")
         self.resumed, self.fallback, self.forced, self.log = None, False, [], []
         self.teachers, self.wait, self.hardware = [], wait, rt.hardware()
+        place = list(PRECISIONS).index(rt.amp) if rt.main else 0
+        self.precision = [*PRECISIONS.values()][all_max([place], rt)[0]]    # the main process's
         self.start_epoch, self.start_step = 0, 0
         self.defaults = defaults(table)
         # torchrun counts restarts on each machine; one that was replaced counts from 0.
         restarts, = all_max([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], rt)
         self.restarted = restarts > 0
         self.resume = args.resume or self.restarted         # its command is that of the start
-        self.overwrite = args.overwrite and not self.restarted
+        again = os.path.exists(os.path.join(folder, BEGUN_AGAIN))
+        self.overwrite = args.overwrite and (again or not self.restarted)
         runtime.trains = True
         # --minutes: the time of a teacher that another script trains begins here.
         self.began = time.monotonic() if wait else runtime.began
@@ -123,8 +127,9 @@ class PastRun:
             if mine or lock.take():
                 self.lock = lock
                 runtime.at_end.append(lock.release)
-                if self.overwrite and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-                    self.remove_files()     # a restarted worker would take them for its own
+                if self.overwrite:          # for a restarted worker: the files are not its own
+                    with open(os.path.join(self.folder, BEGUN_AGAIN), "w"):
+                        pass
                 return
             if time.monotonic() - began >= patience:
                 raise UserError(f"{self.folder} is being trained by {lock.holder()}; wait for it, "
@@ -223,12 +228,16 @@ class PastRun:
         if state["config"].get("format") != FORMAT:
             raise UserError(f"{self.folder} was begun by an older version of this project: it can "
                             "be evaluated, not resumed; --overwrite starts it again")
-        old = state["config"] | {"processes": state.get("world", self.rt.world),
-                                 "amp": state.get("amp", self.rt.precision)}
+        old = state["config"] | {"processes": state.get("world", self.rt.world)}
+        if "amp" in state or old["amp"] == "auto":
+            old["amp"] = state.get("amp", self.precision)
         if args.minutes not in (None, old.get("minutes")):
-            raise UserError(f"{self.folder} was begun with --minutes {old.get('minutes')}, which "
-                            "cannot be changed: " + (REMOVE if self.wait else "--resume --force "
-                                                     "--epochs N trains it for N epochs"))
+            begun = "without --minutes"
+            if old.get("minutes") is not None:
+                begun = f"with --minutes {old['minutes']}"
+            raise UserError(f"{self.folder} was begun {begun}, which cannot be changed: " +
+                            (REMOVE if self.wait else "--resume --force --epochs N trains it for "
+                             "N epochs"))
         self.set_epochs(args, old["epochs"], old["eval_every"])     # where config.json is lost
         if ("method" in old) != hasattr(args, "method"):
             kinds = ("student", "teacher") if "method" in old else ("teacher", "student")
@@ -237,7 +246,8 @@ class PastRun:
         # A teacher is its weights, which are compared later, under whatever path it is given; but
         # no other one is trained for that.
         free = NOT_RESUMED
-        if state.get("teachers") and all(map(is_there, teacher_files(args.teacher or ""))):
+        if (state.get("teachers") and args.teacher
+                and all(map(is_there, teacher_files(args.teacher)))):
             free = (*free, "teacher")
         if state.get("hardware", self.hardware).split(", then ")[-1] != self.hardware:
             self.hardware = f"{state['hardware']}, then {self.hardware}"
@@ -264,7 +274,7 @@ class PastRun:
         A setting that the run did not know yet counts as changed unless it is off, or has its
         table's value: what runs did before there was a choice.
         """
-        new = vars(args) | {"processes": self.rt.world, "amp": self.rt.precision, "format": FORMAT}
+        new = vars(args) | {"processes": self.rt.world, "amp": self.precision, "format": FORMAT}
         names = []
         for name in sorted((old.keys() | new.keys()) - set(free)):
             if name == "teacher":                       # "runs/t/" is "runs/t"

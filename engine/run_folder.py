@@ -246,7 +246,7 @@ class Run(PastRun):
         about = dict(config=self.config(), data=self.data.fingerprint, counts=self.data.counts,
                      class_names=self.data.class_names, groups=self.data.groups,
                      white=self.data.white, world=self.rt.world, teachers=self.hashes(),
-                     forced=self.forced, amp=self.rt.precision, hardware=self.hardware)
+                     forced=self.forced, amp=self.precision, hardware=self.hardware)
 
         def write():
             with suppress(FileNotFoundError):   # of a shorter run, which --force has extended

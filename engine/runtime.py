@@ -87,9 +87,10 @@ def run_main(main):
         print("Interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
     except torch.OutOfMemoryError as error:
-        print(f"error: the GPU's memory is too small ({one_line(error, 90)}); less is needed with "
-              "--checkpointing, a smaller --micro-batch (of a teacher: --batch) or --amp fp16",
-              file=sys.stderr)
+        advice = ("; less is needed with --checkpointing, a smaller --micro-batch (of a teacher: "
+                  "--batch) or --amp fp16")
+        print(f"error: the GPU's memory is too small ({one_line(error, 90)})"
+              + (advice if trains else ""), file=sys.stderr)
         code = 2
     except OSError as error:
         if error.filename is None:
@@ -190,6 +191,9 @@ def hard_exit(code=0):
 
 # ---- Device and processes ------------------------------------------------------------------------
 
+PRECISIONS = {None: "none", torch.bfloat16: "bf16", torch.float16: "fp16"}  # Runtime.amp: --amp
+
+
 @dataclass
 class Runtime:
     """Device, this process's rank among `world` processes, autocast type (None: float32)."""
@@ -207,11 +211,6 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.monotonic()
-
-    @property
-    def precision(self):
-        """That of --amp which autocast has."""
-        return {torch.bfloat16: "bf16", torch.float16: "fp16", None: "none"}[self.amp]
 
     def autocast(self):
         dtype = self.amp or torch.bfloat16
@@ -271,10 +270,11 @@ def setup(device="auto", amp="auto"):
                         "torchrun sets: unset them") from None
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu" and torch.version.cuda and os.path.exists("/dev/nvidia0"):
-            print(f"warning: there is a GPU, but its driver is too old for CUDA "
-                  f"{torch.version.cuda}, with which this torch was built: going on without it",
-                  file=sys.stderr)
+        hidden = rank > 0 or "CUDA_VISIBLE_DEVICES" in os.environ
+        if (device == "cpu" and torch.version.cuda and not hidden
+                and os.path.exists("/dev/nvidia0")):
+            print("warning: there is a GPU, but torch cannot use it (a driver too old for CUDA "
+                  f"{torch.version.cuda}?): going on without it", file=sys.stderr)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (":" in device and world > 1):
         raise UserError(f"--device is auto, cpu, cuda or, for one process, cuda:N, not {device}")
     if device != "cpu" and int(device[5:] or local) >= torch.cuda.device_count():
@@ -297,7 +297,7 @@ def setup(device="auto", amp="auto"):
                             f"torchrun, or unset WORLD_SIZE ({one_line(error)})") from None
     if amp == "auto":
         amp = "bf16" if has_bf16(device) else "none"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
+    dtype, = (dtype for dtype, name in PRECISIONS.items() if name == amp)
     return Runtime(device, rank, world, dtype)
 
 

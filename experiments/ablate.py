@@ -29,6 +29,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 import train_student
@@ -42,6 +43,7 @@ from engine.records import read_json, read_log, teacher_right
 from engine.runtime import CHILD, UserError, watched_signals
 from engine.settings import CARRIED, DATA_SETTINGS, as_flags, flag, resolve_data
 from experiments import crt, deit3
+from images.files import DataError
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,10 @@ def is_finished(folder, args=None):
         other += [flag(name) for name in ("teacher", "finetune")
                   if name in config
                   and real_paths(config[name]) != real_paths(getattr(args, name, None))]
-        if has_files(args) and config.get("fingerprint") not in (None, fingerprint(args)):
-            other.append("--data-dir, or other files in it")
+        if has_files(args):
+            with suppress(DataError):                       # no images here: a table is shown
+                if config.get("fingerprint") not in (None, fingerprint(args)):
+                    other.append("--data-dir, or other files in it")
         if other:
             raise UserError(f"{folder} is a finished run with another {', '.join(other)}: remove "
                             "it, or run this table in another folder")
@@ -246,7 +250,7 @@ def plan(table, common, seeds, rt):
     for seed in seeds:
         flags = [*common, "--seed", str(seed)]
         rows = TABLES[table]
-        if given.dataset in LISTS:                          # no recipe of PaCo's is for them
+        if given.dataset in LISTS and table != "modes":     # no recipe of PaCo's is for them
             rows = [row for row in rows if "--teacher paco" not in row.command]
         if table == "modes":
             shared = as_flags(train_student.parse(flags), (*CARRIED, "recipe"))

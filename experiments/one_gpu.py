@@ -216,7 +216,7 @@ def check_earlier_runs(options):
         expected = {name: getattr(options, name) for name in ("dataset", "imb", "seed", "device")}
         if os.path.basename(folder) == "same_cpu":
             expected["device"] = "cpu"
-        if os.path.basename(folder).startswith("same_"):    # compared with each other
+        if "agree" in options.only and os.path.basename(folder).startswith("same_"):
             expected["epochs"] = agree_epochs(options)
         for name, value in expected.items():
             if config.get(name) != value:

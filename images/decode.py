@@ -30,8 +30,7 @@ from PIL import Image
 from images.files import DataError, shown
 from images.machine import cpus
 
-# The CPUs are shared by the processes that torchrun has started here.
-THREADS = max(1, cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+THREADS = cpus()
 
 Image.init()                                    # OPEN then has all formats of this PIL
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF")
@@ -356,12 +355,12 @@ def central_square(W, H):
     return left, top, left + side, top + side
 
 
-def workers():
-    """Threads for decoding; torch must not start as many again in each of them."""
+def workers(processes=1):
+    """Threads for decoding, a share of the CPUs; torch must not start as many again in each."""
     def one_thread():
         torch.set_num_threads(1)
     torch.get_num_threads()     # fixes this thread's own number, which would become 1 as well
-    return ThreadPoolExecutor(THREADS, initializer=one_thread)
+    return ThreadPoolExecutor(max(1, THREADS // processes), initializer=one_thread)
 
 
 def map_by_threads(function, items):
@@ -420,7 +419,8 @@ class Stream:
 
     def __init__(self, files, size, device="cpu", pool=None):
         self.files, self.size, self.device = files, size, torch.device(device)
-        self.pool = pool or workers()
+        # In every step, beside those of the other processes that torchrun has started here.
+        self.pool = pool or workers(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.failed, self.gone = set(), 0
 
     def __len__(self):

@@ -480,7 +480,7 @@ def rows_of(student, teacher, both, margin=2.0):
     ((72.1, 73.4, 74.0), "Use the student: python", "no clear difference"),
     ((72.1, 73.4, 75.5), "Use both together: python analyze.py predict --checkpoint "
      "'runs/y,t x' PICTURES", "both 75.5 %")])
-def test_the_last_line_says_which_network_to_use(accuracies, use, more):
+def test_the_last_line_says_which_network_to_use(accuracies, use, more, tmp_path):
     """Accuracy where balanced accuracy decides; a difference by chance; a path that a shell cuts in
     two; a student recommended that is worse than its teacher."""
     line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", dict(epochs=30))
@@ -492,6 +492,9 @@ def test_the_last_line_says_which_network_to_use(accuracies, use, more):
     settings = dict(epochs=30, teacher_norm="imagenet", teacher_size=32)
     line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", settings)
     assert ("--norm imagenet --size 32 PICTURES" in line) == ("t x" in line)
+    (tmp_path / "t").mkdir()                            # a run says its own, and refuses others
+    line = evaluation.advice(rows_of(*accuracies), "runs/y", str(tmp_path / "t"), settings)
+    assert "--norm" not in line
 
 
 def test_a_network_without_a_teacher_is_named_alone():

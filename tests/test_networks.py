@@ -322,27 +322,26 @@ def test_torchvisions_files_of_other_sizes_names_and_statistics(tmp_path):
     found = networks.load_network(save(tmp_path, published)).net.state_dict()
     assert torch.equal(found["body.features.denseblock1.denselayer1.conv1.weight"],
                        state["features.denseblock1.denselayer1.conv1.weight"])
-    vit = torchvision.models.vit_b_32(num_classes=4, image_size=96)
-    found = networks.load_network(save(tmp_path, vit.state_dict()))
-    assert found.what.startswith("torchvision's vit_b_32") and found.net.img_size == 96
-    with torch.device("meta"):
-        state = torchvision.models.efficientnet_v2_l(num_classes=4).state_dict()
-    with pytest.MonkeyPatch.context() as patch:             # half a gigabyte is not needed for this
+    with torch.device("meta"):                              # of which only shapes are needed
+        vit = torchvision.models.vit_b_32(num_classes=4, image_size=96).state_dict()
+        large = torchvision.models.efficientnet_v2_l(num_classes=4).state_dict()
+
+    class Asked(nn.Module):
+        def __init__(self, *asked, **more):
+            super().__init__()
+            self.asked = *asked, *more.values()
+
+        def from_torchvision(self, weights):
+            return weights
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(networks, "load_weights", lambda *_: None)
-        with torch.device("meta"):
-            patch.setattr(networks.resnet, "TorchvisionNetwork",
-                          lambda arch, K, img_size, mean, std: Asked(mean, std))
-            found = networks.torchvision_network(state, "x.pth").net
-    assert found.statistics == ([0.5] * 3, [0.5] * 3)
-
-
-class Asked(nn.Module):
-    def __init__(self, *statistics):
-        super().__init__()
-        self.statistics = tuple(map(list, statistics))
-
-    def from_torchvision(self, weights):
-        return weights
+        patch.setattr(networks.resnet, "TorchvisionNetwork", Asked)
+        mean, std = (pytest.approx(values) for values in networks.NORMALISATIONS["imagenet"])
+        assert networks.torchvision_network(vit, "x.pth").net.asked == ("vit_b_32", 4, 96, mean,
+                                                                        std)
+        half = pytest.approx([0.5] * 3)
+        assert networks.torchvision_network(large, "x.pth").net.asked == (
+            "efficientnet_v2_l", 4, 224, half, half)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "mnasnet0_5"])

@@ -315,7 +315,9 @@ def one_of_two(rank, folder):
     train_student.update_prior(prior, torch.tensor([rank, rank]), 1.0, 1, rt)   # 0s and 1s
     layer = torch.nn.Linear(2, 2)
     scaler = FiniteScaler(layer, torch.optim.SGD(layer.parameters(), lr=0.1, fused=True), rt)
-    scaler.scale(layer(torch.ones(2)).sum() + (math.nan if rank == 0 else 0)).backward()
+    for p in layer.parameters():                # no backward pass: autograd's threads and a fork
+        p.grad = torch.zeros_like(p)
+    scaler.scale(torch.tensor(math.nan if rank == 0 else 1.0))
     scaler.unscale_()
     results |= {"prior": prior, "finite": scaler.update()}
     torch.save(results, f"{folder}/rank{rank}.pt")
@@ -325,13 +327,15 @@ def one_of_two(rank, folder):
 
 def test_too_little_memory_on_a_gpu_is_one_line_with_advice(capsys):
     """A traceback of 60 lines on the first day with a GPU."""
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
-    with pytest.raises(SystemExit) as stop:
-        runtime.run_main(main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
-    assert "2.00 GiB" in error and "--micro-batch" in error and "--checkpointing" in error
+    for training in (True, False):              # an analysis has no such flags
+        def main(training=training):
+            runtime.trains = training
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+        with pytest.raises(SystemExit) as stop:
+            runtime.run_main(main)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and "2.00 GiB" in error
+        assert ("--micro-batch" in error) == ("--checkpointing" in error) == training
 
 
 @pytest.mark.parametrize("own, expected", [(None, [1]), ("2", [])])
@@ -352,10 +356,13 @@ def test_a_gpu_with_too_old_a_driver_is_not_passed_over_in_silence(monkeypatch, 
     exists = os.path.exists
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidia0" or exists(path))
     assert runtime.setup("cpu").device.type == "cpu" and not capsys.readouterr().err   # asked for
     assert runtime.setup().device.type == "cpu"
-    assert "driver is too old for CUDA 13.0" in capsys.readouterr().err
+    assert "driver too old for CUDA 13.0" in capsys.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")                  # hidden on purpose
+    assert runtime.setup().device.type == "cpu" and not capsys.readouterr().err
 
 
 def test_one_process_is_alone():

@@ -231,11 +231,10 @@ def test_torchruns_restart_does_not_take_what_is_overwritten(shared_run, tmp_pat
     module, flags, finished = shared_run("teacher")
     shutil.copytree(finished, tmp_path / "run")
     flags = [*flags, *WITHOUT_SAM, "--out", tmp_path / "run", "--overwrite"]
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train_teacher, "load_data", killed)
         train(module, *flags)
-    assert not steps_done
+    assert not steps_done and (tmp_path / "run" / "result.json").exists()       # not begun yet
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(module, *flags)
     assert len(steps_done) == 6 and read(tmp_path / "run", "config.json")["rho"] == 0
@@ -252,8 +251,13 @@ def test_a_run_keeps_its_precision_and_remembers_its_machines(shared_run, tmp_pa
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     flags, state = [*flags, "--out", tmp_path / "run", "--resume"], checkpoint(finished)
-    torch.save(state | {"amp": "bf16"}, tmp_path / "run" / "last.pt")
-    assert "--amp bf16 -> none" in refused(module, *flags)
+    other = "bf16" if state["amp"] == "none" else "none"
+    torch.save(state | {"amp": other}, tmp_path / "run" / "last.pt")
+    assert f"--amp {other} -> {state['amp']}" in refused(module, *flags)
+    del state["amp"]                                                    # of an older run
+    old = state | {"config": state["config"] | {"amp": other}}
+    torch.save(old, tmp_path / "run" / "last.pt")
+    assert f"--amp {other} -> " in refused(module, *flags)
     torch.save(state | {"hardware": "an abacus"}, tmp_path / "run" / "last.pt")
     train(module, *flags)
     for name in ("result.json", "config.json"):
@@ -271,6 +275,8 @@ def test_another_teacher_is_not_trained_to_be_refused(shared_run, tmp_path, monk
     error = refused(module, *others)
     assert "--teacher" in error and "-> runs/teacher_" in error
     assert not (tmp_path / "runs").exists()
+    error = refused(module, *others, "--method", "vit")
+    assert "--method deit-lt -> vit" in error and "--teacher" in error
 
 
 def test_a_finished_students_teacher_may_be_spelled_otherwise(shared_run, capsys):
