@@ -44,8 +44,7 @@ def long_tailed_counts(n_max, num_classes, imb=100, kind="exp"):
         exponents = [int(k >= num_classes // 2) for k in range(num_classes)]
     else:
         raise DataError(f"the kind of imbalance must be exp or step, not {kind!r}")
-    # (1), and 1e-9 since 49 * (1 / 49) is below 1.
-    counts = [int(n_max * (1 / imb) ** exponent + 1e-9) for exponent in exponents]
+    counts = [int(n_max * (1 / imb) ** e + 1e-9) for e in exponents]    # (1); 49 * (1 / 49) < 1
     if min(counts) == 0:
         raise DataError(f"imbalance {imb:g} leaves class {counts.index(0)} without a training "
                         f"image; lower --imb below {n_max:g}")

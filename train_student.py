@@ -49,7 +49,7 @@ SETTINGS = [
     Setting("layer_scale", 0.0, Interval(0), "initial value of LayerScale; 0: off"),
     Setting("epochs", 1200, Interval(1), "epochs, each of about as many samples as images"),
     Setting("batch", 1024, Interval(1), "images per optimizer step, all processes together"),
-    Setting("micro_batch", 128, Interval(1), "images per forward pass and process, at most"),
+    Setting("micro_batch", 128, Interval(1), "images per forward pass, mixed with each other"),
     Setting("lr", 2.5e-4, Interval(0), "peak learning rate of AdamW"),
     Setting("warmup_epochs", 5.0, Interval(0), "epochs of linear warm-up"),
     Setting("weight_decay", 0.05, Interval(0), "of AdamW; for matrices and kernels"),
@@ -57,7 +57,7 @@ SETTINGS = [
     Setting("distill", "hard", ("hard", "soft", "none"), "teacher's labels, probabilities, none"),
     Setting("tau", 1.0, Interval(1e-3), "temperature of --distill soft"),
     Setting("teacher_view", "same", ("same", "weak"), "teacher input: same images, or weak crops"),
-    Setting("alpha", 0.5, Interval(0, 1), "weight of the DIST loss; 1 - alpha of the CLS loss"),
+    Setting("alpha", 0.5, Interval(1e-6, 1), "weight of the DIST loss; 1 - alpha of the CLS loss"),
     Setting("logit_adjustment", False, None, "add log class frequencies to the logits in the loss"),
     Setting("drw_epoch", 1100, Interval(0), "first epoch (from 0) that is re-weighted, not mixed"),
     Setting("beta", 0.9999, Interval(0, 0.999999), "of the class weights; 0: no re-weighting"),
@@ -90,7 +90,7 @@ GPU = OURS | dict(model="small", patch_size=4, epochs=300, drw_epoch=200, batch=
 RECIPES = {
     "paper": {"cifar10": {}, "cifar100": {}, "imagenet_lt": LARGE,
               "inat18": LARGE | dict(epochs=1000, drw_epoch=900),
-              "folder": dict(model="small", epochs=400, drw_epoch=360, eval_crop=1.0)},
+              "folder": dict(model="small", epochs=400, drw_epoch=360, eval_crop=1.0, ema=0.99952)},
     "cpu": {"cifar10": CPU, "cifar100": CPU, "shapes": CPU | SHAPES, "folder": CPU},
     "ours": {"cifar10": OURS, "cifar100": OURS, "shapes": OURS | SHAPES,
              "folder": OURS_FOLDER},
@@ -338,7 +338,8 @@ def check(args, changed, rt):
         idle.append("--teacher")
     if idle:
         raise UserError(f"{', '.join(idle)} would have no effect with --method {args.method} "
-                        f"--distill {args.distill} --rand-ops {args.rand_ops} --beta {args.beta:g}")
+                        f"--distill {args.distill} --rand-ops {args.rand_ops} --beta {args.beta:g} "
+                        f"--mixup {args.mixup:g} --cutmix {args.cutmix:g}")
     several = teacher_files(args.teacher)
     if len(several) > 1 and set(several) & set(OWN_TEACHERS):
         raise UserError(f"--teacher {args.teacher}: each of several must be a run folder or a file")

@@ -232,7 +232,7 @@ def radius(args, epoch):
     "late": SAM in the last epochs is said to find what SAM in all of them does (Zhou et al.,
     ICLR 2025, arXiv 2410.10373).
     """
-    if args.rho_schedule == "constant" or epoch >= args.epochs * 2 / 3:
+    if args.rho_schedule == "constant" or epoch >= min(args.epochs * 2 / 3, args.epochs - 1):
         return args.rho
     if args.rho_schedule == "late":
         return 0.0
@@ -321,13 +321,14 @@ def check(args, changed, rt):
         raise UserError(f"{mixing} mixes images, and --loss {args.loss} needs one label: --loss "
                         "ce, la or vs")
     if (strong or args.mixing > 0) and args.beta > 0:
-        raise UserError(f"{mixing} mixes images, which have no one class to be weighted by: no "
-                        "--beta")
+        raise UserError(f"{mixing} mixes images, which have no one class to be weighted by: give "
+                        "--beta 0")
     if strong and (args.augment == "loader") != (args.dataset in data_lt.LISTS):
         raise UserError("--augment loader is for data sets that stay on disk, which have only this "
                         "and weak")
     if args.batch % rt.world or args.batch < rt.world:
-        raise UserError(f"--batch {args.batch} cannot be shared by {rt.world} processes")
+        raise UserError(f"the teacher's --batch {args.batch} cannot be shared by {rt.world} "
+                        "processes: train_teacher.py with another, and --teacher")
 
 
 def new_network(args, data, rt):

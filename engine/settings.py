@@ -39,7 +39,7 @@ class Interval:
     high: float = math.inf
 
     def __contains__(self, value):
-        return self.low <= value <= self.high       # False for NaN
+        return self.low <= value <= self.high and value < math.inf      # False for NaN
 
     def __str__(self):
         if self.high == math.inf:
@@ -262,7 +262,7 @@ def pick_recipe(args, recipes, rt):
             order = ["ours", "cpu"]
         args.recipe = next((name for name in order if name in known), "paper")
     if args.recipe not in known:
-        hint = f"; use --recipe {known[0]}" if known else ""
+        hint = f"; use --recipe {known[0]}" if known else f" by --loss {args.loss}"
         raise UserError(f"there is no {args.recipe} recipe for {args.dataset}{hint}")
     return recipes[args.recipe][args.dataset]
 
