@@ -134,7 +134,7 @@ def test_a_list_names_files_of_its_folder_once(line, words, tmp_path):
     lines = ["a/0.jpg 0", "a/1.jpg 0", "b/0.jpg 0", "..c/0.jpg 0"]
     (tmp_path / "list.txt").write_text("\n".join([*lines, line]))
     parts, _, problems = read_list(tmp_path / "list.txt", str(tmp_path), "train")
-    assert len(parts["train"]) == 4 and len(problems) == 1
+    assert len(parts["train"]) == 4 - ("listed" in words) and len(problems) == 1
     assert problems[0].startswith(f"{tmp_path}/list.txt, line 5: ") and words in problems[0]
 
 
