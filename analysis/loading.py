@@ -269,9 +269,9 @@ def load_files(files, path, norm, size):
     norm and size are for those from elsewhere: a run says its own. UserError if then they are for
     none.
     """
-    if norm is None and size is None:
-        return [load_network(file, norm, size) for file in files]
     networks = [load_network(file) for file in files]
+    if norm is None and size is None:
+        return networks
     if all(network.config for network in networks):
         raise UserError(f"{shown(path)}: --norm and --size are for files from elsewhere; a run "
                         "says its own")

@@ -60,7 +60,7 @@ def as_json(numbers):
 
 
 def is_device(path):
-    """Is it no place for a file, as /dev/stdout, a link, is none?"""
+    """Is it a device or a folder, where no file can be put? (/dev/stdout is a link.)"""
     return (os.path.exists(path) and not os.path.isfile(path)
             or os.path.abspath(path).startswith("/dev/"))
 

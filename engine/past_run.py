@@ -169,7 +169,7 @@ class PastRun:
         return config["epochs"], config.get("eval_every", args.eval_every)
 
     def remove_files(self):
-        """--overwrite."""
+        """Remove what this project has written into the folder, for --overwrite."""
         for pattern in OWN_FILES:
             for path in glob.glob(os.path.join(glob.escape(self.folder), pattern)):
                 os.remove(path)

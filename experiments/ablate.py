@@ -40,7 +40,7 @@ from engine.datasets import fingerprint_of_files, has_files
 from engine.evaluation import COLUMNS
 from engine.past_run import real_paths
 from engine.records import read_json, read_log, teacher_right
-from engine.runtime import CHILD, UserError, watched_signals
+from engine.runtime import ENDS_WITH_PARENT, UserError, watched_signals
 from engine.settings import CARRIED, DATA_SETTINGS, as_flags, flag, resolve_data
 from experiments import crt, deit3
 from images.files import DataError
@@ -300,7 +300,7 @@ def run(command):
     handlers = {number: signal.signal(number, hand_on) for number in watched_signals()}
     print(f"python {command}", flush=True)
     child = subprocess.Popen([sys.executable, *shlex.split(command), "--resume"],
-                             preexec_fn=CHILD)
+                             preexec_fn=ENDS_WITH_PARENT)
     for number in early:
         child.send_signal(number)
     status = child.wait()

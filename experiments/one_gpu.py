@@ -36,7 +36,7 @@ import torch
 from engine import runtime
 from engine.evaluation import COLUMNS
 from engine.records import read_json, read_log
-from engine.runtime import CHILD, Runtime, UserError, one_line, watched_signals
+from engine.runtime import ENDS_WITH_PARENT, Runtime, UserError, one_line, watched_signals
 from engine.settings import SHORTEST
 from experiments.ablate import STUDENT, TEACHER, is_finished
 from images.machine import total_memory
@@ -167,7 +167,7 @@ def run(command, limit, log):
     before = last_logged(command.folder)        # of an earlier call
     with open(log, "w") as file:
         child = subprocess.Popen([sys.executable, *shlex.split(command.text)], stdout=file,
-                                 stderr=subprocess.STDOUT, preexec_fn=CHILD)
+                                 stderr=subprocess.STDOUT, preexec_fn=ENDS_WITH_PARENT)
         try:
             while child.poll() is None and time.monotonic() < deadline:
                 if command.stopped and not asked and last_logged(command.folder) > before:
