@@ -169,7 +169,8 @@ def end_with_parent():
         LIBC.prctl(1, signal.SIGTERM)               # PR_SET_PDEATHSIG
 
 
-ENDS_WITH_PARENT = end_with_parent if os.name == "posix" else None     # preexec_fn of subprocess.Popen
+# preexec_fn of subprocess.Popen.
+ENDS_WITH_PARENT = end_with_parent if os.name == "posix" else None
 
 
 def one_line(value, longest=200):
