@@ -1,11 +1,12 @@
 r"""Augmentation of a whole batch on its device; every image has its own draws, except for mixing.
 
     uint8 images (B,3,H,W) in 0..255
-      --random_crop_flip or random_resized_crop-->  (B,3,S,S)
-      --rand_augment-->  --random_erasing-->  --to_float-->  float (B,3,S,S) in [0,1]
-      --mixup_cutmix-->  mixed images (B,3,S,S), soft targets (B,K)
+      -> random_resized_crop, or random_crop_flip and resize       (B,3,S,S)
+      -> rand_augment -> random_erasing -> to_float                float (B,3,S,S) in [0,1]
+      -> mixup_cutmix                                              and soft targets (B,K)
 
-`strong_augment` is everything up to `to_float`. Mixing one batch (smooth: smoothed one-hot):
+`strong_augment` is all up to `to_float`. Mixing image i with image j = B-1-i (smooth: smoothed
+one-hot):
 
     mixup    lam ~ Beta(a, a),  x = lam x_i + (1 - lam) x_j                     (1)    1710.09412
     CutMix   lam ~ Beta(b, b),  x = x_i, but x_j inside a box of (1 - lam) H W  (2)    1905.04899
@@ -32,7 +33,7 @@ from images.policies import auto_augment, color_jitter, cutout, draw
 # ---- Crop and flip -------------------------------------------------------------------------------
 
 def random_crop_flip(images, padding=4, flip=0.5):
-    """Pad with black, crop the old size at a random place, mirror with probability `flip`.
+    """Pad with black, crop back to the old size at a random place, mirror with probability `flip`.
 
     (B,3,H,W) -> same.
     """
@@ -57,7 +58,7 @@ def random_resized_crop(images, out, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), fl
     """
     B, _, H, W = images.shape
     area = H * W * uniform((B, 10), *scale)
-    aspect = log_uniform((B, 10), *ratio)
+    aspect = log_uniform((B, 10), *ratio)                                           # w / h
     w = (area * aspect).sqrt().round()                                              # (B,10)
     h = (area / aspect).sqrt().round()
     fits = (w >= 1) & (h >= 1) & (w <= W) & (h <= H)
@@ -120,18 +121,18 @@ def rand_augment(images, num_ops=2, magnitude=9.0, noise=0.5, prob=0.5):
 
 # ---- Random erasing ------------------------------------------------------------------------------
 
-def random_erasing(images, prob=0.25, area=(0.02, 1 / 3), aspect=0.3):
+def random_erasing(images, prob=0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3)):
     """Overwrite a box with noise in a fraction `prob` of the images. uint8 (B,3,H,W) -> same.
 
-    Box area U(area) of the image, aspect ratio log-uniform in (aspect, 1/aspect); the first of 10
-    tries that fits, else none. Pixels are N(0, 1) in ImageNet-normalised units as in timm, here
-    rounded to uint8.
+    Box area U(scale) of the image, aspect ratio log-uniform in `ratio`; the first of 10 tries that
+    fits, else none. Pixels are N(0, 1) in ImageNet-normalised units as in timm, here rounded to
+    uint8.
     """
     B, _, H, W = images.shape
-    size = H * W * uniform((B, 10), *area)
-    ratio = log_uniform((B, 10), aspect, 1 / aspect)
-    h = (size * ratio).sqrt().round()                                               # (B,10)
-    w = (size / ratio).sqrt().round()
+    area = H * W * uniform((B, 10), *scale)
+    aspect = log_uniform((B, 10), *ratio)                                           # h / w
+    h = (area * aspect).sqrt().round()                                              # (B,10)
+    w = (area / aspect).sqrt().round()
     fits = (h < H) & (w < W)
     w, h = first_that_fits(fits, w, h)                                              # (B,)
     erase = (torch.rand(B) < prob) & fits.any(dim=1)
@@ -208,19 +209,19 @@ def mixup_cutmix(images, labels, num_classes, mixup=0.8, cutmix=1.0, smoothing=0
     images (B,3,H,W) in [0,1], labels (B,) -> (B,3,H,W), targets (B,K) whose rows sum to 1.
     """
     if mixup == 0 and cutmix == 0:
-        raise ValueError("there is nothing to mix with: both strengths are 0")
+        raise ValueError("nothing to do: mixup and cutmix are both 0")
     target = smooth_one_hot(labels, num_classes, smoothing)
     H, W = images.shape[-2:]
     # All numbers are drawn, whichever kind is used, so that later draws do not depend on it.
     coin = torch.rand(1).item()
     lam_cutmix, lam_mixup = sample_beta(cutmix), sample_beta(mixup)                 # (1,)
-    y, x = torch.randint(0, H, (1,)).item(), torch.randint(0, W, (1,)).item()
+    row, col = torch.randint(0, H, (1,)).item(), torch.randint(0, W, (1,)).item()   # box center
 
     if mixup == 0 or (cutmix > 0 and coin < 0.5):
         half_h = int(H * (1 - lam_cutmix).sqrt()) // 2
         half_w = int(W * (1 - lam_cutmix).sqrt()) // 2
-        top, bottom = max(y - half_h, 0), min(y + half_h, H)            # clipped at the border
-        left, right = max(x - half_w, 0), min(x + half_w, W)
+        top, bottom = max(row - half_h, 0), min(row + half_h, H)        # clipped at the border
+        left, right = max(col - half_w, 0), min(col + half_w, W)
         mixed = images.clone()                                                              # (2)
         mixed[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
         lam = 1 - torch.tensor((bottom - top) * (right - left)) / (H * W)   # what x_i really keeps

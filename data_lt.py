@@ -44,7 +44,7 @@ def long_tailed_counts(n_max, num_classes, imb=100, kind="exp"):
         exponents = [int(k >= num_classes // 2) for k in range(num_classes)]
     else:
         raise DataError(f"the kind of imbalance must be exp or step, not {kind!r}")
-    counts = [int(n_max * (1 / imb) ** e + 1e-9) for e in exponents]    # (1); 49 * (1 / 49) < 1
+    counts = [int(n_max * (1 / imb) ** e + 1e-9) for e in exponents]    # (1)  49 * (1 / 49) is < 1
     if min(counts) == 0:
         raise DataError(f"imbalance {imb:g} leaves class {counts.index(0)} without a training "
                         f"image; lower --imb below {n_max:g}")
@@ -78,7 +78,7 @@ def published_groups(dataset):
 # ---- The order of an epoch -----------------------------------------------------------------------
 
 def epoch_generator(seed, epoch):
-    """The generator of an epoch's order; spawn_key keeps its seed apart from every step's."""
+    """The generator of an epoch's order; by spawn_key its seed is never that of a training step."""
     key = np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(key) >> 1)
 
@@ -100,7 +100,7 @@ def repeated_augmentation(n, seed, epoch, repeats=3):
 
 def steps_per_epoch(n, batch):
     """Number of batches of at most `batch` samples that n samples are cut into."""
-    return -(-n // batch)
+    return -(-n // batch)                           # n / batch, rounded up
 
 
 def shard(order, batch, rank=0, world=1):
@@ -131,7 +131,7 @@ class LongTailData:
     groups: dict                    # of class numbers: head, mid, tail
     class_ids: list = None          # the data set's own number of each class; None: 0..K-1
     fingerprint: str = ""           # changes with the data
-    white: int = 65535              # value of white in deep images, see images/decode.py
+    white: int = 65535              # white in images of 10 to 16 bits, see images/decode.py
 
     def __post_init__(self):
         if self.class_ids is None:
@@ -152,9 +152,9 @@ class LongTailData:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def batches(self, steps, key):
-        """(step, index (b,)) in -> (step, images (b,3,H,W), labels (b,)) out, on the device.
+        """steps, pairs (step, index (b,)) -> (step, images (b,3,H,W), labels (b,)) on the device.
 
-        Images on disk are decoded ahead; those of LISTS are cropped with a seed from (*key, step).
+        Images on disk are decoded ahead, those of LISTS also cropped, by draws from (*key, step).
         """
         device = self.train_labels.device
         if isinstance(self.train_images, Stream):

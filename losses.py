@@ -4,36 +4,37 @@ Student, DeiT-LT (Rangwani et al., CVPR 2024, arXiv 2404.02900), for an image x 
 
     y_t = argmax_k g(x)_k                           hard label of the teacher g for the same image x
     L   = (1 - alpha) CE(f_c(x), y) + alpha w[y_t] CE(f_d(x), y_t)                 (1)   alpha = 1/2
-    w_k = K / E_k / sum_j 1/E_j,    E_k = (1 - beta^n_k) / (1 - beta)              (2)
+    w_k = K (1/E_k) / sum_j (1/E_j),    E_k = (1 - beta^n_k) / (1 - beta)          (2)
 
 f_c, f_d: CLS and DIST logits; n_k: training images of class k; E_k: their "effective number" (Cui
 et al., CVPR 2019, arXiv 1901.05555). Deferred re-weighting (DRW): w = 1 until late in the run, then
-(2). With w = 1 throughout, (1) is DeiT's hard distillation (arXiv 2012.12877); its soft one has
-tau^2 KL(softmax(g / tau) || softmax(f_d / tau)) as second term. With one token f_d = f_c. A
-weighted mean over the batch divides by the sum of its weights, as in the published code.
+(2). With w = 1 throughout, (1) is DeiT's hard distillation (arXiv 2012.12877). In DeiT's soft one
+tau^2 KL(softmax(g / tau) || softmax(f_d / tau)) takes the place of CE(f_d, y_t). With one token
+f_d = f_c. A weighted mean divides by the sum of the batch's weights, as in the published code.
 
 Logit adjustment instead of weights (Menon et al., ICLR 2021, arXiv 2007.07314): if class k is the
 label with frequency pi_k, train with CE(f + ln pi, y) and predict with f. By Bayes' rule softmax(f)
 is then p(y|x) for equally frequent classes. For DIST, pi is the distribution of the teacher's
-labels, which is not the data's; soft labels take tau ln pi.
+labels, which is not the data's; for soft labels tau ln pi is added, before the division by tau.
 
 Teachers: LDAM (Cao et al., NeurIPS 2019, arXiv 1906.07413), on logits z_k = s cos(theta_k); vector
 scaling (Kini et al., NeurIPS 2021, arXiv 2103.01550); focal loss (Lin et al., arXiv 1708.02002):
 
     L_LDAM  = w[y] CE(z - s m_y onehot(y), y),      m_k = m_max (n_min / n_k)^(1/4)         (3)
-    L_VS    = w[y] CE(z_k / D_k + tau ln pi_k, y),  D_k = (n_max / n_k)^gamma               (4)
+    L_VS    = w[y] CE(z_k / delta_k + tau ln pi_k, y),  delta_k = (n_max / n_k)^gamma       (4)
     L_focal = (1 - e^-l)^gamma l,                   l = w[y] CE(z, y)                       (5)
 
 pi_k = n_k / N. With gamma = 0, (4) is logit adjustment. (5) is as in LDAM-DRW's code.
 
-PaCo (Cui et al., ICCV 2021, arXiv 2107.12028): of two views of image i, one gives logits z_ic and a
-unit vector v_i, the anchor; the other, through a slowly following copy of the network (the key
-encoder), a unit key k_i. An anchor is contrasted with the bank = [v_1..v_B; k_1..k_B; a queue of
-earlier keys] (P_i: its other rows of i's label) and the classes (ln pi: logit adjustment):
+PaCo (Cui et al., ICCV 2021, arXiv 2107.12028): one of two views of image i gives logits z_ic and a
+unit unit vector v_i, the anchor; the other, through a slowly following copy of the network (the key
+encoder), a unit vector k_i, the key. An anchor is contrasted with the classes, logit-adjusted, and
+with the rows of the bank = [v_1..v_B; k_1..k_B; a queue of earlier keys]. P_i: the rows, other than
+i itself, that have i's label. alpha, beta, gamma: PaCo's own, not those above.
 
     s_ic = z_ic + ln pi_c,    t_ia = v_i . bank_a / T                                       (6)
-    D_i  = sum_c e^s_ic + gamma sum_{a != i} e^t_ia                                         (7)
-    L_i  = -[beta (s_iy - ln D_i) + alpha sum_{a in P_i} (t_ia - ln D_i)] / (beta + alpha |P_i|) (8)
+    Z_i  = sum_c e^s_ic + gamma sum_{a != i} e^t_ia                                         (7)
+    L_i  = -[beta (s_iy - ln Z_i) + alpha sum_{a in P_i} (t_ia - ln Z_i)] / (beta + alpha |P_i|) (8)
 """
 from copy import deepcopy
 
@@ -43,7 +44,7 @@ import torch.nn.functional as F
 
 
 def full_precision(logits):
-    """float32 at least, also under autocast: a softmax needs more than the 8 bits of bfloat16."""
+    """float32 at least, also under autocast: a softmax needs more than bfloat16's 8 bits."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -84,7 +85,7 @@ def soft_distillation(dist_logits, teacher_logits, tau=1.0, weight=None):
 
 def distillation_loss(cls_logits, dist_logits, target, teacher_targets, alpha=0.5, weight=None,
                       tau=1.0):
-    """Equation (1). Returns (loss, its CLS part, its DIST part).
+    """Equation (1). Returns (loss, CLS loss, DIST loss), the last two without 1 - alpha and alpha.
 
     target: soft labels (B,K) or class numbers (B,). teacher_targets: hard labels y_t (B,), or the
     teacher's logits (B,K), which DIST then follows softly at temperature tau.
@@ -131,7 +132,7 @@ class VSLoss(nn.Module):
     def __init__(self, counts, gamma=0.3, tau=1.0):
         super().__init__()
         counts = torch.as_tensor(counts).double()
-        self.register_buffer("delta", ((counts.max() / counts) ** gamma).float())           # D (K,)
+        self.register_buffer("delta", ((counts.max() / counts) ** gamma).float())           # (K,)
         self.register_buffer("shift", (tau * (counts / counts.sum()).log()).float())        # (K,)
 
     def forward(self, logits, target, weight=None):
@@ -165,9 +166,9 @@ class PaCoLoss(nn.Module):
             t = v @ bank.T / self.temperature                           # (6) (B,A)
         positive = (target[:, None] == bank_labels).fill_diagonal_(False)       # (B,A): a in P_i
         contrast = t.clone().fill_diagonal_(-torch.inf).logsumexp(dim=1)        # (7) without a = i
-        log_d = torch.logaddexp(s.logsumexp(dim=1), contrast + torch.tensor(self.gamma).log())
-        class_term = s.gather(1, target[:, None])[:, 0] - log_d         # (B,)
-        pair_terms = ((t - log_d[:, None]) * positive).sum(dim=1)
+        log_z = torch.logaddexp(s.logsumexp(dim=1), contrast + torch.tensor(self.gamma).log())
+        class_term = s.gather(1, target[:, None])[:, 0] - log_z         # (B,)
+        pair_terms = ((t - log_z[:, None]) * positive).sum(dim=1)
         weight = self.beta + self.alpha * positive.sum(dim=1)
         return -((self.beta * class_term + self.alpha * pair_terms) / weight).mean()        # (8)
 

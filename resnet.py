@@ -2,7 +2,7 @@ r"""The CNN teachers: ResNet-32 for 32 px images, ResNet-50 for 224 px, FastNet 
 
 He et al., CVPR 2016, arXiv 1512.03385.    y = ReLU(F(x) + shortcut(x))                       (1)
 
-ResNet-32 is the paper's CIFAR network, 6n + 2 layers with n = 5, not an ImageNet ResNet cut down: a
+ResNet-32 is He et al.'s CIFAR network, 6n + 2 layers with n = 5, not an ImageNet ResNet cut down: a
 3x3 stem without pooling and three stages of 16x32x32, 32x16x16, 64x8x8 (channels x height x width).
 Its shortcuts have no parameters: where the size halves, they take every second pixel and pad the
 new channels with zeros ("option A"). 464,154 parameters at K = 10. ResNet-50 is torchvision's v1.5:
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# The paper's CIFAR networks: blocks of a stage, n.
+# He et al.'s CIFAR networks: blocks of a stage, n.
 CIFAR_BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
 
 
@@ -185,7 +185,8 @@ class ResNet50(Teacher):
 class FastBlock(nn.Module):
     """Two 3x3 convolutions, max pooling after the first: (B,i,S,S) -> (B,o,S/2,S/2).
 
-    Each begins with its first i filters as Dirac kernels: they pass the input on (1706.00388).
+    Each begins with as many Dirac filters as it has input channels: they pass the input on
+    (1706.00388).
     """
 
     def __init__(self, in_channels, channels):
@@ -214,7 +215,7 @@ class FastNet(Teacher):
     def __init__(self, num_classes, cosine=False, img_size=32, mean=CIFAR_MEAN, std=CIFAR_STD):
         super().__init__(img_size, mean, std)
         blocks = max(1, round(math.log2(img_size / 4)))
-        widths = [24, 64, 128, *[256] * blocks][:blocks + 1]
+        widths = [24, 64, 128, *[256] * blocks][:blocks + 1]            # 24, 64, 128, 256 at 32 px
         self.stem = nn.Conv2d(3, 24, 2).requires_grad_(False)           # (B,24,31,31) at 32 px
         self.blocks = nn.Sequential(*(FastBlock(i, o) for i, o in zip(widths, widths[1:])))
         d = widths[-1]

@@ -46,7 +46,7 @@ class SAM:
 
     @torch.no_grad()
     def first_step(self):
-        """w <- w + e(w) by the gradients in `.grad`, then cleared. Returns ||g||, a tensor."""
+        """w <- w + e(w) by the gradients in `.grad`, which are then cleared. Returns ||g||."""
         if self.saved is not None:
             raise RuntimeError("first_step was called twice without second_step")
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]

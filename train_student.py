@@ -10,10 +10,9 @@ Rangwani et al., CVPR 2024, arXiv 2404.02900. Output: runs/<name>/, see engine/r
     images --augment, mix--> x --> student: f_c(x), f_d(x)      L = 1/2 CE(f_c, y)
                                \-> teacher: y_t = argmax g(x)     + 1/2 w[y_t] CE(f_d, y_t)
 
-The teacher is trained first when it is missing. Published for CIFAR-10-LT, imbalance 100, with this
-teacher (LDAM-DRW-SAM): ViT-B 62.6 %, DeiT-LT-B 84.8 %. Measured here: README.md and results/.
+The teacher is trained first when it is missing. Published for CIFAR-10-LT, imbalance 100: ViT-B
+alone 62.6 %, DeiT-LT-B under an LDAM-DRW-SAM teacher 84.8 %. Measured here: README.md and results/.
 """
-import os
 from contextlib import nullcontext
 
 import torch
@@ -47,7 +46,7 @@ SETTINGS = [
     Setting("stem", "patch", tuple(STEMS), "patch, conv, or fast: the teacher's FastNet"),
     Setting("tokens", 2, (1, 2), "2: CLS and DIST; 1: CLS learns from the teacher too"),
     Setting("layer_scale", 0.0, Interval(0), "initial value of LayerScale; 0: off"),
-    Setting("epochs", 1200, Interval(1), "epochs, each of about as many samples as images"),
+    Setting("epochs", 1200, Interval(1), "epochs, each of about as many views as images"),
     Setting("batch", 1024, Interval(1), "images per optimizer step, all processes together"),
     Setting("micro_batch", 128, Interval(1), "images per forward pass, mixed with each other"),
     Setting("lr", 2.5e-4, Interval(0), "peak learning rate of AdamW"),
@@ -63,7 +62,7 @@ SETTINGS = [
     Setting("beta", 0.9999, Interval(0, 0.999999), "of the class weights; 0: no re-weighting"),
     Setting("mix_drw", False, None, "go on mixing in the re-weighted epochs"),
     Setting("repeats", 3, Interval(1), "repeated augmentation: views of an image; 1: off"),
-    Setting("crop", "resized", ("resized", "padded", "loader"), "random area, padded, loader's"),
+    Setting("crop", "resized", ("resized", "padded", "loader"), "random area; shifted; loader's"),
     Setting("rand_ops", 2, Interval(0), "RandAugment: operations per image"),
     Setting("magnitude", 9.0, Interval(0, 10), "RandAugment: their strength"),
     Setting("erasing", 0.25, Interval(0, 1), "probability of random erasing"),
@@ -71,11 +70,11 @@ SETTINGS = [
     Setting("cutmix", 1.0, Interval(0), "Beta parameter of CutMix; 0: off"),
     Setting("smoothing", 0.1, Interval(0, 1), "label smoothing while images are mixed"),
     Setting("ema", 0.99984, Interval(0, 0.999999), "decay per step of averaged weights; 0: off"),
-    Setting("eval_crop", 0.875, Interval(0.1, 1), "tested central square, fraction of the side"),
+    Setting("eval_crop", 0.875, Interval(0.1, 1), "side of the tested central square, a fraction"),
     Setting("eval_every", 10, Interval(1), "epochs between evaluations on the test set"),
 ]
-# Recipes change some of them. cpu: the same method, small and short. ours: cpu, with what was
-# better on held-out images (results/README.md), on own photographs crop and flip only. gpu: larger.
+# Recipes change some of them. cpu: the same method, small and short. ours: cpu with what was better
+# on held-out images (results/README.md); for photographs crop and flip only. gpu: ours, larger.
 CPU = dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4,
            drop_path=0.0, drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0,
            eval_every=5)
@@ -92,8 +91,7 @@ RECIPES = {
               "inat18": LARGE | dict(epochs=1000, drw_epoch=900),
               "folder": dict(model="small", epochs=400, drw_epoch=360, eval_crop=1.0, ema=0.99952)},
     "cpu": {"cifar10": CPU, "cifar100": CPU, "shapes": CPU | SHAPES, "folder": CPU},
-    "ours": {"cifar10": OURS, "cifar100": OURS, "shapes": OURS | SHAPES,
-             "folder": OURS_FOLDER},
+    "ours": {"cifar10": OURS, "cifar100": OURS, "shapes": OURS | SHAPES, "folder": OURS_FOLDER},
     "gpu": {"cifar10": GPU, "cifar100": GPU},
 }
 # What a method changes in its recipe.
@@ -141,9 +139,9 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
         weight = losses.drw_weights(counts, epoch, args.drw_epoch, args.beta)   # None, then w (K,)
         mixing = (epoch < args.drw_epoch or args.mix_drw) and args.mixup + args.cutmix > 0
         batches = data_lt.shard(order_of(args, data, epoch), args.batch, rt.rank, rt.world)
-        batches = run.remaining_steps(epoch, batches)
-        for step, images, labels in data.batches(batches, (args.seed, epoch, rt.rank)):
-            runtime.seed_step(args.seed, epoch, step, rt.rank)
+        left = run.remaining_steps(epoch, batches)              # all of them, but after --resume
+        for step, images, labels in data.batches(left, (args.seed, epoch, rt.rank)):
+            runtime.seed_step(args.seed, epoch, step, rt.rank)      # so that a step can be replayed
             set_lr(optimizer, cosine_lr(epoch + step / steps, args.epochs, args.lr,
                                         args.warmup_epochs))
             metrics = torch.zeros(len(run.metrics), device=rt.device)
@@ -168,10 +166,11 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                         if args.logit_adjustment:
                             cls_logits = cls_logits + log_prior         # f_c + ln pi
                         if teacher:
-                            # 3. Teacher: the same images, as a rule unlike its own training's.
+                            # 3. Teacher: the same images, resized to its side. The paper's was
+                            # trained on weakly augmented ones: they are out of its distribution.
                             view = x if args.teacher_view == "same" else weak_augment(part)
                             g = evaluation.teacher_logits(teacher, view)        # g(x) (b,K)
-                            y_t = g if args.distill == "soft" else g.argmax(dim=1)  # (b,K) or (b,)
+                            y_t = g.argmax(dim=1) if args.distill == "hard" else g  # (b,) or (b,K)
                             if args.logit_adjustment:
                                 update_prior(teacher_prior, y_t, args.tau, accumulation_steps, rt)
                                 # f_d + tau ln pi_t
@@ -232,10 +231,7 @@ def log_prior_of(pi):
 
 
 def teacher_accuracy(g, target):
-    """Percent of images that the teacher labels right; of a mixed one, its larger part counts.
-
-    g: teacher's logits (b,K); target: labels (b,) or mixed ones (b,K).
-    """
+    """Percent of images that g (b,K) labels right; of mixed ones, target (b,K), the larger part."""
     if target.ndim == 2:
         target = target.argmax(dim=1)
     return 100 * (g.argmax(dim=1) == target).float().mean()

@@ -45,7 +45,7 @@ SETTINGS = [
     Setting("norm", "cifar", tuple(NORMALISATIONS), "pixel statistics to normalise with"),
     Setting("augment", "weak", ("weak", "padded", "resized", "loader"),
             "weak: shift by up to 4 px, flip; else the student's augmentation with that crop"),
-    Setting("mixing", 0.0, Interval(0, 1), "fraction of the batches that are mixed; strong: all"),
+    Setting("mixing", 0.0, Interval(0, 1), "fraction of the batches to mix (not weak: all)"),
     Setting("epochs", 200, Interval(1), "passes over the training images"),
     Setting("batch", 128, Interval(1), "images per step, all processes together"),
     Setting("lr", 0.1, Interval(0), "peak learning rate of SGD with momentum 0.9"),
@@ -66,18 +66,18 @@ SETTINGS = [
     Setting("key_momentum", 0.999, Interval(0, 1), "PaCo: of the key encoder, per step"),
     Setting("eval_every", 1, Interval(1), "epochs between evaluations on the test set"),
 ]
-STRONG = ("padded", "resized", "loader")                # the student's augmentation
+STRONG = ("padded", "resized", "loader")    # crops of the student's, strong augmentation
 PACO_ONLY = ("alpha", "temperature", "queue", "projection", "key_momentum")
 # Recipes change some of them. cpu: the same method in minutes on 2 cores. ours: a network that is
-# made for a CPU (gpu: for a ViT on a GPU too); the log prior in its loss does the work of
-# re-weighting.
+# made for a CPU; the log prior in its loss does the work of re-weighting. (A student's recipe gpu
+# takes this teacher too.)
 CPU = dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw_epoch=16,
            eval_every=4)
 SHAPES = CPU | dict(img_size=16, epochs=8, batch=32, lr=0.03, rho=0.05, rho_schedule="late",
                     drw_epoch=5, warmup_epochs=1, eval_every=4)
 OURS = CPU | dict(arch="fast", loss="la", beta=0.0, epochs=40, batch=128, weight_decay=5e-4,
                   warmup_epochs=4, rho=0.0)
-OURS_CIFAR = OURS | dict(mixing=0.5)        # else it memorises them; with few, mixing hurts
+OURS_CIFAR = OURS | dict(mixing=0.5)    # else it memorises CIFAR; on few images mixing hurts
 LARGE = dict(arch="resnet50", img_size=224, epochs=90, batch=256, lr=0.2, schedule="cosine",
              warmup_epochs=0, rho=0.5, rho_schedule="step", drw_epoch=60, max_margin=0.3,
              norm="imagenet")
@@ -89,9 +89,9 @@ RECIPES = {
     "ours": {"cifar10": OURS_CIFAR, "cifar100": OURS_CIFAR, "folder": OURS,
              "shapes": OURS | dict(img_size=16, epochs=20, batch=32, lr=0.03, warmup_epochs=2)},
 }
-# --loss paco: PaCo needs no re-weighting, the log prior in its loss does that work. Neither its
-# CIFAR-10 recipe nor its rho is published: rho as in the same authors' GLMC+SAM. Ten classes have
-# ten times as many positives in the queue as a hundred: a tenth of alpha keeps the balance.
+# --loss paco: no re-weighting, as PaCo's loss has the log prior. Neither its CIFAR-10 recipe nor
+# its rho is published: this rho is Saddle-LongTail's for another method, GLMC. With ten classes an
+# image has ten times as many positives in the queue as with a hundred: a tenth of alpha.
 PACO = dict(loss="paco", beta=0.0, lr=0.05, weight_decay=5e-4, decay=0.1, rho=0.05)
 PACO_PAPER = PACO | dict(epochs=400, warmup_epochs=10)
 PACO_CPU = CPU | PACO
@@ -141,14 +141,14 @@ def train(args, data, net, rt, run):
         sam.rho = radius(args, epoch)
         order = data_lt.shuffled(n, args.seed, epoch)
         batches = data_lt.shard(order, args.batch, rt.rank, rt.world)
-        batches = run.remaining_steps(epoch, batches)
-        for step, images, y in data.batches(batches, (args.seed, epoch, rt.rank)):
+        left = run.remaining_steps(epoch, batches)              # all of them, but after --resume
+        for step, images, y in data.batches(left, (args.seed, epoch, rt.rank)):
             seed = (args.seed, epoch, step, rt.rank)
             runtime.seed_step(*seed)
             set_lr(sam, learning_rate(args, epoch + step / steps))
             x = view(images, args)                                      # (B,3,S,S) in [0,1]
             if draw_mixed(args):
-                # Smoothing gives a rare class e/K, far above its frequency in la and vs.
+                # Not in la and vs: e/K for every class is far above a rare one's frequency.
                 smoothing = 0.1 if args.loss == "ce" else 0.0
                 x, y = augment.mixup_cutmix(x, y, K, smoothing=smoothing)       # y (B,K)
             if paco:
@@ -229,10 +229,11 @@ def radius(args, epoch):
     """SAM's rho in an epoch, 0 for plain SGD.
 
     "step" is Saddle-LongTail's for the large sets: 0.05, 0.1, 0.5 from epochs 0, 5, 60 of 90.
-    "late": SAM in the last epochs is said to find what SAM in all of them does (Zhou et al.,
-    ICLR 2025, arXiv 2410.10373).
+    "late": minima as flat as with SAM throughout are reported for SAM in the last epochs only
+    (Zhou et al., ICLR 2025, arXiv 2410.10373).
     """
-    if args.rho_schedule == "constant" or epoch >= min(args.epochs * 2 / 3, args.epochs - 1):
+    last_third = min(args.epochs * 2 / 3, args.epochs - 1)      # its first epoch, of one at least
+    if args.rho_schedule == "constant" or epoch >= last_third:
         return args.rho
     if args.rho_schedule == "late":
         return 0.0
@@ -273,9 +274,9 @@ def resolve(args, rt):
     resolve_data(args)
     paco = args.loss == "paco"
     recipes = PACO_RECIPES if paco else RECIPES
-    if args.loss not in (None, "la"):               # ours and gpu are for la
+    if args.loss not in (None, "la"):               # ours and gpu are for la: the nearest others
         recipes = {name: recipes[name] for name in ("paper", "cpu")}
-        args.recipe = {"ours": "cpu", "best": "cpu", "gpu": "paper"}.get(args.recipe, args.recipe)
+        args.recipe = {"ours": "cpu", "gpu": "paper"}.get(args.recipe, args.recipe)
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)
     strong = args.augment in STRONG
     if args.dataset == "folder":

@@ -6,14 +6,15 @@ ICML 2021, arXiv 2012.12877. Stochastic depth: arXiv 1603.09382. LayerScale: arX
     z_0      = [cls; dist; patch_1 E; ...; patch_N E] + pos              (1)
     z'_l     = z_{l-1} + gamma_1 * MSA(LN(z_{l-1}))                      (2)  l = 1..depth
     z_l      = z'_l    + gamma_2 * MLP(LN(z'_l))                         (3)  gamma: LayerScale
-    f_c, f_d = head(LN(z_L)[0]), head_dist(LN(z_L)[1])                   (4)  CLS and DIST logits
+    f_c, f_d = head(LN(z_depth)[0]), head_dist(LN(z_depth)[1])           (4)  CLS and DIST logits
 
-DeiT-LT (arXiv 2404.02900) trains f_c on the labels (the expert on head classes), f_d on labels by a
-CNN teacher (the expert on tail classes), and predicts with (f_c + f_d) / 2. Both tokens pass
-through the same blocks: only the tokens themselves, their positions and their heads differ.
+DeiT-LT (arXiv 2404.02900) trains f_c on the images' labels, which makes CLS the expert on frequent
+classes, f_d on a CNN teacher's labels, which makes DIST the expert on rare ones, and predicts with
+(f_c + f_d) / 2. Both tokens pass through the same blocks: only the tokens themselves, their
+position embeddings and their classifiers, head and head_dist, differ.
 
-Shapes: B images, K classes, D = embed_dim, H heads, d = D/H, N patches, T = N + 2 tokens (N + 1
-without distillation). State-dict keys are timm's and DeiT's: published files load with strict=True.
+Shapes: B images, K classes, D = embed_dim, H attention heads, d = D/H, N patches, T = N + 2 tokens
+(N + 1 without DIST). State-dict keys are timm's and DeiT's: published files load with strict=True.
 Unlike there, images come in as [0, 1], and the network normalises them itself.
 """
 from collections import OrderedDict
@@ -63,7 +64,7 @@ class ConvStem(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: softmax(q k^T / sqrt(d)) v in each of H heads, a linear layer."""
+    """Self-attention: softmax(q k^T / sqrt(d)) v in each of H heads, then a linear layer."""
 
     def __init__(self, embed_dim, num_heads):
         super().__init__()
@@ -77,7 +78,7 @@ class Attention(nn.Module):
 
     def attend(self, q, k):
         """Attention weights (B,H,Tq,Tk): row i is how much query i attends to each token."""
-        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1)
+        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1)       # q k^T / sqrt(d)
 
     def forward(self, x, keep=None):
         """Tokens (B,T,D) -> (B,T,D), or only the first `keep`, which attend to all T tokens."""
@@ -94,9 +95,9 @@ def drop_path(branch, p, training):
     """Stochastic depth: drop a residual branch (B,T,D) of each image with probability p."""
     if not training or p == 0:
         return branch
-    keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= p
-    # Kept branches are divided by 1 - p, so that the expectation is the same as in evaluation.
-    scale = keep.to(branch.dtype) / (1 - p)                 # (B,1,1)
+    survives = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= p
+    # Surviving branches are divided by 1 - p, so that the expectation is the same as in evaluation.
+    scale = survives.to(branch.dtype) / (1 - p)             # (B,1,1)
     return branch * scale
 
 
@@ -130,8 +131,8 @@ class VisionTransformer(nn.Module):
     """ViT whose forward returns `(cls_logits, dist_logits)`; dist_logits is None if not distilled.
 
     img_size, patch_size: side of the square image and of a patch, pixels. num_classes: K.
-    embed_dim, depth, num_heads, mlp_ratio: D, number of blocks, H, hidden width of an MLP / D.
-    distilled: with the DIST token and its head, or without. stem: PatchEmbed or a class like it.
+    embed_dim: D. depth: number of blocks. num_heads: H. mlp_ratio: hidden width of an MLP / D.
+    distilled: with DIST and head_dist; else CLS alone learns. stem: PatchEmbed or a class like it.
     drop_path: stochastic depth rate of the last block; block i has drop_path * i / (depth - 1).
     layer_scale: initial gamma of LayerScale (DeiT-III: 1e-4); None: without.
     checkpointing: store only the inputs of blocks, compute the rest again in the backward pass.
@@ -209,10 +210,10 @@ class VisionTransformer(nn.Module):
 
 
 def resize_pos_embed(pos_embed, num_tokens, new_grid):
-    """Positions (1,num_tokens+G*G,D) for another image size -> (1,num_tokens+new_grid**2,D).
+    """Position embeddings (1,num_tokens+G*G,D) -> (1,num_tokens+new_grid**2,D), for another size.
 
-    The patches' are resized bicubically as a G x G picture, the tokens' are kept (DeiT, section 3).
-    Raises ValueError if the patches are not a square grid.
+    Those of the patches are resized bicubically as a G x G picture, those of CLS and DIST are kept
+    (DeiT, section 3). Raises ValueError if the patches are not a square grid.
     """
     leading, grid = pos_embed[:, :num_tokens], pos_embed[:, num_tokens:]
     G = round(grid.shape[1] ** 0.5)

@@ -3,8 +3,7 @@ r"""Checkpoints: written atomically, read without running code from them.
 A file is written under a temporary name of its own, flushed to disk and then renamed, so that at
 any moment either the new file or the one before is there, and whole. A link is replaced by the
 file; what it leads to is left alone. Checkpoints are read with weights_only=True, which unpickles
-tensors and plain values only. Settings of runs made by earlier versions get today's names in one
-place, `upgrade_config`.
+tensors and plain values only.
 """
 import argparse
 import glob
@@ -99,9 +98,8 @@ def load_checkpoint(path, keys=("model", "config")):
     """Read a checkpoint (`path`: the file, or a run folder) onto the CPU: a dict.
 
     Of a folder: last.pt or, if that is damaged or missing, previous.pt, with a line on stderr and
-    "fallback": True in the dict. A run's config has today's names, see `upgrade_config`. Raises
-    UserError if there is no checkpoint, if it is damaged, if it lacks one of `keys`, or if a run's
-    values are not of their kinds.
+    "fallback": True in the dict. Raises UserError if there is no checkpoint, if it is damaged, if
+    it lacks one of `keys`, or if a run's values are not of their kinds.
     """
     if os.path.isdir(path):
         return load_last_or_previous(path, keys)
@@ -117,10 +115,9 @@ def load_checkpoint(path, keys=("model", "config")):
     names = state.get("class_names")
     if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
         state["class_names"] = [class_name(name) for name in names]
-    if is_run(state):
+    if is_run_checkpoint(state):
         try:
             check_run(state)
-            state["config"] = upgrade_config(state["config"])
             check_settings(state["config"])
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
@@ -164,8 +161,8 @@ def read_safely(path):
                         "or damaged") from None
 
 
-def is_run(state):
-    """Is this a checkpoint of this project: weights, class names and a run's settings?"""
+def is_run_checkpoint(state):
+    """Does a file hold a run of this project: weights, class names and a run's settings?"""
     config = state.get("config")
     if not isinstance(config, dict) or not {"model", "class_names"} <= state.keys():
         return False
@@ -261,48 +258,3 @@ def load_weights(model, weights, what):
         if not tensor.to(dtype).isfinite().all():
             raise UserError(f"{what} is damaged, or its training has failed: its weights {key} are "
                             "not finite; train it again, or take an earlier checkpoint")
-
-
-# ---- Settings of older runs ----------------------------------------------------------------------
-
-# Settings that were added later, with the value that runs had before.
-OLD_DEFAULTS = {
-    "student": dict(stem="patch", layer_scale=0.0, tau=1.0, teacher_view="same", rand_ops=2,
-                    logit_adjustment=False, mix_drw=False, teacher_rho=None, teacher_norm=None,
-                    teacher_size=None, holdout=None, train_list=None, test_list=None),
-    "teacher": dict(img_size=32, norm="cifar", augment="weak", rho_schedule="constant",
-                    holdout=None, train_list=None, test_list=None),
-}
-# Older names and values. Those without a counterpart mattered in training only.
-RENAMED = {"adjust": "logit_adjustment", "policy": "rand_ops", "teacher_sees": "teacher_view"}
-NEW_VALUES = {
-    "recipe": {"best": "ours"},
-    "stem": {"conv2": "conv"},
-    "adjust": {"none": False, "cls": True, "dist": True, "both": True},
-    "policy": {"rand": 2, "three": 0, "none": 0},
-    "teacher_sees": {"mirrored": "same"},
-}
-DROPPED = ("trained", "sampling", "cls_loss", "tensorboard", "wandb")
-
-
-def upgrade_config(config):
-    """An older run's settings (a dict) under today's names, with "format": 1.
-
-    Settings that have a "format" are returned as they are. Raises UserError for a student whose
-    stem no longer exists: "conv" was one convolution per size, and is now what "conv2" was.
-    """
-    if "format" in config:
-        return config
-    if config.get("stem") == "conv":
-        raise UserError("its stem of one convolution per size no longer exists; train the run "
-                        "again with --stem conv")
-    upgraded = {"format": 1} | OLD_DEFAULTS["student" if "method" in config else "teacher"]
-    if "method" in config:
-        alone = config["method"] == "vit"       # the one method that had neither DIST nor a teacher
-        upgraded |= dict(tokens=1 if alone else 2, distill="none" if alone else "hard")
-    for name, value in config.items():
-        if name not in DROPPED:
-            if name in NEW_VALUES and isinstance(value, (str, bool)):   # no list of a damaged file
-                value = NEW_VALUES[name].get(value, value)
-            upgraded[RENAMED.get(name, name)] = value
-    return upgraded

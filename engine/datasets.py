@@ -69,8 +69,6 @@ def load(args, rt):
     dataset, root, imb, kind = args.dataset, args.data_dir, args.imb, args.imb_type
     if dataset not in DATASETS:
         raise DataError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
-    if imb is None and dataset in ("shapes", "cifar10", "cifar100"):
-        imb = 100
     if dataset == "shapes":
         return load_shapes(imb, kind).to(rt.device)
     fingerprint = ""
@@ -78,7 +76,7 @@ def load(args, rt):
         num_classes = int(dataset.removeprefix("cifar"))
         read = functools.partial(load_cifar, root, num_classes, imb, kind, args.holdout)
     else:
-        train, test, label = find_files(args, imb)
+        train, test, label = find_files(args)
         fingerprint = train.fingerprint(root) + test.fingerprint(root)
         read = functools.partial(read_files, args, label, train, test, fingerprint, rt)
     key = (dataset, os.path.abspath(root), imb, kind, args.holdout, image_sizes(args), fingerprint)
@@ -106,11 +104,11 @@ def has_files(args):
 
 def fingerprint_of_files(args):
     """The fingerprint that the data of these (filled) settings would have; nothing is decoded."""
-    train, test, _ = find_files(args, args.imb)
+    train, test, _ = find_files(args)
     return train.fingerprint(args.data_dir) + test.fingerprint(args.data_dir)
 
 
-def find_files(args, imb):
+def find_files(args):
     """(training Files, test Files, label) of a data set of image files; nothing is decoded."""
     if args.dataset == "folder":
         train, test = own_folder(*own_settings(args))
@@ -118,8 +116,8 @@ def find_files(args, imb):
     if args.dataset in LISTS:
         return listed_set(args.dataset, args.data_dir, (args.train_list, args.test_list),
                           args.list_columns, args.holdout, args.holdout_by)
-    return cifar_folder(args.data_dir, int(args.dataset.removeprefix("cifar")), imb, args.imb_type,
-                        args.holdout, args.skip_bad)
+    return cifar_folder(args.data_dir, int(args.dataset.removeprefix("cifar")), args.imb,
+                        args.imb_type, args.holdout, args.skip_bad)
 
 
 def image_sizes(args):
@@ -284,16 +282,13 @@ def load_cifar(root, num_classes, imb=100, kind="exp", holdout=None):
             f"CIFAR-{num_classes} is not under {place} and could not be downloaded ({error}); put "
             "torchvision's folder or train/<class>/*, test/<class>/* there, or name its place "
             f"with --data-dir{advice}") from None
+    # These are the published images: torchvision has compared their MD5 sums.
     x, y = train.data, np.array(train.targets)                  # uint8 (N,32,32,3), (N,)
     test_x, test_y = test.data, np.array(test.targets)
     kept, held_out = select_cifar(y, num_classes, imb, kind, holdout)
     if holdout:
         test_x, test_y = x[held_out], y[held_out]
-    label = cifar_label(num_classes, holdout)
-    counts = [np.bincount(part.targets, minlength=num_classes) for part in (train, test)]
-    if cifar_difference(train.classes, *counts):
-        label = unpublished(label)
-    return sort_classes(f"cifar{num_classes}", label,
+    return sort_classes(f"cifar{num_classes}", cifar_label(num_classes, holdout),
                         (channels_first(x[kept]), y[kept]), (channels_first(test_x), test_y),
                         train.classes)
 

@@ -62,15 +62,15 @@ def student_heads(net, x):
     return {"cls": cls_logits, "dist": dist_logits, "avg": (cls_logits + dist_logits) / 2}
 
 
-def combined(student_logits, teacher_logits):
-    """Logits (B,K) of student and teacher as one network: ln of the mean of their probabilities.
+def combined(student, teacher):
+    """Logits (B,K) of two networks as one, of theirs (B,K): ln of the mean of their probabilities.
 
     As an ensemble of teachers has it. The mean of logits, or of their log-softmax, which has the
     same largest class, would be decided by the network whose logits are larger: LDAM's are 30 times
     a cosine. Not finite where one of the two is not.
     """
-    log_p, log_q = (x.float().log_softmax(dim=1) for x in (student_logits, teacher_logits))
-    finite = 0 * (student_logits + teacher_logits).float()              # 0, or NaN
+    log_p, log_q = (x.float().log_softmax(dim=1) for x in (student, teacher))
+    finite = 0 * (student + teacher).float()                            # 0, or NaN
     return torch.logaddexp(log_p, log_q) - math.log(2) + finite
 
 

@@ -52,16 +52,13 @@ class Probe:
         self.rt, self.seconds, self.count = rt, seconds, WARM_UP[rt.device.type]
         self.step, self.evaluation = [], None
 
-    def now(self):
-        return self.rt.now()
-
     def start(self, args, data, parts, metrics, images, batch, passes=None):
         self.metrics, self.steps = metrics, -(-images // batch)
         self.passes = passes or [1] * args.epochs
         self.compiled = getattr(args, "compile", False)
 
     def begin_epoch(self, epoch):
-        self.times = [self.now()]
+        self.times = [self.rt.now()]
 
     def remaining_steps(self, epoch, batches):
         return islice(enumerate(cycle(batches)), self.count)
@@ -71,7 +68,7 @@ class Probe:
         them the host runs ahead of the device as it does in training.
         """
         if epoch == 0 or step in (0, self.count - 1):
-            self.times.append(self.now())
+            self.times.append(self.rt.now())
         if epoch == 0:
             self.warm = self.times[-1] - self.times[0]
             self.warm_step = self.times[-1] - self.times[-2]
@@ -91,7 +88,7 @@ class Probe:
 
     def after_epoch(self, epoch, results, **record):
         self.stop_if_asked(*all_max([runtime.stop_signal], self.rt))
-        self.evaluation = self.now() - self.times[-1]
+        self.evaluation = self.rt.now() - self.times[-1]
         if epoch == 0:
             fewest, most = TIMED
             wanted = SHARE * self.seconds / self.warm_step
@@ -152,9 +149,9 @@ def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
             few = replace(few, train_labels=data.train_labels[:count])
             if gpu:                             # batches of another size: it chooses kernels
                 at_end(twin, few, rt)
-            began = probe.now()
+            began = rt.now()
             at_end(twin, few, rt)
-            end = (probe.now() - began) / len(few.train_labels) * min(images, SUMMARY_IMAGES)
+            end = (rt.now() - began) / len(few.train_labels) * min(images, SUMMARY_IMAGES)
     costs = probe.costs(tests / len(few.test_labels))
     left = budget - (time.monotonic() - run.began) - probe.beginning() - end
     epochs, every = all_max(most_epochs(left, costs, args) if rt.main else (0, 0), rt)

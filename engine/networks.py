@@ -27,20 +27,18 @@ here (1, 10, 2), names are needed.
 import hashlib
 import os
 import sys
-import warnings
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isqrt, log
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import augment
 import data_lt
 import resnet
 import vit
-from engine.checkpoints import are_names, check_tensors, is_run, load_checkpoint, load_weights
+from engine.checkpoints import (are_names, check_tensors, is_run_checkpoint, load_checkpoint,
+                                load_weights)
 from engine.runtime import UserError, one_line
 from images.files import class_name, shown, some
 
@@ -125,21 +123,18 @@ def build_student(config, num_classes, distilled):
 
     Raises ValueError for sizes that do not fit together.
     """
-    stem = config.get("stem", "patch")
-    if stem not in STEMS:
-        raise ValueError(f"there is no stem {stem!r}")
     return vit.MODELS[config["model"]](
         img_size=config["img_size"], patch_size=config["patch_size"], num_classes=num_classes,
-        drop_path=config["drop_path"], distilled=distilled, stem=STEMS[stem],
-        layer_scale=config.get("layer_scale") or None,
+        drop_path=config["drop_path"], distilled=distilled,
+        stem=STEMS[config.get("stem", "patch")], layer_scale=config.get("layer_scale") or None,
         checkpointing=config.get("checkpointing", False))
 
 
 def whiten(net, data, device):
     """Compute the stem of a FastNet from 2,000 training images (at 32 px), evenly spread."""
     n = len(data.train_labels)
-    some = min(n, max(1, 2000 * 32 ** 2 // net.img_size ** 2))
-    index = torch.linspace(0, n - 1, some).long().to(device)
+    count = min(n, max(1, 2000 * 32 ** 2 // net.img_size ** 2))
+    index = torch.linspace(0, n - 1, count).long().to(device)
     images = augment.to_float(data.train_images[index])
     net.whiten(augment.resize(images, net.img_size))
 
@@ -174,7 +169,10 @@ def load_network(path, norm=None, size=None):
     state = load_checkpoint(path, keys=())
     name = os.path.basename(os.path.normpath(path))
     try:
-        network = run_network(state, name) if is_run(state) else foreign_network(state, name)
+        if is_run_checkpoint(state):
+            network = run_network(state, name)
+        else:
+            network = foreign_network(state, name)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
             ValueError) as error:                               # known names, odd values or shapes
         text = one_line(f"{type(error).__name__}: {error}")
@@ -232,29 +230,10 @@ def foreign_network(state, name):
 
 
 def fitted(build, weights, name):
-    """The network of build(), with these weights.
-
-    Shapes are compared first, on the meta device: what a damaged file says may need more memory
-    than there is.
-    """
-    with suppress(NotImplementedError), warnings.catch_warnings():  # RegNets compute with tensors
-        warnings.simplefilter("ignore")                             # that nothing is copied
-        with torch.device("meta"), WithoutChanges():
-            load_weights(build(), weights, name)
+    """The network of build(), with these weights."""
     net = build()
     load_weights(net, weights, name)
     return net
-
-
-class WithoutChanges(TorchFunctionMode):
-    """Leaves out what would change tensors (normal_, copy_, ...), which on the meta device have no
-    numbers: some of these functions import PyTorch's compiler there, for two seconds."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.__name__.endswith("_") and not func.__name__.endswith("__"):
-            return args[0] if args else kwargs["tensor"]                # as nn.init calls it
-        return func(*args, **kwargs)
 
 
 def weights_digest(net, names=None):
@@ -558,8 +537,7 @@ def joined(networks, path):
         raise UserError(f"{path}: two students; name one, its teacher, or both together")
     net, what = mean_of(teachers, path)
     weights = "+".join(network.weights for network in networks)
-    fingerprints = {network.data for network in networks} - {"", None}
-    known = fingerprints.pop() if len(fingerprints) == 1 else "+".join(sorted(fingerprints))
+    known = "+".join(sorted({network.data for network in networks} - {""}))
     configs = [network.config for network in networks]
     if not students:
         return replace(networks[0], net=net, what=what, weights=weights, configs=configs,

@@ -14,7 +14,7 @@ import sys
 import time
 
 from engine import runtime
-from engine.checkpoints import load_checkpoint, upgrade_config
+from engine.checkpoints import load_checkpoint
 from engine.datasets import fingerprint_of_files, has_files
 from engine.evaluation import COLUMNS, advice, table
 from engine.lock import Lock, held
@@ -24,22 +24,22 @@ from engine.runtime import PRECISIONS, UserError, all_max, exit_together
 from engine.settings import NOT_RESUMED, defaults, flag, set_epochs
 from engine.training import check_compiler
 
-# Format of a run folder's settings. Runs without one have older names, see upgrade_config; only
-# runs of this format can be resumed.
-FORMAT = 2
+FORMAT = 2          # of a run folder's settings: runs of another one can only be evaluated
 RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
-# What can be done about a teacher that another script would train.
+# What can be done about a run in the way, and about a teacher that another script would train.
+AGAIN = "--overwrite starts it again, --out names another folder"
 REMOVE = "remove that folder to train this teacher again, or name another with --teacher"
 LACKS = "the log lacks epochs"      # in `forced` of a run that went on with such a log
-# All files that this project writes into a run's folder: what --overwrite removes.
+# All files that this project writes into a run's folder: what --overwrite removes, in this order.
 FIGURES = ("attention", "distance", "rank", "augment", "entropy", "sharpness", "diversity",
            "imbalance", "curves")
 BEGUN_AGAIN = "overwriting"     # file of a run that --overwrite has locked but not begun yet
-OWN_FILES = (BEGUN_AGAIN, "result.json", "last.pt", "previous.pt", "log.jsonl", "config.json",
+OWN_FILES = ("result.json", "last.pt", "previous.pt", "log.jsonl", "config.json",
              "summary.png", "per_class.csv", "confusion.csv", "confusion.png", "calibration.json",
-             "heads.csv", "report.html", "model.pt2", "model.json", "model.onnx", "with_*",
+             "heads.csv", "report.html", "model.pt2", "model.json", "model.onnx",
              "events.out.tfevents.*",
-             *(f"{figure}.{ending}" for figure in FIGURES for ending in ("png", "csv", "json")))
+             *(f"{figure}.{ending}" for figure in FIGURES for ending in ("png", "csv", "json")),
+             BEGUN_AGAIN)       # last: without it a restarted worker resumes what is still there
 # What config.json says besides the settings.
 ABOUT = ("classes", "counts", "class_groups", "versions", "hardware", "amp_dtype", "forced",
          "fingerprint", "teachers")
@@ -48,11 +48,12 @@ ABOUT = ("classes", "counts", "class_groups", "versions", "hardware", "amp_dtype
 class PastRun:
     """What a run's folder holds, of which only the main process writes.
 
-    The folder is this run's own from here on, unless its run is over. table: of Settings. wait: for
-    another process that trains there, as several students may need the same teacher.
+    The folder is this run's own from here on, unless its run is over. settings: the script's table
+    of them. wait: for another process that trains there, as several students may need the same
+    teacher.
     """
 
-    def __init__(self, folder, args, rt, table, wait):
+    def __init__(self, folder, args, rt, settings, wait):
         self.folder, self.rt, self.log_path = folder, rt, os.path.join(folder, "log.jsonl")
         self.checkpoint = os.path.join(folder, "last.pt")
         self.previous = os.path.join(folder, "previous.pt")
@@ -61,7 +62,7 @@ class PastRun:
         place = list(PRECISIONS).index(rt.amp) if rt.main else 0
         self.precision = [*PRECISIONS.values()][all_max([place], rt)[0]]    # the main process's
         self.start_epoch, self.start_step = 0, 0
-        self.defaults = defaults(table)
+        self.defaults = defaults(settings)
         # torchrun counts restarts on each machine; one that was replaced counts from 0.
         restarts, = all_max([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], rt)
         self.restarted = restarts > 0
@@ -81,12 +82,11 @@ class PastRun:
             return
         if os.path.exists(self.checkpoint) or os.path.exists(self.previous):
             if not self.resume:
-                raise UserError(f"{folder} already holds a run: --resume continues it, --overwrite "
-                                "starts it again, --out names another folder")
+                raise UserError(f"{folder} already holds a run: --resume continues it, {AGAIN}")
             self.read_state(args)
         elif self.finished:
             raise UserError(f"{folder} holds another run's result, and no checkpoint to go on "
-                            "from: --overwrite starts it again, --out names another folder")
+                            f"from: {AGAIN}")
         if args.resume and not self.resumed and not wait:
             rt.print(f"There is nothing to resume in {folder}: beginning")
         self.check_place()
@@ -121,13 +121,13 @@ class PastRun:
             self.over = self.is_over(fitted)
             if self.over:
                 return
-            self.check_writable()
             mine = held.get(os.path.realpath(self.folder))      # of an earlier Run
             lock = mine or Lock(self.folder)
             if mine or lock.take():
                 self.lock = lock
                 runtime.at_end.append(lock.release)
-                if self.overwrite:          # for a restarted worker: the files are not its own
+                # For a worker that torchrun restarts: the files are not its own.
+                if self.overwrite and "TORCHELASTIC_RESTART_COUNT" in os.environ:
                     with open(os.path.join(self.folder, BEGUN_AGAIN), "w"):
                         pass
                 return
@@ -147,7 +147,7 @@ class PastRun:
             self.over = bool(over)
             if over or locked:
                 if epochs[0]:
-                    self.set_epochs(args, *epochs)
+                    self.take_epochs(args, *epochs)
                 return
             if stop:
                 sys.exit(128 + stop)
@@ -170,11 +170,14 @@ class PastRun:
 
     def remove_files(self):
         """Remove what this project has written into the folder, for --overwrite."""
-        for pattern in OWN_FILES:
-            for path in glob.glob(os.path.join(glob.escape(self.folder), pattern)):
-                os.remove(path)
+        for name in OWN_FILES:
+            for pattern in (name, f"with_*_{name}"):    # with other networks: analyze.output_path
+                for path in glob.glob(os.path.join(glob.escape(self.folder), pattern)):
+                    if not os.path.isdir(path):
+                        os.remove(path)
 
-    def set_epochs(self, args, epochs, eval_every):
+    def take_epochs(self, args, epochs, eval_every):
+        """--minutes: as many epochs as the run was begun with."""
         if args.minutes is not None and not self.measured:
             set_epochs(args, epochs, eval_every)
             self.measured = True
@@ -183,22 +186,16 @@ class PastRun:
         """Is the run finished, with these settings, so that nothing is left to train?
 
         Reads result.json and config.json only: the checkpoints may be gone, the folder another's.
-        UserError to resume one with other settings.
+        UserError for one of another format, or to resume one with other settings.
         """
         if not self.finished or self.overwrite:
             return False
         if not os.path.exists(os.path.join(self.folder, "config.json")):
             return False                                    # --resume writes it again
+        config = read_json(self.folder, "config.json")
+        self.check_format(config)
         if read_json(self.folder, "result.json")["epochs"] < args.epochs:
             return False
-        config = read_json(self.folder, "config.json")
-        if config.get("format") != FORMAT:                  # older settings are not all comparable
-            if self.resume:
-                return True
-            config = {name: value for name, value in upgrade_config(config).items()
-                      if value is not None} | {"format": FORMAT}
-        if isinstance(config.get("groups"), dict):          # an older name of class_groups
-            del config["groups"]
         changes = self.changes(config, args, (*NOT_RESUMED, *ABOUT, "amp", "processes"))
         if changes and not self.resume:
             return False
@@ -207,16 +204,11 @@ class PastRun:
             self.rt.print(f"--force: nothing is left to train with {changes}")
         return True
 
-    def check_writable(self):
-        """UserError now, rather than after hours of a teacher's training."""
-        existing = self.folder
-        while not os.path.exists(existing) and os.path.dirname(existing) != existing:
-            existing = os.path.dirname(existing) or "."
-        if not os.path.isdir(existing):
-            raise UserError(f"{existing} is a file: a run needs a folder, --out names another")
-        if not os.access(existing, os.W_OK):
-            raise UserError(f"the run folder {self.folder} cannot be written (read-only, or not "
-                            "yours); --out names another")
+    def check_format(self, config):
+        """UserError for the settings of a run of another format."""
+        if config.get("format") != FORMAT:
+            raise UserError(f"{self.folder} was begun by an earlier version of this code: "
+                            f"{REMOVE if self.wait else AGAIN}")
 
     def read_state(self, args):
         self.resumed = state = load_checkpoint(self.folder, ("model", "config", "epoch"))
@@ -225,9 +217,7 @@ class PastRun:
         self.forced = state.get("forced", [])
         if not is_like([self.start_epoch, self.start_step], [0]) or not is_like(self.forced, [""]):
             raise UserError(f"{self.checkpoint} is damaged: it does not say how far the run is")
-        if state["config"].get("format") != FORMAT:
-            raise UserError(f"{self.folder} was begun by an older version of this project: it can "
-                            "be evaluated, not resumed; --overwrite starts it again")
+        self.check_format(state["config"])
         old = state["config"] | {"processes": state.get("world", self.rt.world)}
         if "amp" in state or old["amp"] == "auto":
             old["amp"] = state.get("amp", self.precision)
@@ -238,7 +228,7 @@ class PastRun:
             raise UserError(f"{self.folder} was begun {begun}, which cannot be changed: " +
                             (REMOVE if self.wait else "--resume --force --epochs N trains it for "
                              "N epochs"))
-        self.set_epochs(args, old["epochs"], old["eval_every"])     # where config.json is lost
+        self.take_epochs(args, old["epochs"], old["eval_every"])    # where config.json is lost
         if ("method" in old) != hasattr(args, "method"):
             kinds = ("student", "teacher") if "method" in old else ("teacher", "student")
             raise UserError(f"{self.checkpoint} is a {kinds[0]}'s, not a {kinds[1]}'s: --out names "
@@ -331,29 +321,21 @@ class PastRun:
 
         Also if the processes have different images: each would number the classes for itself.
         """
-        here = dict(white=data.white, class_names=data.class_names, counts=data.counts)
-
-        def check():
-            there = here
-            if self.resumed:            # counts differ where files no longer open
-                there = here | {"white": 65535} | self.resumed
-            self.check_images(data.fingerprint)
-            if any(there[name] != here[name] for name in here):
-                self.refuse_images()
-        self.write(check)
-        mine = hashlib.sha256(repr((data.fingerprint, here)).encode()).hexdigest()
+        here = dict(data=data.fingerprint, white=data.white, class_names=data.class_names,
+                    counts=data.counts)                 # which differ where files no longer open
+        there = {"white": 65535} | self.resumed if self.resumed else {}
+        self.write(lambda: self.check_images(there, here))
+        mine = hashlib.sha256(repr(here).encode()).hexdigest()
         if self.differs([int(mine[:12], 16)]):
             exit_together(UserError("not all processes have the same images: each machine needs "
                                     "the same files in its --data-dir"), self.rt)
 
-    def check_images(self, fingerprint):
-        if self.fingerprint() not in (None, fingerprint):
-            self.refuse_images()
-
-    def refuse_images(self):
-        advice = "--overwrite trains it again, --out names another folder"
-        raise UserError(f"{self.folder} was trained on other images than these, or with another "
-                        f"white level or other classes: {REMOVE if self.wait else advice}")
+    def check_images(self, there, here):
+        """UserError if what is known of the run's images, `there`, is not as `here`: dicts."""
+        if any(there.get(name, value) != value for name, value in here.items()):
+            raise UserError(f"{self.folder} was trained on other images than these, or with "
+                            "another white level or other classes: "
+                            f"{REMOVE if self.wait else AGAIN}")
 
     def check_teacher(self, args, teacher, data):
         """Remember which networks the teacher is: their files, hashes of weights, and data.
@@ -364,22 +346,13 @@ class PastRun:
         for known in teacher.origin:
             check_origin(f"the teacher {known['file']}", known, data, self.rt)
         self.teachers = teacher.origin
-        old = (self.resumed or {}).get("teachers", self.hashes())       # none in older runs
+        old = (self.resumed or {}).get("teachers", self.hashes())
         if old != self.hashes():
             self.force(args, f"the teacher's weights {old} -> {self.hashes()}")
 
     def hashes(self):
         """Of the teachers' weights, for the checkpoint: a text, which is compared as it is."""
         return ",".join(known["weights"] for known in self.teachers)
-
-    def fingerprint(self):
-        """Of the images that the run in this folder was trained on; None if that is not known."""
-        if self.over:
-            config = read_json(self.folder, "config.json")
-            if "fingerprint" in config or not os.path.exists(self.checkpoint):
-                return config.get("fingerprint")
-            return load_checkpoint(self.folder).get("data")         # a run from before it was there
-        return self.resumed and self.resumed.get("data")
 
     def print_if_finished(self, args, title, draw=None):
         """True, after printing its table, if nothing is left to train.
@@ -390,7 +363,8 @@ class PastRun:
         if not self.over:
             return False
         if has_files(args):
-            self.write(lambda: self.check_images(fingerprint_of_files(args)))
+            self.write(lambda: self.check_images(read_json(self.folder, "config.json"),
+                                                 {"fingerprint": fingerprint_of_files(args)}))
         result = read_json(self.folder, "result.json")
         rows = {name: r for name, r in result.items()
                 if is_like(r, {"": 0.0}) and set(COLUMNS) <= r.keys()}
@@ -419,7 +393,7 @@ class PastRun:
                 error = caught
             except OSError as caught:
                 error = UserError(f"cannot write in {self.folder}: {caught.strerror}; what was "
-                                  "written before is intact")
+                                  "written before is intact, --out names another folder")
         failed, = all_max([int(error is not None)], self.rt)
         if failed:
             exit_together(error, self.rt)

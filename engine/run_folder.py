@@ -38,24 +38,19 @@ TIMED = (3, 13)     # the steps between which the time left is estimated
 
 
 class Run(PastRun):
-    """One run's folder, of which only the main process writes.
+    """A PastRun's folder while the run is trained in it: this run's own until `finish`.
 
-    It is this run's own until `finish`. Refuses to overwrite another run, to train where another
-    process trains, and to resume with other settings (engine/past_run.py). A training script calls
-    `start`, then `begin_epoch`, `remaining_steps`, `after_step` and `after_epoch` in its loop, then
-    `finish`.
-
-    table: of Settings. wait: for another process that trains there, as several students may need
-    the same teacher.
+    A training script calls `start`, then `begin_epoch`, `remaining_steps`, `after_step` and
+    `after_epoch` in its loop, then `finish`.
     """
 
-    def __init__(self, folder, args, rt, table=(), wait=False):
+    def __init__(self, folder, args, rt, settings=(), wait=False):
         self.every_steps, self.every_seconds = math.inf, math.inf
         if args.save_every.endswith("m"):
             self.every_seconds = 60 * float(args.save_every[:-1])
         else:
             self.every_steps = int(args.save_every)
-        super().__init__(folder, args, rt, table, wait)
+        super().__init__(folder, args, rt, settings, wait)
 
     # ---- Before the loop -------------------------------------------------------------------------
 
@@ -126,15 +121,15 @@ class Run(PastRun):
 
     def begin_epoch(self, epoch):
         """Start the epoch's clock and sums, or go on with those of a half-done one."""
-        sums = torch.zeros(len(self.metrics) + 1, device=self.rt.device)    # the last: finite steps
+        # The last sum is that of finite steps.
+        self.sums = torch.zeros(len(self.metrics) + 1, device=self.rt.device)
         self.started = time.monotonic()
         if self.timer is not None and self.timed < TIMED[1]:    # an evaluation is no step
             self.timer += self.started - self.stepped
         if epoch == self.start_epoch and self.start_step:
             sums_by_rank, seconds = self.half_epoch
             self.started -= seconds
-            sums.copy_(sums_by_rank[self.rt.rank])
-        self.sums = sums
+            self.sums.copy_(sums_by_rank[self.rt.rank])
 
     def remaining_steps(self, epoch, batches):
         """(step, batch) of an epoch, without the steps that a resumed run has behind it."""

@@ -86,7 +86,9 @@ def run_main(main):
     except KeyboardInterrupt:
         print("Interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise                               # cuBLAS and cuDNN have no class for it
         advice = ("; less is needed with --checkpointing, a smaller --micro-batch (of a teacher: "
                   "--batch) or --amp fp16")
         print(f"error: the GPU's memory is too small ({one_line(error, 90)})"
@@ -259,6 +261,21 @@ def keep_freed_memory():
         LIBC.mallopt(-1, 2 ** 31 - 1)               # M_TRIM_THRESHOLD: nothing is returned
 
 
+def use_gpu(device):
+    """Make it this process's GPU. UserError if it cannot compute.
+
+    torch counts all GPUs, also those that this build has no kernels for, that are full, or that
+    another process has to itself.
+    """
+    try:
+        torch.cuda.set_device(device)
+        torch.ones(1, device=device).add(1).cpu()
+    except RuntimeError as error:
+        raise UserError(f"{device} cannot be used ({one_line(error, 90)}): another torch or driver "
+                        "may fit it; else --device cpu") from None
+    torch.backends.cudnn.benchmark = True
+
+
 def setup(device="auto", amp="auto"):
     """Runtime of this process; joins torchrun's process group. UserError for a missing device."""
     if "TORCHELASTIC_RUN_ID" in os.environ:         # torchrun's child
@@ -283,12 +300,11 @@ def setup(device="auto", amp="auto"):
                         "devices; use --device cpu")
     device = torch.device(f"cuda:{local}" if device == "cuda" else device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
+        use_gpu(device)
     else:
         keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:     # torch does not know of a quota of time
-            torch.set_num_threads(min(torch.get_num_threads(), cpus()))
+    if "OMP_NUM_THREADS" not in os.environ:         # torch does not know of a quota of time
+        torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
@@ -298,6 +314,9 @@ def setup(device="auto", amp="auto"):
                             f"torchrun, or unset WORLD_SIZE ({one_line(error)})") from None
     if amp == "auto":
         amp = "bf16" if has_bf16(device) else "none"
+        if amp == "none" and device.type == "cuda" and rank == 0:
+            print("This GPU has no fast bfloat16, so it works in float32: --amp fp16 is faster",
+                  file=sys.stderr)
     dtype, = (dtype for dtype, name in PRECISIONS.items() if name == amp)
     return Runtime(device, rank, world, dtype)
 

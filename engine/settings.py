@@ -119,7 +119,7 @@ def add_run_flags(parser):
     data.add_argument("--skip-bad", action="store_true",
                       help="list unusable images and continue without them [list and stop]")
     run = parser.add_argument_group("run")
-    recipes = ("auto", "paper", "cpu", "ours", "gpu", "best")
+    recipes = ("auto", "paper", "cpu", "ours", "gpu")
     run.add_argument("--recipe", default="auto", choices=recipes, metavar="NAME",
                      help="paper, cpu, ours; gpu: ours, larger, for CIFAR [GPU: paper; else cpu, "
                           "for own images ours]")
@@ -172,17 +172,10 @@ def add_settings(parser, table):
     for setting in table:
         text = f"{setting.help} [{setting.value}]"
         if isinstance(setting.value, bool):
-            group.add_argument(flag(setting.name), action=BooleanFlag, default=None, help=text)
+            group.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, help=text)
         else:
             kind = type(setting.value)
             group.add_argument(flag(setting.name), type=kind, help=text, metavar="X")
-
-
-class BooleanFlag(argparse.BooleanOptionalAction):
-    """--x and --no-x, of which --help shows the first."""
-
-    def format_usage(self):
-        return self.option_strings[0]
 
 
 def flag(name):
@@ -248,11 +241,11 @@ def pick_recipe(args, recipes, rt):
     """Replace args.recipe by its name and return its row for args.dataset, a dict.
 
     recipes: {recipe: {dataset: row}}. "auto" is the paper's on a GPU; without one cpu, the paper's
-    method in small, but ours for a user's own images; or whichever the data set has. "best" is an
-    older name of "ours". The teacher of "gpu" is that of "ours". UserError if there is none.
+    method in small, but ours for a user's own images; or whichever the data set has. The teacher of
+    "gpu" is that of "ours". UserError if there is none.
     """
     known = [name for name in recipes if args.dataset in recipes[name]]
-    if args.recipe == "best" or (args.recipe == "gpu" and "gpu" not in recipes):
+    if args.recipe == "gpu" and "gpu" not in recipes:
         args.recipe = "ours"
     if args.recipe == "auto":
         order = ["cpu", *known, "paper"]

@@ -64,17 +64,17 @@ class Meter(Probe):
 
     def after_step(self, epoch, step, images, values, finite):
         if step < self.count:                                   # to warm up
-            self.started = self.now()
+            self.started = self.rt.now()
             if step + 1 >= TIMED and self.started - self.times[0] > self.seconds:
                 self.count = step + 1                           # slow steps: no more of them
         elif not self.profiler:                                 # the host runs ahead, as in a run
             self.images, self.timed = self.images + images, self.timed + 1
             if self.timed >= TIMED and time.monotonic() - self.started > self.seconds:
-                self.step = (self.now() - self.started) / self.timed
+                self.step = (self.rt.now() - self.started) / self.timed
                 self.profiler = torch.profiler.profile(activities=self.activities())
                 self.profiler.start()
         elif step == self.count + self.timed + PROFILED - 1:
-            self.now()
+            self.rt.now()
             self.profiler.stop()
             raise Measured
 

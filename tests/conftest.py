@@ -1,4 +1,5 @@
 """Shared by all tests: the project on the path, one thread, a tiny CIFAR-like folder of images."""
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")     # before CUDA is used; one_gpu sets its GPU
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                            # the networks are too small for more

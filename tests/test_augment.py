@@ -229,7 +229,7 @@ def test_erasing_draws_its_box_as_the_formula_and_leaves_the_rest_untouched(area
     Of boxes of 30 to 90 % of the picture many do not fit, so that the later tries count too.
     """
     n, h, w = 2000, 32, 24
-    settings = {} if prob == 0.25 else {"area": area, "prob": prob}         # first: the defaults
+    settings = {} if prob == 0.25 else {"scale": area, "prob": prob}         # first: the defaults
     _, mask = erase(n, h, w, **settings)
     erased = mask.flatten(1).any(dim=1)
     assert as_expected(erased.sum(), n, prob)
@@ -269,7 +269,7 @@ def test_erasing_can_be_always_on_or_off_and_does_without_a_box_that_fits():
     """A box in spite of probability 0, or although none of ten tries lies inside the picture."""
     pictures = noise(300, 16, 16)
     assert torch.equal(augment.random_erasing(pictures, prob=0.0), pictures)
-    assert torch.equal(augment.random_erasing(pictures, prob=1.0, area=(1.5, 2.0)), pictures)
+    assert torch.equal(augment.random_erasing(pictures, prob=1.0, scale=(1.5, 2.0)), pictures)
     changed = augment.random_erasing(pictures, prob=1.0) != pictures
     assert changed.flatten(1).any(dim=1).all()
 

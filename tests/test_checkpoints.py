@@ -1,4 +1,4 @@
-"""engine/checkpoints.py: files that are damaged, half written or foreign; older settings."""
+"""engine/checkpoints.py: files that are damaged, half written or foreign."""
 import io
 import json
 import math
@@ -12,7 +12,7 @@ import torch
 
 from conftest import ROOT
 from engine import checkpoints, records
-from engine.checkpoints import load_checkpoint, save_checkpoint, upgrade_config, write_atomically
+from engine.checkpoints import load_checkpoint, save_checkpoint, write_atomically
 from engine.runtime import UserError
 
 
@@ -369,74 +369,3 @@ def test_weights_that_do_not_fit_are_refused_in_one_line():
         with pytest.raises(UserError, match="^run.pt does not fit the network: ") as error:
             checkpoints.load_weights(net, weights, "run.pt")
         one_line(error)
-
-
-# ---- settings of older runs ----
-
-STUDENT = {"method": "deit-lt", "model": "micro", "img_size": 32, "patch_size": 8, "drop_path": 0.1}
-
-
-@pytest.mark.parametrize("old, new", [
-    (dict(stem="conv2", recipe="best"), dict(stem="conv", recipe="ours")),
-    (dict(adjust="none"), dict(logit_adjustment=False)),
-    (dict(adjust="cls"), dict(logit_adjustment=True)),
-    (dict(adjust="both"), dict(logit_adjustment=True)),
-    (dict(policy="rand"), dict(rand_ops=2)),
-    (dict(policy="three"), dict(rand_ops=0)),
-    (dict(policy="none"), dict(rand_ops=0)),
-    (dict(teacher_sees="weak"), dict(teacher_view="weak")),
-    (dict(teacher_sees="mirrored"), dict(teacher_view="same")),
-    (dict(tokens=1, distill="soft", tau=3.0), dict(tokens=1, distill="soft", tau=3.0)),
-    ({}, dict(stem="patch", layer_scale=0.0, tokens=2, distill="hard", rand_ops=2,
-              logit_adjustment=False, teacher_view="same", tau=1.0, mix_drw=False)),
-    (dict(method="vit"), dict(tokens=1, distill="none")),
-])
-def test_settings_of_an_older_student_get_todays_names(old, new):
-    """A run that is evaluated with another network or a comparison of runs by a wrong setting."""
-    config = STUDENT | old
-    upgraded = upgrade_config(config)
-    assert {name: upgraded[name] for name in new} == new
-    assert not {"adjust", "policy", "teacher_sees"} & upgraded.keys()
-    assert config == STUDENT | old                                      # left as it was
-    assert upgrade_config(upgraded) == upgraded and upgraded["format"] == 1
-
-
-def test_settings_without_a_counterpart_are_dropped_and_others_kept():
-    """A list in a config.json that no table of values can be asked for; a setting that is lost."""
-    gone = dict(trained="all", sampling="shuffled", cls_loss="ce", wandb=False, tensorboard=False)
-    upgraded = upgrade_config(STUDENT | gone | {"classes": ["a", "b"], "epochs": 7})
-    assert not gone.keys() & upgraded.keys()
-    assert upgraded["classes"] == ["a", "b"] and upgraded["epochs"] == 7
-
-
-def test_settings_of_a_new_run_are_left_alone():
-    """conv, which is now the stem of two convolutions per size, taken for the retired one."""
-    config = STUDENT | {"stem": "conv", "recipe": "ours", "format": 2}
-    assert upgrade_config(config) == config
-
-
-def test_settings_of_an_older_teacher():
-    """A student's defaults in a teacher's settings, or another image size than it had."""
-    upgraded = upgrade_config({"arch": "resnet32", "loss": "ldam", "recipe": "best"})
-    assert upgraded["recipe"] == "ours" and "stem" not in upgraded
-    assert (upgraded["img_size"], upgraded["norm"], upgraded["augment"]) == (32, "cifar", "weak")
-
-
-def test_the_retired_stem_is_refused_in_one_line(tmp_path):
-    """Weights of one convolution per size in a network of two, by a message about tensors."""
-    run = dict(model={}, config=STUDENT | {"stem": "conv"}, class_names=["a"])
-    save_checkpoint(tmp_path / "last.pt", **run)
-    reason = "last.pt: .*one convolution per size.*--stem conv"
-    with pytest.raises(UserError, match=reason) as error:
-        load_checkpoint(str(tmp_path))
-    one_line(error)
-
-
-def test_a_loaded_run_has_todays_settings_and_other_files_keep_theirs(tmp_path):
-    """Old names where the program asks for new ones; another project's settings renamed."""
-    run = dict(model={}, config=STUDENT | {"adjust": "both"}, class_names=["a"])
-    save_checkpoint(tmp_path / "run.pt", **run)
-    assert load_checkpoint(tmp_path / "run.pt")["config"]["logit_adjustment"] is True
-    foreign = dict(model={}, config={"arch": "resnet32", "adjust": "both"}, class_names=["a"])
-    save_checkpoint(tmp_path / "foreign.pt", **foreign)
-    assert load_checkpoint(tmp_path / "foreign.pt")["config"] == foreign["config"]

@@ -212,12 +212,6 @@ def test_without_one_the_small_recipe_is(dataset, recipe):
         assert resolved(train_teacher, "--dataset", dataset, "--loss", loss).recipe == "cpu"
 
 
-def test_best_is_an_older_name_of_ours():
-    """A command of an earlier version that no longer runs, or in a folder of another name."""
-    ours, best = (resolved(train_student, "--recipe", name) for name in ("ours", "best"))
-    assert vars(ours) == vars(best) and best.recipe == "ours" and "_ours_" in best.out
-
-
 @pytest.mark.parametrize("module, flags", [
     (train_student, "--dataset shapes --recipe paper"),
     (train_teacher, "--dataset inat18 --loss paco"),

@@ -325,17 +325,38 @@ def one_of_two(rank, folder):
     os._exit(0)                     # a fork: pytest's own ending is not this process's
 
 
-def test_too_little_memory_on_a_gpu_is_one_line_with_advice(capsys):
+@pytest.mark.parametrize("kind, text", [
+    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
+    (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+def test_too_little_memory_on_a_gpu_is_one_line_with_advice(kind, text, capsys):
     """A traceback of 60 lines on the first day with a GPU."""
     for training in (True, False):              # an analysis has no such flags
         def main(training=training):
             runtime.trains = training
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+            raise kind(text)
         with pytest.raises(SystemExit) as stop:
             runtime.run_main(main)
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.count("\n") == 1 and "2.00 GiB" in error
+        assert stop.value.code == 2 and error.count("\n") == 1 and text[:40] in error
         assert ("--micro-batch" in error) == ("--checkpointing" in error) == training
+
+
+def test_another_runtime_error_is_a_bug_with_its_traceback():
+    """Every error of torch called a lack of memory."""
+    def main():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        runtime.run_main(main)
+
+
+def test_a_gpu_that_cannot_compute_is_one_line(monkeypatch):
+    """A traceback on a card that this build of torch has no kernels for."""
+    def no_kernels(device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution\nCompile with")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", no_kernels)
+    with pytest.raises(UserError, match=r"cuda:0 cannot be used \(.*no kernel image.*--device cpu"):
+        runtime.setup("cuda")
 
 
 @pytest.mark.parametrize("own, expected", [(None, [1]), ("2", [])])

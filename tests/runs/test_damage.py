@@ -2,6 +2,7 @@
 
 Checkpoints alone, and full disks: tests/test_checkpoints.py, test_processes.py.
 """
+import errno
 import os
 import shutil
 
@@ -88,17 +89,23 @@ def test_a_read_only_folder_is_found_out_first(shared_run, tmp_path, refused, mo
     """A teacher that is trained for hours, and then no place for the student."""
     module, flags, _ = shared_run("student")
     (tmp_path / "closed").mkdir(mode=0o500)
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     if os.access(tmp_path / "closed", os.W_OK):             # root may write anywhere
-        monkeypatch.setattr(os, "access", lambda *_: False)
+        monkeypatch.setattr(os, "makedirs", denied)
     monkeypatch.setattr(train_student, "load_data", lambda *_: pytest.fail("loaded images first"))
-    assert "cannot be written" in refused(module, *flags, "--out", tmp_path / "closed" / "a" / "b")
+    error = refused(module, *flags, "--out", tmp_path / "closed" / "a" / "b")
+    assert "cannot write in" in error and "Permission denied" in error
+    assert "--out names another folder" in error
 
 
 def test_a_file_in_the_folders_place(shared_run, tmp_path, refused):
     """A traceback of NotADirectoryError after the images are loaded."""
     (tmp_path / "file").write_text("")
     module, flags, _ = shared_run("teacher")
-    assert "is a file" in refused(module, *flags, "--out", tmp_path / "file" / "run")
+    error = refused(module, *flags, "--out", tmp_path / "file" / "run")
+    assert "Not a directory" in error and "--out names another folder" in error
 
 
 def test_a_folder_that_vanishes(shared_run, tmp_path, refused, monkeypatch):

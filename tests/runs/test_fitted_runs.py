@@ -1,6 +1,5 @@
 """Whole runs of --minutes: those of the epochs that they became, also killed and resumed."""
 import json
-import shutil
 
 import pytest
 import torch

@@ -225,16 +225,27 @@ def test_torchruns_restart_resumes_by_itself(shared_run, tmp_path, monkeypatch, 
     assert steps_done == [(1, 1), (1, 2)] and len(records(tmp_path / "run")) == 2
 
 
-def test_torchruns_restart_does_not_take_what_is_overwritten(shared_run, tmp_path, monkeypatch,
-                                                             steps_done):
-    """A worker that died before its first step, and the old result printed as the new one."""
+@pytest.mark.parametrize("dies", ["before the old files are removed", "at the second of them"])
+def test_torchruns_restart_does_not_take_what_is_overwritten(dies, shared_run, tmp_path,
+                                                             monkeypatch, steps_done):
+    """A worker that died before its first step, and the old result printed as the new one, or the
+    old run resumed."""
     module, flags, finished = shared_run("teacher")
     shutil.copytree(finished, tmp_path / "run")
-    flags = [*flags, *WITHOUT_SAM, "--out", tmp_path / "run", "--overwrite"]
+    flags, remove = [*flags, *WITHOUT_SAM, "--out", tmp_path / "run", "--overwrite"], os.remove
+
+    def removing(path):
+        if str(path).endswith("last.pt"):
+            raise Killed
+        remove(path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train_teacher, "load_data", killed)
+        if dies == "at the second of them":
+            patch.setattr(os, "remove", removing)
+        else:
+            patch.setattr(train_teacher, "load_data", killed)
         train(module, *flags)
-    assert not steps_done and (tmp_path / "run" / "result.json").exists()       # not begun yet
+    assert not steps_done and (tmp_path / "run" / "last.pt").exists()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(module, *flags)
     assert len(steps_done) == 6 and read(tmp_path / "run", "config.json")["rho"] == 0

@@ -71,7 +71,7 @@ def test_from_a_folder_to_predictions_and_on(tmp_path, monkeypatch, capsys):
         assert "was trained on other images" in capsys.readouterr().err
     # A finished student says so too, not its old result; --overwrite cannot help its teacher.
     same = [*data, *SHORT]
-    for more, advice in (([], "--overwrite trains it again"),
+    for more, advice in (([], "--overwrite starts it again"),
                          (["--overwrite"], "remove that folder to train this teacher again")):
         with pytest.raises(SystemExit):
             script(train_student, monkeypatch, *same, "--out", "run", *more)

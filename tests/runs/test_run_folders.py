@@ -77,13 +77,16 @@ def test_the_same_command_twice(flag, unfinished, owner, refused):
 
 
 def test_a_command_that_is_refused_leaves_no_lock(shared_run, refused, tmp_path):
-    """A folder that is locked, or made, by a mistake."""
+    """A folder that is locked, marked or made by a mistake."""
     module, flags, finished = shared_run("teacher")
     before = contents(finished)
     refused(module, *flags, "--out", finished, "--resume", "--lr", "0.05")
     assert contents(finished) == before
     refused(module, *flags, "--out", tmp_path / "new" / "run", "--imb", "1000")
     assert not (tmp_path / "new").exists()
+    shutil.copytree(finished, tmp_path / "run")
+    refused(module, *flags, "--out", tmp_path / "run", "--imb", "1000", "--overwrite")
+    assert contents(tmp_path / "run") == before
 
 
 @pytest.fixture
@@ -158,7 +161,7 @@ def test_a_lost_text_file_is_written_again(name, shared_run, tmp_path, refused):
 
 
 @pytest.mark.parametrize("name, change", [
-    ("config.json", {"format": None, "stem": ["x"], "policy": {}}),
+    ("config.json", {"stem": ["x"]}),
     ("result.json", {"note": dict.fromkeys(("overall", "head", "mid", "tail"), "x")})])
 def test_a_finished_run_whose_files_were_edited(name, change, shared_run, tmp_path, monkeypatch,
                                                 capsys):
@@ -166,9 +169,7 @@ def test_a_finished_run_whose_files_were_edited(name, change, shared_run, tmp_pa
     module, flags, made = shared_run("student")
     folder = tmp_path / "run"
     shutil.copytree(made, folder)
-    edited = read(folder, name) | change
-    edited = {key: value for key, value in edited.items() if value is not None}
-    (folder / name).write_text(json.dumps(edited))
+    (folder / name).write_text(json.dumps(read(folder, name) | change))
     with suppress(SystemExit):
         script(module, monkeypatch, *flags, "--out", str(folder))
     said = capsys.readouterr()
@@ -254,10 +255,7 @@ def test_a_finished_teacher_that_is_only_read_may_be_anybodys(waiting_student, t
     state = checkpoint(folder) | {"world": 8}
     torch.save(state, folder / "last.pt")
     os.utime(folder / "last.pt", (0, 0))
-    before, access = contents(folder), os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: "teacher" not in str(path)
-                        and access(path, mode))
-    take = Lock.take
+    before, take = contents(folder), Lock.take
 
     def not_there(lock):
         assert "teacher" not in lock.folder, "locked a folder that it only reads"
@@ -269,17 +267,13 @@ def test_a_finished_teacher_that_is_only_read_may_be_anybodys(waiting_student, t
 
 
 def test_a_finished_teacher_of_other_images_is_refused(shared_run, tmp_path, refused):
-    """Also without its checkpoints; also one from before config.json had the fingerprint."""
+    """Its accuracies shown for images that it was not trained on."""
     module, flags, finished = shared_run("teacher")
-    for name, lacks in (("a", ()), ("b", ("fingerprint",))):
-        folder = tmp_path / name
-        shutil.copytree(finished, folder)
-        config = read(folder, "config.json") | {"fingerprint": "other"}
-        config = {key: value for key, value in config.items() if key not in lacks}
-        (folder / "config.json").write_text(json.dumps(config))
-        if lacks:
-            torch.save(checkpoint(folder) | {"data": "other"}, folder / "last.pt")
-        assert "other images" in refused(module, *flags, "--out", folder)
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = read(folder, "config.json") | {"fingerprint": "other"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "other images" in refused(module, *flags, "--out", folder)
 
 
 def test_damaged_text_files_of_a_finished_run(shared_run, tmp_path, refused):
@@ -325,6 +319,22 @@ def test_settings_that_were_added_later(over, shared_run, tmp_path, refused, cap
     train(module, *flags)
     assert ("is finished" in capsys.readouterr().out) == over
     assert (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_a_run_of_another_format_does_not_go_on(over, shared_run, tmp_path, refused):
+    """Half a run of each version; settings of other names compared with today's."""
+    module, flags, finished = shared_run("teacher")
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    forget(folder, "format")
+    if not over:
+        (folder / "result.json").unlink()
+    before = contents(folder)
+    for more in ([], ["--force"]):
+        error = refused(module, *flags, "--out", folder, "--resume", *more)
+        assert "was begun by an earlier version" in error and "--overwrite" in error
+    assert contents(folder) == before
 
 
 # ---- The log -------------------------------------------------------------------------------------
@@ -493,11 +503,14 @@ def test_an_overwritten_run_leaves_nothing_of_the_old_one(unfinished):
     figures = {name for name, command in analyze.COMMANDS.items()
                if command is analyze.command_figure}
     ours |= {f"{name}.{ending}" for name in figures for ending in ("png", "csv", "json")}
-    foreign = {"notes.txt", "my_summary.png", "predictions.csv", "last.pt.bak", "summary.png.old"}
+    ours |= {f"with_other+another_{name}" for name in ours}
+    foreign = {"notes.txt", "my_summary.png", "predictions.csv", "last.pt.bak", "summary.png.old",
+               "with_love.txt"}
     for name in ours | foreign:
         (folder / name).write_text("old")
     (folder / "last.pt.0a1b2c3d.tmp").write_text("of a killed writer")
+    (folder / "with_a_report.html").mkdir()
     with killed_at(0, 0):
         train(module, *flags, "--overwrite")
-    assert set(os.listdir(folder)) == foreign | {"config.json", "log.jsonl"}
+    assert set(os.listdir(folder)) == foreign | {"config.json", "log.jsonl", "with_a_report.html"}
     assert all((folder / name).read_text() == "old" for name in foreign)
