@@ -21,11 +21,12 @@ r"""Look inside a trained network: the paper's figures and more, one command eac
     python analyze.py tensorboard RUN ...  the log as event files for TensorBoard
 
 RUN: a run folder, of a student or a teacher, or a checkpoint file, of this project or published
-(engine/networks.py); for eval, predict, export and report also a student and its teacher, or
-several teachers, joined by commas, as one. `...`: several make one picture. diversity, imbalance,
-curves, runs and tensorboard need no checkpoint. Each figure prints a table and writes NAME.png and,
-with its numbers, NAME.csv (rank: .json), into the first run's folder or beside the file unless
---out says where. Figures, report and summary need matplotlib, and nothing else does.
+(engine/networks.py); for eval, predict, export and report several networks joined by commas (a
+student and its teacher, several teachers) predict together. `...`: several make one picture.
+diversity, imbalance, curves, runs and tensorboard need no checkpoint. Each figure prints a table
+and writes NAME.png and, with its numbers, NAME.csv (rank: .json), eval per_class.csv and
+confusion.csv, into the first run's folder or beside the file unless --out says where. Figures,
+report and summary need matplotlib, and nothing else does.
 """
 import os
 import re
@@ -38,8 +39,8 @@ from analysis import accuracy, calibration, loading, priors, tables, tensorboard
 from analysis.loading import DATA_FLAGS
 from analysis.predict import export, predict, prediction_text
 from engine.datasets import describe
-from engine.evaluation import (predicted, table, tables as result_tables, teacher_summary,
-                               teacher_summary_text)
+from engine.evaluation import (predicted, table as accuracy_table, tables as accuracy_tables,
+                               teacher_summary, teacher_summary_text)
 from engine.networks import NORMALISATIONS, short_name, teacher_files
 from engine.records import read_json
 from engine.runtime import Runtime, UserError, run_main, setup
@@ -57,7 +58,7 @@ def command_eval(options, rt):
         prior = priors.test_prior(options.test_prior, data)
     rt.print(f"{path}: {network.what}; on {describe(data, args)}")
     results = accuracy.accuracies(network, args, data, rt)
-    rt.print(result_tables(results, network.kind, data))
+    rt.print(accuracy_tables(results, network.kind, data))
     logits, labels = accuracy.test_logits(network, data, rt), data.test_labels.cpu()
     binary = network.config.get("method") == "deit-iii"
     rt.print(accuracy.uncertainty_text(logits, labels, data.groups, binary))
@@ -74,9 +75,9 @@ def command_eval(options, rt):
     if network.kind == "teacher":
         rt.print(teacher_summary_text(teacher_summary(network.net, data, rt)))
     rt.print(tables.write(out, tables.as_csv(class_rows)))
-    table_of_pairs = tables.as_csv(confused) if confused else "class,predicted,images,of,%\n"
+    confusion_csv = tables.as_csv(confused) if confused else "class,predicted,images,of,%\n"
     if not tables.is_device(out):                                       # /dev/null, /dev/stdout
-        rt.print(tables.write(confusion_path(out), table_of_pairs))
+        rt.print(tables.write(confusion_path(out), confusion_csv))
     changed = network.data and network.data != data.fingerprint
     if changed or loading.names_other_data(network, flags["data_flags"]):
         rt.print("the temperature is not saved for predict and export: these may not be the data "
@@ -99,20 +100,21 @@ def confusion_path(out):
 def command_heads(options, rt):
     path, = options.runs
     out = output_path(options, "heads.csv")
-    net, args, data = loading.load_student(path, rt, **load_flags(options))
+    net, args, data = loading.load_kind("student", path, rt, **load_flags(options))
     if not net.distilled:
         raise UserError(f"{path} has no DIST token")
     results = accuracy.head_combinations(net, args, data, rt)
-    rt.print(table(results, f"{data.label} (imb {data.imb:.4g})"))
+    rt.print(accuracy_table(results, f"{data.label} (imb {data.imb:.4g})"))
     rt.print(tables.write(out, tables.as_csv(accuracy.class_rows(results, data))))
 
 
 def command_predict(options, rt):
     if not options.checkpoint:
         raise UserError("predict needs --checkpoint RUN, then images")
-    network = network_alone(options.checkpoint, options, rt)
-    temperature = calibration.load_temperature(options.checkpoint, network)
-    rows = predict(network, options.runs, rt, options.topk, temperature=temperature,
+    run, images = options.checkpoint, options.runs
+    network = loading.load_alone(run, rt, options.norm, options.size, options.mirror)
+    temperature = calibration.load_temperature(run, network)
+    rows = predict(network, images, rt, options.topk, temperature=temperature,
                    min_probability=options.min_probability)
     for row in rows:
         rt.print(prediction_text(row))
@@ -123,7 +125,7 @@ def command_predict(options, rt):
 def command_export(options, rt):
     path, = options.runs
     stem = re.sub(r"\.(pt2|onnx|json)$", "", output_path(options, "model"))
-    network = network_alone(path, options, rt)
+    network = loading.load_alone(path, rt, options.norm, options.size, options.mirror)
     temperature = calibration.load_temperature(path, network)
     rt.print("\n".join(export(network, stem, temperature)))
 
@@ -177,7 +179,7 @@ def summary(folder, out=None, **flags):
                                 "per_class")
     log = loading.run_log(folder)
     rt = Runtime(torch.device("cpu"))       # alone, also when one of several processes calls it
-    subject = loading.Subject("", folder, *loading.load_student(folder, rt, **flags))
+    subject = loading.Subject("", folder, *loading.load_kind("student", folder, rt, **flags))
     classes = read_json(folder, "config.json").get("classes")
     figure = run_figures.summary(subject, result, log, classes)
     return tables.write(out or os.path.join(folder, "summary.png"), drawing.as_png(figure))
@@ -276,11 +278,6 @@ def load_flags(options):
     given = {name: getattr(options, name) for name in DATA_FLAGS}
     given = {name: value for name, value in given.items() if value is not None}
     return dict(data_flags=given, norm=options.norm, size=options.size, mirror=options.mirror)
-
-
-def network_alone(path, options, rt):
-    """A Network without any data."""
-    return loading.load_alone(path, rt, options.norm, options.size, options.mirror)
 
 
 def output_path(options, name):

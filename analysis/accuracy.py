@@ -3,10 +3,9 @@ import math
 
 import torch
 
-import augment
 from analysis import quantities, tables
 from analysis.calibration import confidence
-from analysis.predict import Predictor
+from analysis.predict import logits_of
 from engine.evaluation import (COLUMNS, SKEWED_COLUMNS, TITLES, class_scores, count_answers,
                                evaluate, evaluate_student, evaluate_teacher, predicted,
                                student_input, with_teacher)
@@ -83,14 +82,9 @@ def class_text(rows, path):
     return tables.as_text(lines)
 
 
-@torch.no_grad()
-def test_logits(network, data, rt, batch=500):
+def test_logits(network, data, rt):
     """Logits (N,K) of a Network's prediction on the test set, on the CPU."""
-    model, logits = Predictor(network), []
-    for index in torch.arange(len(data.test_labels), device=rt.device).split(batch):
-        with rt.autocast():
-            logits.append(model(augment.to_float(data.test_images[index])).float().cpu())
-    return torch.cat(logits)
+    return logits_of(network, data.test_images, torch.arange(len(data.test_labels)), rt)
 
 
 def uncertainty_text(logits, labels, groups, binary=False):

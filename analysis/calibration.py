@@ -24,10 +24,9 @@ from dataclasses import dataclass
 
 import torch
 
-import augment
 from analysis.loading import is_number
-from analysis.predict import Predictor
-from analysis.quantities import calibration_error
+from analysis.predict import logits_of
+from analysis.quantities import BINS, calibration_error
 from engine.evaluation import balanced_sample, predicted
 from engine.networks import teacher_files
 from engine.records import is_like, parse, read_bytes, save_json
@@ -37,7 +36,6 @@ from images.files import shown
 LOWEST, HIGHEST = 0.01, 100.0       # temperatures
 HELD_OUT = "held-out images"
 BY_HEART = 0.98                     # share of its training images that a network gets right
-BINS = 15                           # of the calibration error and the reliability diagram
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Calibration:
     @property
     def errors(self):
         """Expected calibration error before and after, in [0,1]."""
-        return tuple(calibration_error(p, self.right, BINS) for p in (self.before, self.after))
+        return tuple(calibration_error(p, self.right) for p in (self.before, self.after))
 
     @property
     def text(self):
@@ -128,38 +126,19 @@ def confidence(logits):
     return logits.softmax(dim=1).amax(dim=1).nan_to_num()
 
 
-@torch.no_grad()
-def fit_on_training_images(network, data, rt, n=5000, batch=250):
+def fit_on_training_images(network, data, rt, n=5000):
     """(temperature, what it was fitted on): (up to) n clean training images of all classes."""
-    model = Predictor(network).eval()
     index = balanced_sample(data.train_labels.cpu(), n)
-    logits = []
-    for part in index.to(rt.device).split(batch):
-        with rt.autocast():
-            logits.append(model(augment.to_float(data.train_images[part])).float().cpu())
+    logits = logits_of(network, data.train_images, index, rt)
     labels = data.train_labels.cpu()[index]
     wanted = torch.bincount(data.test_labels.cpu(), minlength=data.num_classes).double()
     weights = (wanted / torch.bincount(labels, minlength=data.num_classes))[labels]
     source = f"{len(index)} images of its training, weighted to the classes of the test set"
-    logits = torch.cat(logits)
     temperature = fit_temperature(logits, labels, weights)
     right = (weights * (predicted(logits) == labels)).sum() / weights.sum()
     if temperature < 1 and right > BY_HEART:        # it may be as sure of these as it likes
         return 1.0, f"{source}, over 98 % of which are right: T stays 1"
     return temperature, source
-
-
-def reliability(confidence, right, bins=BINS):
-    """[(images, mean confidence, share that is right)] of every bin of confidence that has images.
-
-    The bins of analysis.quantities.calibration_error.
-    """
-    b, rows = (confidence.double() * bins).long().clamp(0, bins - 1), []
-    for k in b.unique():
-        own = b == k
-        rows.append((int(own.sum()), float(confidence[own].mean()),
-                     float(right[own].double().mean())))
-    return rows
 
 
 # ---- Kept beside the network ---------------------------------------------------------------------

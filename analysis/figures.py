@@ -1,22 +1,12 @@
 r"""The figures by their command in analyze.py, and what is loaded for them.
 
-    attention   where CLS and DIST look                       Figures 1a, 5        students
-    distance    how far the heads look                        Figure 4b            students
-    rank        how many directions the features span         Figures 1b, 4c       students
-    augment     what a student trains on                      Figure 2             one student
-    entropy     how sure a teacher is, and how often right    Figure 3, Table 1    teachers
-    sharpness   how fast the loss rises around the weights    Section 3.2          teachers
-    diversity   how CLS and DIST diverge                      Figure 4a            logs of students
-    imbalance   tail accuracy against the imbalance           Figure 1c            results
-    curves      the course of a training                      (ours)               logs
-
 Each is a function of one file, which draws and returns a drawing.Figure with its numbers. What is
 measured is in quantities.py. Paper: DeiT-LT, Rangwani et al., CVPR 2024, arXiv 2404.02900.
 """
 from analysis import run_figures, student_figures, teacher_figures
 from analysis.loading import load_logs, load_networks
 
-# command: (function, what it shows, the flags of analyze.py that it takes)
+# command: (function, what it is given: student, teacher or log, the flags that it takes)
 FIGURES = {
     "attention": (student_figures.attention, "student",
                   ("classes", "index", "columns", "images", "seed")),

@@ -20,11 +20,11 @@ from engine.evaluation import COLUMNS, SKEWED_COLUMNS
 from engine.networks import (Mirrored, joined, load_network, match_classes, match_each_other,
                              short_name, teacher_files)
 from engine.runtime import UserError
+from engine.settings import DATA_SETTINGS
 from images.files import shown
 
 # Settings that say which data to use; the command line's replace those of a run.
-DATA_FLAGS = ("dataset", "imb", "imb_type", "data_dir", "holdout", "holdout_by", "train_list",
-              "test_list", "list_columns", "groups")
+DATA_FLAGS = (*DATA_SETTINGS, "data_dir")
 SAME_IMAGES = ("data_dir", "groups")    # of these: where images are now, how classes are grouped
 
 
@@ -85,13 +85,6 @@ RECORD = {
 UNMEASURED = dict.fromkeys(COLUMNS, math.nan)
 HEADS = {"cls": are_accuracies, "dist": are_accuracies, "avg": are_accuracies}
 CONFIG = {"dataset": is_text, "counts": are_counts}
-AUGMENTATION = {        # a student's settings
-    "method": is_text, "crop": is_text, "rand_ops": lambda value: is_count(value) and value < 100,
-    "magnitude": lambda value: is_number(value, 0, 10),
-    "erasing": lambda value: is_number(value, 0, 1), "mixup": lambda value: is_number(value, 0),
-    "cutmix": lambda value: is_number(value, 0),
-    "teacher": lambda value: value is None or is_text(value),
-}
 
 
 def check(record, tests, where):
@@ -206,14 +199,14 @@ def load_networks(kind, paths, rt, labels=None, **flags):
     subjects = []
     for log in load_logs(paths, labels):
         more = flags
-        if is_run(log.path) and not all(map(is_run, paths)):
+        if looks_like_run(log.path) and not all(map(looks_like_run, paths)):
             more = flags | dict(norm=None, size=None)
         subjects.append(Subject(log.label, log.path, *load_kind(kind, log.path, rt, **more)))
     return subjects
 
 
-def is_run(path):
-    """Is it this project's run, or a checkpoint in it? By its name: nothing is read."""
+def looks_like_run(path):
+    """A run folder, or a checkpoint in one, by its name? Nothing is read."""
     return os.path.isdir(path) or os.path.basename(path) in ("last.pt", "previous.pt")
 
 
@@ -223,11 +216,6 @@ def load_kind(kind, path, rt, **flags):
     if network.kind != kind:
         raise UserError(f"{path} is not a {kind}: it is {network.what}")
     return network.net, args, data
-
-
-def load_student(path, rt, **flags):
-    """As load, but (the student itself, its settings, its data). UserError for a teacher."""
-    return load_kind("student", path, rt, **flags)
 
 
 # ---- Loading -------------------------------------------------------------------------------------

@@ -57,6 +57,16 @@ class Predictor(nn.Module):
         return combined(logits, self.teacher(teacher_input(images, self.teacher.img_size)))
 
 
+@torch.no_grad()
+def logits_of(network, images, index, rt, batch=500):
+    """Logits (n,K) of a Network's prediction, on the CPU: of images[index], uint8 (n,3,H,W)."""
+    model, logits = Predictor(network).eval(), []
+    for part in index.to(rt.device).split(batch):
+        with rt.autocast():
+            logits.append(model(augment.to_float(images[part])).float().cpu())
+    return torch.cat(logits)
+
+
 # ---- Predictions ---------------------------------------------------------------------------------
 
 def find_images(names):

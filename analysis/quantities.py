@@ -239,21 +239,34 @@ def loss_along(loss, params, direction, radii):
 
 # ---- Uncertainty ---------------------------------------------------------------------------------
 
-def calibration_error(confidence, right, bins=15):
+BINS = 15       # of confidences in [0,1], of equal width
+
+
+def reliability(confidence, right):
+    """[(images, mean confidence, share that is right)] of every bin of confidence that has images.
+
+    confidence (N,): the largest probability. right (N,): was that class the true one?
+    """
+    b, rows = (confidence.double() * BINS).long().clamp(0, BINS - 1), []
+    for k in b.unique():
+        own = b == k
+        rows.append((int(own.sum()), float(confidence[own].double().mean()),
+                     float(right[own].double().mean())))
+    return rows
+
+
+def calibration_error(confidence, right):
     """Expected calibration error (Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599), in [0,1].
 
         ECE = sum over bins b of  n_b / N |accuracy of b - mean confidence of b|
 
-    confidence (N,) in [0,1]: the largest probability, in bins of equal width. right (N,): was that
-    class the true one?
+    confidence, right (N,): see reliability.
     """
-    b = (confidence.double() * bins).long().clamp(0, bins - 1)
-    gap = torch.zeros(bins, dtype=torch.double)
-    gap.index_add_(0, b, right.double() - confidence.double())
-    return float(gap.abs().sum() / len(right))
+    bins = reliability(confidence, right)
+    return sum(n * abs(share - mean) for n, mean, share in bins) / len(right)
 
 
-def wilson(right, total, z=1.96):
+def wilson(right, total):
     """95 % interval of a proportion of few images (Wilson 1927): (low, high) in percent.
 
         (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n),      p = right / n
@@ -262,17 +275,17 @@ def wilson(right, total, z=1.96):
     """
     if total == 0:
         return math.nan, math.nan
-    p, n = right / total, total
+    z, p, n = 1.96, right / total, total
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     ends = [(p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
     return max(0.0, 100 * ends[0]), min(100.0, 100 * ends[1])           # but for rounding
 
 
-def bootstrap(answers, labels, groups, resamplings=1000, share=0.95):
+def bootstrap(answers, labels, groups):
     """How far accuracies would scatter on other test images: (low, high), {name: percent} each.
 
-    answers (N,): predicted classes, -1: none. labels (N,); groups {name: class numbers}. `share` of
-    the resamplings lie between low and high. Images are resampled with replacement within their
+    answers (N,): predicted classes, -1: none. labels (N,); groups {name: class numbers}. 95 % of
+    1,000 resamplings lie between low and high. Images are resampled with replacement within their
     class, which is all for "overall". The means over classes, "balanced", "macro_f1" and the groups
     that have test images, take their classes with replacement as well: how far they would scatter
     with other classes of the kind. Resampling makes nothing of images that are all right, or all
@@ -288,7 +301,7 @@ def bootstrap(answers, labels, groups, resamplings=1000, share=0.95):
     tested = {name: classes for name, classes in tested.items() if classes}
     every = sum(tested.values(), [])
     found = {name: [] for name in ("overall", "balanced", "macro_f1", *tested)}
-    for _ in range(resamplings):
+    for _ in range(1000):
         drawn = answers[first[labels] + (rng.random(len(labels)) * n[labels]).astype(int)]
         right = np.bincount(labels[drawn == labels], minlength=K)
         given = np.bincount(drawn[drawn >= 0], minlength=K)
@@ -301,7 +314,7 @@ def bootstrap(answers, labels, groups, resamplings=1000, share=0.95):
             found[name].append(recall[rng.choice(classes, len(classes))].mean())
 
     low, high = ({name: float(100 * np.quantile(values, q)) for name, values in found.items()}
-                 for q in ((1 - share) / 2, (1 + share) / 2))
+                 for q in (0.025, 0.975))
     right = np.bincount(labels[answers == labels], minlength=K)
     together = dict.fromkeys(("overall", "balanced", "macro_f1"), every) | tested
     for name, classes in together.items():

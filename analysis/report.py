@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from html import escape
 
-from analysis import accuracy, calibration, drawing, figures, run_figures
+from analysis import accuracy, calibration, drawing, figures, quantities, run_figures
 from analysis.loading import is_nan
 from engine.datasets import describe
 from engine.evaluation import TITLES, columns, predicted
@@ -104,9 +104,9 @@ def answer_sections(answers, calibrated, data):
     sections = [Section("Confusion matrix", text,
                         accuracy.confusion_rows(confusion, data.class_names)[:SHOWN],
                         drawing.as_png(run_figures.confusion_matrix(confusion, data)))]
-    panels = {"as trained": calibration.reliability(calibrated.before, calibrated.right),
+    panels = {"as trained": quantities.reliability(calibrated.before, calibrated.right),
               f"temperature {calibrated.temperature:.3g}":
-                  calibration.reliability(calibrated.after, calibrated.right)}
+                  quantities.reliability(calibrated.after, calibrated.right)}
     text = ("Test images by the probability of the network's answer. Bars: how often it is right; "
             "on the dashed line, probabilities mean what they say. " + calibrated.text)
     sections.append(Section("What the probabilities mean", text,

@@ -8,9 +8,9 @@ import numpy as np
 
 import augment
 from analysis import drawing, student_figures
-from analysis.calibration import BINS
 from analysis.drawing import COLORS, NAMES, TOKENS, Figure, PowerNorm, plt
 from analysis.loading import run_log, run_result
+from analysis.quantities import BINS
 from engine.evaluation import COLUMNS
 from engine.networks import short_name
 from engine.runtime import UserError
@@ -290,7 +290,7 @@ def confusion_matrix(confusion, data):
 
 
 def reliability(panels):
-    """Figure of reliability diagrams, {title: rows of analysis.calibration.reliability}.
+    """Figure of reliability diagrams, {title: rows of analysis.quantities.reliability}.
 
     A bar's height is how often the answers of a bin are right, the diagonal how often they should
     be by their confidence; below, the share of the test images in each bin.

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import augment
 from analysis import drawing, quantities
 from analysis.drawing import NAMES, TOKENS, Figure, plt
-from analysis.loading import AUGMENTATION, check
 from engine.evaluation import student_heads, teacher_logits
 from engine.networks import load_teacher, short_name
 from engine.runtime import UserError
@@ -110,23 +109,23 @@ def attention_rows(subject, index, seed):
 
 
 @torch.no_grad()
-def measure_maps(net, images, fraction=0.25):
+def measure_maps(net, images):
     """What the maps of a batch of images say, {token: {quantity: (B,)}}.
 
     predicted: the token's class. patches: on how many patches the map lies (effective_patches).
     like CLS: cosine of the map with that of CLS. marked, random: how much of its probability the
-    prediction loses when the `fraction` of the patches that the map marks most, or a random one, is
-    covered (quantities.cover).
+    prediction loses when the quarter of the patches that the map marks most, or a random quarter,
+    is covered (quantities.cover).
     """
     def probabilities(x):
         return {head: logits.softmax(dim=1) for head, logits in student_heads(net, x).items()}
     maps = quantities.token_maps(net, images)                       # {token: (B,G,G)}
     clean = probabilities(images)
-    random = probabilities(quantities.cover(images, torch.rand_like(maps["cls"]), fraction))
+    random = probabilities(quantities.cover(images, torch.rand_like(maps["cls"])))
     measured = {}
     for token, heat in maps.items():
         p, predicted = clean[token].max(dim=1)                      # (B,) each
-        marked = probabilities(quantities.cover(images, heat, fraction))
+        marked = probabilities(quantities.cover(images, heat))
         similarity = F.cosine_similarity(heat.flatten(1), maps["cls"].flatten(1), dim=1)
         measured[token] = {"predicted": predicted, "patches": quantities.effective_patches(heat),
                            "like CLS": similarity}
@@ -274,7 +273,6 @@ def training_images(subjects, rt, columns=8, seed=0):
     if not hasattr(args, "magnitude"):
         raise UserError(f"{subject.path} does not say how its student was trained; name a run of "
                         "train_student.py")
-    check(vars(args), AUGMENTATION, subject.path)
     if args.method == "deit-iii":
         raise UserError(f"{subject.path}: DeiT-III has an augmentation of its own, which is not "
                         "drawn here; name a run of train_student.py")
@@ -314,7 +312,7 @@ def training_views(args, data, n, seed, rt):
                                     args.erasing)
     target = augment.smooth_one_hot(labels, data.num_classes)
     views = {"clean": (clean, target), "strong": (strong, target)}
-    mixed_once = getattr(args, "drw_epoch", 1) > 0 or getattr(args, "mix_drw", False)
+    mixed_once = args.drw_epoch > 0 or args.mix_drw
     if args.mixup + args.cutmix > 0 and mixed_once:
         views["mixed"] = augment.mixup_cutmix(strong, labels, data.num_classes, args.mixup,
                                               args.cutmix, smoothing=0.0)

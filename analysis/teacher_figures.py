@@ -9,8 +9,7 @@ from torch import nn
 import augment
 from analysis import drawing, quantities
 from analysis.drawing import Figure, plt
-from analysis.loading import check, is_number
-from engine.evaluation import teacher_input, teacher_on_training_images
+from engine.evaluation import SUMMARY_IMAGES, teacher_input, teacher_on_training_images
 from engine.networks import Ensemble
 from engine.runtime import UserError
 from losses import LDAMLoss, VSLoss, cross_entropy, focal_loss
@@ -34,7 +33,8 @@ def entropy(subjects, rt, images=None):
     for axis, s in zip(axes[0], subjects):
         K = s.data.num_classes
         edges = np.linspace(0, np.log(K), 21)
-        measured = teacher_on_training_images(s.net, s.data, rt, limit=images or 20000)
+        limit = images or SUMMARY_IMAGES
+        measured = teacher_on_training_images(s.net, s.data, rt, limit=limit)
         for kind, (right, nats) in measured.items():                # (n,) each
             accuracy, mean = 100 * float(right.double().mean()), float(nats.double().mean())
             share = percent_in_bins(nats, edges)
@@ -124,8 +124,6 @@ def teacher_loss(subject):
         raise UserError("sharpness is measured for one network: name one teacher")
     name, counts = getattr(subject.args, "loss", "ce"), subject.data.counts
     if name == "ldam":
-        check(vars(subject.args), {"max_margin": lambda value: is_number(value, 0, 1)},
-              "the teacher's checkpoint")
         criterion = LDAMLoss(counts, subject.args.max_margin)
     elif name == "la":
         criterion = VSLoss(counts, gamma=0)

@@ -151,7 +151,6 @@ def modes(teacher):
 TABLES = {"main": MAIN, "table1": TABLE1, "table2": TABLE2, "table5": TABLE5, "table6": TABLE6,
           "ours": OURS, "modes": modes, "search": SEARCH}
 # Data set and imbalance of each number in Row.published.
-fingerprints = {}       # {which data: fingerprint of their files}
 PUBLISHED_FOR = [("cifar10", 100), ("cifar10", 50), ("cifar100", 100), ("cifar100", 50)]
 PUBLISHED_FOR_MODES = [("cifar10", 1)]
 PUBLISHED_BY = {"table5": "paper, by PaCo", "table6": "paper, by PaCo-SAM",
@@ -210,8 +209,7 @@ def is_finished(folder, args=None):
     if args:
         config = read_json(folder, "config.json")
         other = [flag(name) for name in DATA_SETTINGS
-                 if name in config and config[name] != getattr(args, name)
-                 and not isinstance(config[name], dict)]        # groups, in older runs
+                 if name in config and config[name] != getattr(args, name)]
         other += [flag(name) for name in ("teacher", "finetune")
                   if name in config
                   and real_paths(config[name]) != real_paths(getattr(args, name, None))]
@@ -223,6 +221,9 @@ def is_finished(folder, args=None):
             raise UserError(f"{folder} is a finished run with another {', '.join(other)}: remove "
                             "it, or run this table in another folder")
     return True
+
+
+fingerprints = {}       # {which data: fingerprint of their files}
 
 
 def fingerprint(args):
@@ -240,25 +241,25 @@ def plan(table, common, seeds, rt):
     """
     given = train_student.parse(common)
     if table in ("table1", "table2", "table5", "table6"):   # of the paper's method
-        if given.recipe in ("ours", "gpu", "best"):
+        if given.recipe in ("ours", "gpu"):
             raise UserError(f"{table} is about the paper's method: --recipe paper or cpu")
         if given.recipe == "auto" and given.dataset == "folder" and rt.device.type == "cpu":
             common = [*common, "--recipe", "cpu"]           # by itself it would be ours
     if table == "ours" and given.dataset == "shapes":
         raise UserError("ours: on shapes the recipe has another stem and learning rate")
+    if table == "modes" and given.dataset not in ("cifar10", "shapes"):
+        raise UserError("modes: its --alpha 0.011 is DeiT's loss for ten classes, so --dataset "
+                        "cifar10 or shapes")
+    rows = TABLES[table]
+    if given.dataset in LISTS:                              # no recipe of PaCo's is for them
+        rows = [row for row in rows if "--teacher paco" not in row.command]
     teachers, tables = [], []                               # tables: [[command of each row]]
     for seed in seeds:
         flags = [*common, "--seed", str(seed)]
-        rows = TABLES[table]
-        if given.dataset in LISTS and table != "modes":     # no recipe of PaCo's is for them
-            rows = [row for row in rows if "--teacher paco" not in row.command]
         if table == "modes":
             shared = as_flags(train_student.parse(flags), (*CARRIED, "recipe"))
             teachers.append(f"{MODES_TEACHER} {shlex.join(shared)}")
             rows = modes(folder_of(teachers[-1], rt))
-            if train_student.parse(flags).dataset not in ("cifar10", "shapes"):
-                raise UserError("modes: its --alpha 0.011 is DeiT's loss for ten classes, so "
-                                "--dataset cifar10 or shapes")
         check_common_flags(common, rows)
         tables.append([f"{row.command} {shlex.join(flags)}" for row in rows])
     return teachers, list(zip(rows, zip(*tables)))
@@ -367,26 +368,26 @@ def main():
     options, common = parser.parse_known_args()
     settings = train_student.parse(common)
     rt = runtime.setup(settings.device, settings.amp)
-    teachers, rows = plan(options.table, common, options.seeds, rt)
+    seeds = list(dict.fromkeys(options.seeds))              # each once
+    teachers, rows = plan(options.table, common, seeds, rt)
 
+    # What cannot be, or is finished with other settings, is said now, not after hours of others.
     commands = [*teachers, *(command for _, by_seed in rows for command in by_seed)]
-    for command in commands:            # what cannot be is said now, not after hours of the others
-        resolved(command, rt)
-    for command in dict.fromkeys(commands):                 # rows of the same run: once
-        if options.commands:
-            print(f"python {command}")
-        elif not options.show:
-            args = resolved(command, rt)
-            if not is_finished(args.out, args):
-                run(command)
+    runs = {command: resolved(command, rt) for command in commands}     # rows of the same run: once
     if options.commands:
+        print("\n".join(f"python {command}" for command in runs))
         return
+    for args in runs.values():
+        is_finished(args.out, args)
+    for command, args in runs.items():
+        if not options.show and not is_finished(args.out):      # a ViT may be now, by cRT
+            run(command)
 
     measured = []
     for row, by_seed in rows:
-        runs = [resolved(command, rt) for command in by_seed]
-        measured.append((row, [read(args.out, row.head) for args in runs
-                               if is_finished(args.out, args)]))
+        folders = [runs[command].out for command in by_seed]
+        measured.append((row, [read(folder, row.head) for folder in folders
+                               if is_finished(folder)]))
     column = published_column(options.table, rows[0][1][0])
     print(as_markdown(measured, column, PUBLISHED_BY.get(options.table, "paper")))
 

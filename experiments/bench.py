@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -62,13 +61,6 @@ CPU = Runtime(torch.device("cpu"))
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
-def seconds_since(start, rt):
-    """Seconds since time.perf_counter() was `start`, when the device has done its work."""
-    if rt.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(variants, n, rt):
     """{name: function} -> {name: seconds of n calls}, after one that is not counted.
 
@@ -77,9 +69,9 @@ def measure(variants, n, rt):
     times = {name: [] for name in variants}
     for _ in range(n + 1):
         for name, function in variants.items():
-            start = time.perf_counter()
+            start = rt.now()
             function()
-            times[name].append(seconds_since(start, rt))
+            times[name].append(rt.now() - start)
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
@@ -352,12 +344,13 @@ def measure_student(recipe, model, img_size, patch_size, batch, rt, n):
         step(lap=lambda part: None)
 
     def step_in_parts():
-        start = time.perf_counter()
+        start = rt.now()
 
         def lap(part):
             nonlocal start
-            parts[part].append(seconds_since(start, rt))
-            start = time.perf_counter()
+            now = rt.now()
+            parts[part].append(now - start)
+            start = now
         step(lap)
     seconds = statistics.median(measure({"": whole_step}, n, rt)[""])
     memory = peak_memory(rt)
@@ -519,9 +512,9 @@ READERS = {"lists, no file opened": read_lists, "folders, no file opened": read_
 def measure_listing(reader, folder):
     """(seconds, GiB at its peak, GiB before). Call it in a new process: its memory only grows."""
     runtime.setup("cpu")                                                # allocator
-    before, start = peak_memory(CPU), time.perf_counter()
+    before, start = peak_memory(CPU), CPU.now()
     READERS[reader](folder)
-    return seconds_since(start, CPU), peak_memory(CPU), before
+    return CPU.now() - start, peak_memory(CPU), before
 
 
 def growth_of_listing(sizes=(10_000, 100_000, 1_000_000), most=100_000):

@@ -15,7 +15,7 @@ import train_student
 from engine import runtime
 from engine.runtime import UserError
 from engine.settings import flag
-from images.operations import ID, apply_operations, apply_where, gaussian_blur, grayscale, uniform
+from images.operations import ID, apply_operations, apply_where
 from images.policies import color_jitter
 
 
@@ -25,8 +25,8 @@ def three_augment(images):
     uint8 (B,3,H,W) -> the same; the argument is left as it is.
     """
     kind = torch.randint(0, 3, (len(images),))
-    images = apply_where(images, kind == 0, lambda x: grayscale(x).expand_as(x))
-    images = apply_where(images, kind == 2, lambda x: gaussian_blur(x, uniform(len(x), 0.1, 2.0)))
+    images = apply_where(images, kind == 0, augment.gray)
+    images = apply_where(images, kind == 2, augment.simclr_blur)
     solarized = torch.where(kind == 1, ID["solarize"], -1)
     images = apply_operations(images, solarized, torch.full((len(images),), 128.0))
     return color_jitter(images, 0.3, 0.3, 0.3)

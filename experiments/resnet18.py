@@ -68,9 +68,11 @@ def resolved(args, rt):
     out, names = args.out, [setting.name for setting in train_teacher.SETTINGS]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     idle = [flag(name) for name in given if name not in USED]
+    if args.compile:
+        idle.append("--compile")
     if idle:
         raise UserError(f"{', '.join(idle)} would have no effect: the plain ResNet-18 has one "
-                        "loss and one schedule")
+                        "loss and one schedule, and is not compiled")
     for name, value in PLAIN.items():
         if getattr(args, name) in (None, "auto"):
             setattr(args, name, value)

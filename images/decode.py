@@ -174,10 +174,7 @@ def extremes(path):
 
 def all_extremes(paths):
     """The `extremes` of all files with 16 bits among these, and how many have 16-bit color."""
-    def part(i):
-        return [pair for pair in map(extremes, paths[i::THREADS]) if pair is not None]
-    with workers() as pool:                     # a task for each file costs more than most files do
-        found = [pair for pairs in pool.map(part, range(THREADS)) for pair in pairs]
+    found = map_by_threads(extremes, paths)
     return [pair for pair in found if pair], found.count(())
 
 
@@ -396,8 +393,8 @@ def read_all(files, size, exact=False):
                 images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             else:
                 images[i] = read_square(path, size, white=files.white)
-        except Exception:                       # damaged files raise nearly anything
-            return problem(path, thorough=True) or f"{shown(path)}: cannot be decoded"
+        except Exception as error:              # damaged files raise nearly anything
+            return f"{shown(path)}: {reason(error)}"
 
     results = map_by_threads(read_one, range(len(files)))
     good = np.array([result is None for result in results], dtype=bool)

@@ -27,7 +27,7 @@ STUDENT = DATA | dict(
     method="deit-lt", model="micro", img_size=32, patch_size=8, stem="patch", tokens=2,
     layer_scale=0.0, drop_path=0.0, eval_crop=1.0, crop="padded", rand_ops=2, magnitude=9.0,
     erasing=0.25, mixup=0.8, cutmix=1.0, teacher=None, teacher_norm=None, teacher_size=None,
-    teacher_view="same", logit_adjustment=False)
+    teacher_view="same", logit_adjustment=False, drw_epoch=2, mix_drw=False)
 TEACHER = DATA | dict(arch="resnet32", loss="ldam", max_margin=0.5, img_size=16, norm="cifar")
 
 

@@ -113,7 +113,7 @@ def test_what_is_missing_is_run_once_and_the_table_tells_heads_and_seeds_apart(a
         else:
             finish(ablate.folder_of(command, CPU), 70 + seed, teacher_accuracy=50)
     monkeypatch.setattr(ablate, "run", finish_run)
-    flags = "table1", "--seeds", 0, 1, "--dataset", "shapes", "--imb", 10
+    flags = "table1", "--seeds", 0, 1, 1, "--dataset", "shapes", "--imb", 10
 
     assert ablation(*flags, "--show")[2:] == ["| plain | - | - | - | - | - | 0 | 34.5 |",
                                               "| CLS | - | - | - | - | - | 0 | - |",
@@ -125,6 +125,28 @@ def test_what_is_missing_is_run_once_and_the_table_tells_heads_and_seeds_apart(a
                          f"| CLS |{' 60.5 ± 0.7 |' * 4} 50.0 ± 0.0 | 2 | - |",
                          f"| both |{' 70.5 ± 0.7 |' * 4} 50.0 ± 0.0 | 2 | - |"]
     assert ablation(*flags) == table and len(ran) == 4
+
+
+def test_a_finished_run_of_other_images_is_named_before_anything_runs(ablation, monkeypatch,
+                                                                      capsys):
+    """Hours of the rows above it first; or the commands, which need no run, refused for it."""
+    rows = [Row("plain", "train_student.py --method vit"), Row("both", "train_student.py")]
+    monkeypatch.setitem(ablate.TABLES, "table1", rows)
+    monkeypatch.setattr(ablate, "run", lambda command: 1 / 0)
+    folder = ablate.folder_of("train_student.py --holdout 0.1 --seed 0", CPU)
+    finish(folder, 50.0)
+    Path(folder, "config.json").write_text('{"holdout": 0.2}')
+    with pytest.raises(SystemExit) as stop:
+        ablation("table1", "--holdout", 0.1)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{folder} is a finished run with another --holdout" in error
+    assert len(ablation("table1", "--holdout", 0.1, "--commands")) == 2
+
+
+def test_the_modes_are_of_ten_classes(ablation, capsys):
+    with pytest.raises(SystemExit):
+        ablation("modes", "--dataset", "imagenet_lt", "--commands")
+    assert "DeiT's loss for ten classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("table, flags, column", [

@@ -89,7 +89,7 @@ def test_heads_are_those_of_the_run(runs, tmp_path, monkeypatch, capsys):
     for way, head in (("CLS", "cls"), ("DIST", "dist"), ("CLS + DIST, logits", "avg")):
         assert [float(row[way]) for row in rows] == result[head]
     assert "balanced CLS" in rows[0]
-    net, args, data = loading.load_student(str(runs["deit-lt"]), RT)
+    net, args, data = loading.load_kind("student", str(runs["deit-lt"]), RT)
     args.logit_adjustment = True                                # its CLS is balanced by its loss
     assert "balanced CLS" not in accuracy.head_combinations(net, args, data, RT)
     with pytest.raises(SystemExit):
@@ -204,7 +204,7 @@ def test_a_damaged_run_costs_no_other_its_row(runs, tmp_path, monkeypatch, capsy
 
 def test_a_summary_needs_accuracies_of_its_own_classes(runs, tmp_path):
     """Accuracies drawn under the names of other classes; a traceback for a teacher's result."""
-    net, args, data = loading.load_student(str(runs["vit"]), RT)
+    net, args, data = loading.load_kind("student", str(runs["vit"]), RT)
     subject = loading.Subject("", str(tmp_path), net, args, data)
     result = read_result(runs["deit-lt"])
     result["per_class"]["dist"].pop()

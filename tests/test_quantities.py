@@ -218,6 +218,19 @@ def test_the_calibration_error_of_known_cases():
     assert quantities.calibration_error(torch.ones(4), torch.zeros(4, dtype=torch.bool)) == 1
 
 
+def test_the_calibration_error_is_that_of_a_loop_over_its_bins():
+    """An image in another bin; the gap of a bin's means, not weighted by the bin's images."""
+    generator = torch.Generator().manual_seed(0)
+    confidence, coin = torch.rand(2, 200, generator=generator)
+    right, expected = coin < confidence ** 2, 0
+    for k in range(15):
+        own = [(p, hit) for p, hit in zip(confidence.tolist(), right.tolist())
+               if k / 15 <= p < (k + 1) / 15]
+        expected += abs(sum(hit for _, hit in own) - sum(p for p, _ in own)) / 200
+    assert quantities.calibration_error(confidence, right) == pytest.approx(expected, abs=1e-9)
+    assert sum(n for n, _, _ in quantities.reliability(confidence, right)) == 200
+
+
 def test_overall_scatters_as_the_binomial():
     """Resampled labels (too wide), other percentiles: n images scatter by sqrt(p (1 - p) / n)."""
     labels = torch.arange(4).repeat_interleave(torch.tensor([400, 400, 1000, 0]))
@@ -242,7 +255,7 @@ def test_means_over_classes_scatter_with_classes_and_images():
 
     C classes of n images: variance (variance of p between classes + mean of p (1 - p) / n) / C.
     """
-    rng, n = torch.Generator().manual_seed(0), 10
+    n = 10
     p = torch.tensor([0.2, 0.5, 0.9] * 10)                              # of 30 classes
     labels = torch.arange(30).repeat_interleave(n)
     right = torch.arange(30 * n) % n < (p * n).round().long().repeat_interleave(n)
