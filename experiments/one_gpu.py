@@ -41,11 +41,11 @@ from engine.settings import SHORTEST
 from experiments.ablate import STUDENT, TEACHER, is_finished
 from images.machine import total_memory
 
-SHARES = {"machine": 0.02, "agree": 0.22, "speed": 0.16, "teachers": 0.24, "students": 0.36}
+SHARES = {"machine": 0.02, "agree": 0.26, "speed": 0.16, "teachers": 0.24, "students": 0.32}
 GRACE = 15                  # seconds from SIGTERM, at which training saves, to SIGKILL
 BEGINNING = 10              # seconds of a child before its --minutes begin: imports
 WHOLE = 90                  # seconds with which our teacher has all epochs of its recipe on a GPU
-COMPILING = 40              # seconds without which torch.compile is not tried
+COMPILING = 50              # seconds without which torch.compile is not tried
 SIZE = {"cuda": "--model small --img-size 32 --patch-size 4 --batch 256 --micro-batch 256",
         "cpu": "--model micro --img-size 32 --patch-size 8 --batch 64 --micro-batch 64"}
 # The paper's crops and learning rate are for 224 px and batches of 1,024.
@@ -68,6 +68,7 @@ class Command:
     least: float = 0        # seconds: with less it is not begun
     needs: str = ""         # the run folder of its teacher
     stopped: bool = False   # SIGTERM after its first epoch
+    gpu: str = ""           # the only one that it may see
 
 
 def commands(stage, options, seconds):
@@ -76,7 +77,7 @@ def commands(stage, options, seconds):
         return agree_commands(options)
     if stage == "speed":
         steps = f"-m experiments.steps {common_flags(options)} --device {options.device} "
-        steps += f"--seconds {min(3, 0.3 * options.minutes):.1f}"
+        steps += f"--seconds {min(3, 0.1 * options.minutes):.1f}"
         compiled = f"{steps} --only resnet32 small --compile"
         return [Command("steps", steps), Command("compiled", compiled, least=COMPILING),
                 Command("graphs", f"{compiled} --graphs", least=COMPILING)]
@@ -100,11 +101,20 @@ def agree_commands(options):
     tests = "-m pytest -q -p no:xdist -o addopts= tests/test_operations.py -k gpu"
     return [training(options, "same_float32", f"{same} --device {options.device} --amp none"),
             training(options, "same_bfloat16", f"{same} --device {options.device} --amp bf16"),
-            training(options, "same_cpu", f"{same} --device cpu --amp none"),
-            Command("tests", tests),
             training(options, "undisturbed", short),
             training(options, "resumed", short, log="stopped", stopped=True),
-            training(options, "resumed", short, begin="--resume")]
+            training(options, "resumed", short, begin="--resume"),
+            training(options, "same_cpu", f"{same} --device cpu --amp none"),
+            Command("tests", tests, gpu=visible(options.device))]
+
+
+def visible(device):
+    """CUDA_VISIBLE_DEVICES with which a process sees the GPU `device` alone; "" for the CPU."""
+    if device == "cpu":
+        return ""
+    number = int(device[5:] or 0)
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return shown.split(",")[number] if shown else str(number)
 
 
 def teacher_commands(options, seconds):
@@ -166,8 +176,10 @@ def run(command, limit, log):
     deadline, asked = time.monotonic() + limit, False
     before = last_logged(command.folder)        # of an earlier call
     with open(log, "w") as file:
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": command.gpu} if command.gpu else {})
         child = subprocess.Popen([sys.executable, *shlex.split(command.text)], stdout=file,
-                                 stderr=subprocess.STDOUT, preexec_fn=ENDS_WITH_PARENT)
+                                 env=environment, stderr=subprocess.STDOUT,
+                                 preexec_fn=ENDS_WITH_PARENT)
         try:
             while child.poll() is None and time.monotonic() < deadline:
                 if command.stopped and not asked and last_logged(command.folder) > before:

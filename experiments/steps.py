@@ -16,6 +16,7 @@ of peak    FLOP/s of the step / those of a large matrix product, measured in the
 GiB        largest memory of the GPU's tensors in a step; on a CPU of this process, until then
 """
 import argparse
+import gc
 import math
 import time
 from functools import partial
@@ -102,6 +103,8 @@ class Meter(Probe):
 def measure_step(script, flags, seconds, peak, rt, mode=None):
     """A row of the table. flags: a list; peak: FLOP/s; mode: of torch.compile."""
     if rt.device.type == "cuda":
+        torch.compiler.reset()                                  # the last row's graphs hold memory
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     module = train_teacher if script == TEACHER else train_student

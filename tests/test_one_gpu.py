@@ -95,7 +95,7 @@ def test_every_command_is_understood_and_has_its_own_folder(device, minutes, mon
             script(steps, monkeypatch, *flags)
         else:
             assert program == "-m pytest"
-    names = ["same_float32", "same_bfloat16", "same_cpu", "undisturbed", "resumed", "resumed",
+    names = ["same_float32", "same_bfloat16", "undisturbed", "resumed", "resumed", "same_cpu",
              "teacher_ours", "teacher_paper", "ours", "paper"]
     assert folders == [f"some where/out/{name}" for name in names]
 
@@ -128,6 +128,23 @@ def test_the_tests_that_are_run_on_a_gpu_exist():
     path = next(word for word in command.text.split() if word.endswith(".py"))
     marked = re.findall(r'reason="needs a GPU"\)\ndef (\w+)', (ROOT / path).read_text())
     assert marked and all(command.text.split()[-1] in name for name in marked)
+
+
+@pytest.mark.parametrize("device, shown, expected", [
+    ("cuda", None, "0"), ("cuda:1", None, "1"), ("cuda:1", "3,5", "5"), ("cpu", "3", "")])
+def test_the_test_that_needs_a_gpu_sees_the_one_that_is_measured(device, shown, expected,
+                                                                 monkeypatch, tmp_path):
+    """Another GPU, or none, since the tests hide all."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert one_gpu.visible(device) == expected
+    code = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    one_gpu.run(Command("x", python(code), gpu=expected), 30, tmp_path / "log.txt")
+    assert (tmp_path / "log.txt").read_text().strip() == (expected or shown or "None")
+    command, = [command for command in all_commands(options_of("--device", device))
+                if command.name == "tests"]
+    assert command.gpu == expected
 
 
 @pytest.mark.parametrize("minutes", [3, 10, 60])

@@ -349,6 +349,19 @@ def test_another_runtime_error_is_a_bug_with_its_traceback():
         runtime.run_main(main)
 
 
+@pytest.mark.parametrize("fast, words", [(False, "--amp fp16 is faster"), (True, "")])
+def test_a_gpu_without_bfloat16_is_told_what_is_faster(fast, words, monkeypatch, capsys):
+    """Days in float32 on a T4, in silence."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(runtime, "use_gpu", lambda device: None)
+    monkeypatch.setattr(runtime, "has_bf16", lambda device: fast)
+    runtime.setup("cuda")
+    error = capsys.readouterr().err
+    assert words in error and bool(error) == (not fast)
+    runtime.setup("cuda", "none")                                       # asked for
+    assert not capsys.readouterr().err
+
+
 def test_a_gpu_that_cannot_compute_is_one_line(monkeypatch):
     """A traceback on a card that this build of torch has no kernels for."""
     def no_kernels(device):
