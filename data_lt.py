@@ -78,7 +78,7 @@ def published_groups(dataset):
 # ---- The order of an epoch -----------------------------------------------------------------------
 
 def epoch_generator(seed, epoch):
-    """The generator of an epoch's order; by spawn_key its seed is never that of a training step."""
+    """The generator of an epoch's order; spawn_key keeps its seed apart from the steps'."""
     key = np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(key) >> 1)
 
@@ -131,7 +131,7 @@ class LongTailData:
     groups: dict                    # of class numbers: head, mid, tail
     class_ids: list = None          # the data set's own number of each class; None: 0..K-1
     fingerprint: str = ""           # changes with the data
-    white: int = 65535              # white in images of 10 to 16 bits, see images/decode.py
+    white: int = 65535              # level of white in deep images, see images/decode.py
 
     def __post_init__(self):
         if self.class_ids is None:

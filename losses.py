@@ -27,7 +27,7 @@ scaling (Kini et al., NeurIPS 2021, arXiv 2103.01550); focal loss (Lin et al., a
 pi_k = n_k / N. With gamma = 0, (4) is logit adjustment. (5) is as in LDAM-DRW's code.
 
 PaCo (Cui et al., ICCV 2021, arXiv 2107.12028): one of two views of image i gives logits z_ic and a
-unit unit vector v_i, the anchor; the other, through a slowly following copy of the network (the key
+unit vector v_i, the anchor; the other, through a slowly following copy of the network (the key
 encoder), a unit vector k_i, the key. An anchor is contrasted with the classes, logit-adjusted, and
 with the rows of the bank = [v_1..v_B; k_1..k_B; a queue of earlier keys]. P_i: the rows, other than
 i itself, that have i's label. alpha, beta, gamma: PaCo's own, not those above.

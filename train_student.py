@@ -139,8 +139,8 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
         weight = losses.drw_weights(counts, epoch, args.drw_epoch, args.beta)   # None, then w (K,)
         mixing = (epoch < args.drw_epoch or args.mix_drw) and args.mixup + args.cutmix > 0
         batches = data_lt.shard(order_of(args, data, epoch), args.batch, rt.rank, rt.world)
-        left = run.remaining_steps(epoch, batches)              # all of them, but after --resume
-        for step, images, labels in data.batches(left, (args.seed, epoch, rt.rank)):
+        remaining = run.remaining_steps(epoch, batches)     # all, or those left after --resume
+        for step, images, labels in data.batches(remaining, (args.seed, epoch, rt.rank)):
             runtime.seed_step(args.seed, epoch, step, rt.rank)      # so that a step can be replayed
             set_lr(optimizer, cosine_lr(epoch + step / steps, args.epochs, args.lr,
                                         args.warmup_epochs))

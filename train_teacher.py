@@ -45,7 +45,7 @@ SETTINGS = [
     Setting("norm", "cifar", tuple(NORMALISATIONS), "pixel statistics to normalise with"),
     Setting("augment", "weak", ("weak", "padded", "resized", "loader"),
             "weak: shift by up to 4 px, flip; else the student's augmentation with that crop"),
-    Setting("mixing", 0.0, Interval(0, 1), "fraction of the batches to mix (not weak: all)"),
+    Setting("mixing", 0.0, Interval(0, 1), "fraction of the batches to mix; all if not weak"),
     Setting("epochs", 200, Interval(1), "passes over the training images"),
     Setting("batch", 128, Interval(1), "images per step, all processes together"),
     Setting("lr", 0.1, Interval(0), "peak learning rate of SGD with momentum 0.9"),
@@ -141,8 +141,8 @@ def train(args, data, net, rt, run):
         sam.rho = radius(args, epoch)
         order = data_lt.shuffled(n, args.seed, epoch)
         batches = data_lt.shard(order, args.batch, rt.rank, rt.world)
-        left = run.remaining_steps(epoch, batches)              # all of them, but after --resume
-        for step, images, y in data.batches(left, (args.seed, epoch, rt.rank)):
+        remaining = run.remaining_steps(epoch, batches)     # all, or those left after --resume
+        for step, images, y in data.batches(remaining, (args.seed, epoch, rt.rank)):
             seed = (args.seed, epoch, step, rt.rank)
             runtime.seed_step(*seed)
             set_lr(sam, learning_rate(args, epoch + step / steps))
@@ -232,7 +232,7 @@ def radius(args, epoch):
     "late": minima as flat as with SAM throughout are reported for SAM in the last epochs only
     (Zhou et al., ICLR 2025, arXiv 2410.10373).
     """
-    last_third = min(args.epochs * 2 / 3, args.epochs - 1)      # its first epoch, of one at least
+    last_third = min(args.epochs * 2 / 3, args.epochs - 1)      # where it begins; one at least
     if args.rho_schedule == "constant" or epoch >= last_third:
         return args.rho
     if args.rho_schedule == "late":
@@ -274,7 +274,7 @@ def resolve(args, rt):
     resolve_data(args)
     paco = args.loss == "paco"
     recipes = PACO_RECIPES if paco else RECIPES
-    if args.loss not in (None, "la"):               # ours and gpu are for la: the nearest others
+    if args.loss not in (None, "la"):               # which ours and gpu are for
         recipes = {name: recipes[name] for name in ("paper", "cpu")}
         args.recipe = {"ours": "cpu", "gpu": "paper"}.get(args.recipe, args.recipe)
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)

@@ -132,7 +132,7 @@ class VisionTransformer(nn.Module):
 
     img_size, patch_size: side of the square image and of a patch, pixels. num_classes: K.
     embed_dim: D. depth: number of blocks. num_heads: H. mlp_ratio: hidden width of an MLP / D.
-    distilled: with DIST and head_dist; else CLS alone learns. stem: PatchEmbed or a class like it.
+    distilled: with DIST and head_dist, else with CLS alone. stem: PatchEmbed or a class like it.
     drop_path: stochastic depth rate of the last block; block i has drop_path * i / (depth - 1).
     layer_scale: initial gamma of LayerScale (DeiT-III: 1e-4); None: without.
     checkpointing: store only the inputs of blocks, compute the rest again in the backward pass.

@@ -24,7 +24,7 @@ from engine.runtime import PRECISIONS, UserError, all_max, exit_together
 from engine.settings import NOT_RESUMED, defaults, flag, set_epochs
 from engine.training import check_compiler
 
-FORMAT = 2          # of a run folder's settings: runs of another one can only be evaluated
+FORMAT = 2          # of a run folder's settings: runs of another one are not resumed or shown
 RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
 # What can be done about a run in the way, and about a teacher that another script would train.
 AGAIN = "--overwrite starts it again, --out names another folder"
@@ -67,8 +67,8 @@ class PastRun:
         restarts, = all_max([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))], rt)
         self.restarted = restarts > 0
         self.resume = args.resume or self.restarted         # its command is that of the start
-        again = os.path.exists(os.path.join(folder, BEGUN_AGAIN))
-        self.overwrite = args.overwrite and (again or not self.restarted)
+        again, = all_max([int(os.path.exists(os.path.join(folder, BEGUN_AGAIN)))], rt)
+        self.overwrite = args.overwrite and (again > 0 or not self.restarted)
         runtime.trains = True
         # --minutes: the time of a teacher that another script trains begins here.
         self.began = time.monotonic() if wait else runtime.began
@@ -123,7 +123,12 @@ class PastRun:
                 return
             mine = held.get(os.path.realpath(self.folder))      # of an earlier Run
             lock = mine or Lock(self.folder)
-            if mine or lock.take():
+            try:
+                taken = mine or lock.take()
+            except OSError as error:
+                hint = "" if wait else "; --out names another folder"
+                raise UserError(f"cannot write in {self.folder}: {error.strerror}{hint}") from None
+            if taken:
                 self.lock = lock
                 runtime.at_end.append(lock.release)
                 # For a worker that torchrun restarts: the files are not its own.
@@ -393,7 +398,7 @@ class PastRun:
                 error = caught
             except OSError as caught:
                 error = UserError(f"cannot write in {self.folder}: {caught.strerror}; what was "
-                                  "written before is intact, --out names another folder")
+                                  "written before is intact")
         failed, = all_max([int(error is not None)], self.rt)
         if failed:
             exit_together(error, self.rt)

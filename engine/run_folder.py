@@ -38,7 +38,7 @@ TIMED = (3, 13)     # the steps between which the time left is estimated
 
 
 class Run(PastRun):
-    """A PastRun's folder while the run is trained in it: this run's own until `finish`.
+    """The folder of a run that is trained: this process's own until `finish`.
 
     A training script calls `start`, then `begin_epoch`, `remaining_steps`, `after_step` and
     `after_epoch` in its loop, then `finish`.

@@ -87,8 +87,8 @@ def run_main(main):
         print("Interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
-            raise                               # cuBLAS and cuDNN have no class for it
+        if not lacks_memory(error):
+            raise
         advice = ("; less is needed with --checkpointing, a smaller --micro-batch (of a teacher: "
                   "--batch) or --amp fp16")
         print(f"error: the GPU's memory is too small ({one_line(error, 90)})"
@@ -254,6 +254,12 @@ def has_bf16(device):
     return device.type == "cpu" and cpu_info(fast) is not None
 
 
+def lacks_memory(error):
+    """Is this RuntimeError one of a GPU that is too small? Only torch has a class for it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("_ALLOC_FAILED", "CUDA error: out of memory"))
+
+
 def keep_freed_memory():
     """Let glibc keep freed memory for the next tensor instead of returning it to the system."""
     if LIBC is not None:                            # other systems have other allocators
@@ -271,13 +277,16 @@ def use_gpu(device):
         torch.cuda.set_device(device)
         torch.ones(1, device=device).add(1).cpu()
     except RuntimeError as error:
-        raise UserError(f"{device} cannot be used ({one_line(error, 90)}): another torch or driver "
-                        "may fit it; else --device cpu") from None
+        raise UserError(f"{device} cannot be used ({one_line(error, 90)}): is it full, taken, or "
+                        "for another torch or driver? Else --device cpu") from None
     torch.backends.cudnn.benchmark = True
 
 
-def setup(device="auto", amp="auto"):
-    """Runtime of this process; joins torchrun's process group. UserError for a missing device."""
+def setup(device="auto", amp=None):
+    """Runtime of this process; joins torchrun's process group. UserError for a missing device.
+
+    amp: as --amp; None, of scripts that have no such flag: "auto".
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:         # torchrun's child
         end_with_parent()
     try:
@@ -312,11 +321,12 @@ def setup(device="auto", amp="auto"):
         except ValueError as error:                 # set by a cluster, or left in the environment
             raise UserError(f"WORLD_SIZE is {world}, but this process has no group: start it with "
                             f"torchrun, or unset WORLD_SIZE ({one_line(error)})") from None
-    if amp == "auto":
-        amp = "bf16" if has_bf16(device) else "none"
-        if amp == "none" and device.type == "cuda" and rank == 0:
+    if amp in ("auto", None):
+        chosen = "bf16" if has_bf16(device) else "none"
+        if (amp, chosen, device.type) == ("auto", "none", "cuda") and rank == 0:
             print("This GPU has no fast bfloat16, so it works in float32: --amp fp16 is faster",
                   file=sys.stderr)
+        amp = chosen
     dtype, = (dtype for dtype, name in PRECISIONS.items() if name == amp)
     return Runtime(device, rank, world, dtype)
 

@@ -22,6 +22,7 @@ import glob
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import statistics
@@ -101,20 +102,25 @@ def agree_commands(options):
     tests = "-m pytest -q -p no:xdist -o addopts= tests/test_operations.py -k gpu"
     return [training(options, "same_float32", f"{same} --device {options.device} --amp none"),
             training(options, "same_bfloat16", f"{same} --device {options.device} --amp bf16"),
+            training(options, "same_cpu", f"{same} --device cpu --amp none"),
+            Command("tests", tests, gpu=visible(options.device)),
             training(options, "undisturbed", short),
             training(options, "resumed", short, log="stopped", stopped=True),
-            training(options, "resumed", short, begin="--resume"),
-            training(options, "same_cpu", f"{same} --device cpu --amp none"),
-            Command("tests", tests, gpu=visible(options.device))]
+            training(options, "resumed", short, begin="--resume")]
 
 
 def visible(device):
-    """CUDA_VISIBLE_DEVICES with which a process sees the GPU `device` alone; "" for the CPU."""
+    """CUDA_VISIBLE_DEVICES with which a process sees the GPU `device` alone; "" for the CPU.
+
+    UserError for one that is not there.
+    """
     if device == "cpu":
         return ""
-    number = int(device[5:] or 0)
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return shown.split(",")[number] if shown else str(number)
+    numbers = shown.split(",") if shown else list(map(str, range(64)))
+    if not re.fullmatch(r"cuda(:\d+)?", device) or int(device[5:] or 0) >= len(numbers):
+        raise UserError(f"--device is cuda, cuda:N of a GPU that is there, or cpu, not {device}")
+    return numbers[int(device[5:] or 0)]
 
 
 def teacher_commands(options, seconds):

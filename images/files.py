@@ -25,7 +25,7 @@ IMAGE_FILES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp"
 # Folders in which systems keep thumbnails and deleted files (NAS, macOS, Windows, Linux).
 SYSTEM_FOLDERS = ("@eadir", "@__thumb", "@recycle", "#recycle", "__macosx", "$recycle.bin",
                   "system volume information", "lost+found")
-RUN_FILES = {"config.json", "log.jsonl", "result.json", "last.pt", "lock"}
+RUN_FILES = {"config.json", "log.jsonl", "result.json", "last.pt", "lock", "overwriting"}
 
 
 class DataError(ValueError):

@@ -24,7 +24,7 @@ import train_student
 import train_teacher
 from conftest import ROOT, script
 from engine import datasets, runtime, settings
-from engine.runtime import Runtime, run_main
+from engine.runtime import Runtime, UserError, run_main
 from experiments import ablate, one_gpu, steps
 from experiments.one_gpu import Command
 from pretended_gpu import GPU, PretendedGPU
@@ -95,7 +95,7 @@ def test_every_command_is_understood_and_has_its_own_folder(device, minutes, mon
             script(steps, monkeypatch, *flags)
         else:
             assert program == "-m pytest"
-    names = ["same_float32", "same_bfloat16", "undisturbed", "resumed", "resumed", "same_cpu",
+    names = ["same_float32", "same_bfloat16", "same_cpu", "undisturbed", "resumed", "resumed",
              "teacher_ours", "teacher_paper", "ours", "paper"]
     assert folders == [f"some where/out/{name}" for name in names]
 
@@ -126,7 +126,7 @@ def test_the_tests_that_are_run_on_a_gpu_exist():
     """A file or a test that was renamed: pytest would find nothing to run."""
     command, = [command for command in all_commands(options_of()) if command.name == "tests"]
     path = next(word for word in command.text.split() if word.endswith(".py"))
-    marked = re.findall(r'reason="needs a GPU"\)\ndef (\w+)', (ROOT / path).read_text())
+    marked = re.findall(r'reason="needs a GPU[^"]*"\)\ndef (\w+)', (ROOT / path).read_text())
     assert marked and all(command.text.split()[-1] in name for name in marked)
 
 
@@ -145,6 +145,11 @@ def test_the_test_that_needs_a_gpu_sees_the_one_that_is_measured(device, shown, 
     command, = [command for command in all_commands(options_of("--device", device))
                 if command.name == "tests"]
     assert command.gpu == expected
+    with pytest.raises(UserError, match="that is there"):
+        one_gpu.visible("cuda:x")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="that is there"):
+        one_gpu.visible("cuda:1")
 
 
 @pytest.mark.parametrize("minutes", [3, 10, 60])

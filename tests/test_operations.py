@@ -244,7 +244,7 @@ def test_autocast_does_not_coarsen_a_resize():
     assert resized.dtype == torch.float32 and torch.equal(resized, operations.resize(images, 48))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU in CUDA_VISIBLE_DEVICES")
 def test_a_gpu_gives_what_a_cpu_gives():
     """Matrix products instead of the CPU's resize; arithmetic that a GPU rounds in another way."""
     pictures, box = noise(60, 40, 28, 60, 195), random_boxes(60, 40, 28)

@@ -327,7 +327,8 @@ def one_of_two(rank, folder):
 
 @pytest.mark.parametrize("kind, text", [
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
-    (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+    (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    (RuntimeError, "CUDA error: out of memory")])
 def test_too_little_memory_on_a_gpu_is_one_line_with_advice(kind, text, capsys):
     """A traceback of 60 lines on the first day with a GPU."""
     for training in (True, False):              # an analysis has no such flags
@@ -355,10 +356,11 @@ def test_a_gpu_without_bfloat16_is_told_what_is_faster(fast, words, monkeypatch,
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(runtime, "use_gpu", lambda device: None)
     monkeypatch.setattr(runtime, "has_bf16", lambda device: fast)
-    runtime.setup("cuda")
+    runtime.setup("cuda", "auto")
     error = capsys.readouterr().err
     assert words in error and bool(error) == (not fast)
     runtime.setup("cuda", "none")                                       # asked for
+    runtime.setup("cuda")                                               # analyze.py has no --amp
     assert not capsys.readouterr().err
 
 
