@@ -69,8 +69,8 @@ SETTINGS = [
 STRONG = ("padded", "resized", "loader")    # crops of the student's, strong augmentation
 PACO_ONLY = ("alpha", "temperature", "queue", "projection", "key_momentum")
 # Recipes change some of them. cpu: the same method in minutes on 2 cores. ours: a network that is
-# made for a CPU; the log prior in its loss does the work of re-weighting. (A student's recipe gpu
-# takes this teacher too.)
+# made for a CPU, also the teacher of a student's recipe gpu; the log prior in its loss does the
+# work of re-weighting.
 CPU = dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw_epoch=16,
            eval_every=4)
 SHAPES = CPU | dict(img_size=16, epochs=8, batch=32, lr=0.03, rho=0.05, rho_schedule="late",
@@ -274,7 +274,7 @@ def resolve(args, rt):
     resolve_data(args)
     paco = args.loss == "paco"
     recipes = PACO_RECIPES if paco else RECIPES
-    if args.loss not in (None, "la"):               # which ours and gpu are for
+    if args.loss not in (None, "la"):               # ours and gpu have la only
         recipes = {name: recipes[name] for name in ("paper", "cpu")}
         args.recipe = {"ours": "cpu", "gpu": "paper"}.get(args.recipe, args.recipe)
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)

@@ -255,7 +255,7 @@ def has_bf16(device):
 
 
 def lacks_memory(error):
-    """Is this RuntimeError one of a GPU that is too small? Only torch has a class for it."""
+    """Is this RuntimeError a lack of GPU memory? cuBLAS and CUDA report theirs as text only."""
     return isinstance(error, torch.OutOfMemoryError) or any(
         words in str(error) for words in ("_ALLOC_FAILED", "CUDA error: out of memory"))
 
