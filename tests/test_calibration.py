@@ -13,6 +13,7 @@ from torch import nn
 import analyze
 from analysis import accuracy, calibration, loading, predict
 from conftest import script
+from engine import runtime
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.runtime import UserError
 from finished_runs import RT, runs  # noqa: F401: a fixture
@@ -151,7 +152,8 @@ def test_predict_uses_what_eval_has_kept(own_run, tiny_cifar, tmp_path, monkeypa
     after = predictions(monkeypatch, tmp_path, own_run, image)
     assert f"temperature {t:.3g}" in capsys.readouterr().err
     x = torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)[None] / 255
-    logits = predict.Predictor(loading.load_alone(str(own_run), RT))(x)[0].double()
+    rt = runtime.setup("cpu")                              # bfloat16 where the script takes it
+    logits = predict.Predictor(loading.load_alone(str(own_run), rt))(x)[0].double()
     for row, p in ((before, logits.softmax(dim=0)), (after, (logits / t).softmax(dim=0))):
         found = [float(row[f"probability{r}"]) for r in RANKS]
         assert found == pytest.approx(p.sort(descending=True).values.tolist(), abs=1e-4)

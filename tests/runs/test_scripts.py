@@ -95,7 +95,8 @@ def test_the_papers_recipe_starts_at_chance(teacher_run, tiny_cifar, tmp_path):
           tmp_path / "run")
     log, = records(tmp_path / "run")
     assert log["loss_cls"] == pytest.approx(2.3026, abs=0.15)
-    assert log["loss_dist"] == pytest.approx(2.3026, abs=0.15)
+    # A teacher near chance may name one class only, whose logit is anywhere within about +-0.5.
+    assert log["loss_dist"] == pytest.approx(2.3026, abs=0.6)
     config = checkpoint(tmp_path / "run")["config"]
     assert (config["repeats"], config["crop"], config["eval_crop"]) == (3, "resized", 0.875)
     assert "ema" in read(tmp_path / "run", "result.json")
