@@ -153,7 +153,8 @@ def test_predict_uses_what_eval_has_kept(own_run, tiny_cifar, tmp_path, monkeypa
     assert f"temperature {t:.3g}" in capsys.readouterr().err
     x = torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)[None] / 255
     rt = runtime.setup("cpu")                              # bfloat16 where the script takes it
-    logits = predict.Predictor(loading.load_alone(str(own_run), rt))(x)[0].double()
+    with rt.autocast():
+        logits = predict.Predictor(loading.load_alone(str(own_run), rt))(x)[0].double()
     for row, p in ((before, logits.softmax(dim=0)), (after, (logits / t).softmax(dim=0))):
         found = [float(row[f"probability{r}"]) for r in RANKS]
         assert found == pytest.approx(p.sort(descending=True).values.tolist(), abs=1e-4)
