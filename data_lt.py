@@ -80,7 +80,7 @@ def published_groups(dataset):
 def epoch_generator(seed, epoch):
     """The generator of an epoch's order; spawn_key keeps its seed apart from the steps'."""
     key = np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(key) >> 1)
+    return torch.Generator().manual_seed(int(key) >> 1)             # 63 bits, as much as it takes
 
 
 def shuffled(n, seed, epoch):
@@ -109,9 +109,9 @@ def shard(order, batch, rank=0, world=1):
     order (n,) -> steps_per_epoch(n, batch) tensors of about batch / world. Global batches differ by
     at most one image (no tiny last one). DataError if a process would be left without an image.
     """
-    steps = steps_per_epoch(len(order), batch)
-    if len(order) // steps < world:
-        raise DataError(f"a batch of {batch} is too small for {world} processes")
+    n, steps = len(order), steps_per_epoch(len(order), batch)
+    if n // steps < world:
+        raise DataError(f"{world} processes are too many for {n} images, {batch} at a time")
     return [global_batch[rank::world] for global_batch in torch.tensor_split(order, steps)]
 
 

@@ -112,7 +112,7 @@ METRICS = ("loss", "loss_cls", "loss_dist", "teacher_accuracy")
 def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=None, order_of=None):
     """The training loop. Returns {"cls", "dist", "avg" and, with --ema, "ema": accuracies}.
 
-    rt: device and processes; run: its folder. The last three are replaced in experiments/."""
+    rt: device and processes; run: a Run or a Probe. The last three are replaced in experiments/."""
     augment_images = augment_images or strong_augment
     label_loss = label_loss or losses.cross_entropy
     order_of = order_of or epoch_order
@@ -149,7 +149,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                 # Strided, so that an image's copies (--repeats) are in different micro-batches.
                 part = images[i::accumulation_steps]                    # uint8 (b,3,H,W)
                 target = labels[i::accumulation_steps]                  # (b,)
-                fraction = len(part) / len(labels)
+                fraction = len(part) / len(labels)          # micro-batches need not be equal
                 # 1. Augment, every image with its own draws, and mix, with one draw for all.
                 x = augment_images(part, args)                          # (b,3,S,S) in [0,1]
                 if mixing:
@@ -186,7 +186,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                     scaler.scale(fraction * loss).backward()
                 metrics += fraction * torch.stack(values).detach()
             # 5. AdamW step, left out if a number is not finite, and moving average.
-            scaler.unscale_()
+            scaler.unscale_()           # here it finds out whether all gradients are finite
             scaler.step(optimizer)
             optimizer.zero_grad()
             finite = scaler.update()

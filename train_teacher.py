@@ -173,7 +173,8 @@ def train(args, data, net, rt, run):
                 with frozen_batchnorm_statistics(trained):
                     scaler.scale(batch_loss()).backward()               # gradient at w + e
                 scaler.unscale_()
-                sam.second_step()                                       # back to w, then SGD
+                # Back to w, then SGD, which itself skips a step that the scaler found not finite.
+                sam.second_step()
             else:
                 scaler.step(sgd)
                 sgd.zero_grad()
@@ -278,6 +279,8 @@ def resolve(args, rt):
         recipes = {name: recipes[name] for name in ("paper", "cpu")}
         args.recipe = {"ours": "cpu", "gpu": "paper"}.get(args.recipe, args.recipe)
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)
+    if args.loss == "la":
+        row = row | dict(beta=0.0)                  # the log prior does the work of re-weighting
     strong = args.augment in STRONG
     if args.dataset == "folder":
         images = survey(args)
@@ -377,7 +380,7 @@ def run_teacher(args, rt, wait=False, train=train):
 
 
 def teacher_folder(flags, rt, train=True):
-    """Run folder of the teacher of these flags; with `train` it is trained first if missing."""
+    """The name of the run folder that these flags lead to; with `train`, a finished run in it."""
     args = parse([*flags, "--resume"])
     resolve(args, rt)
     if train:

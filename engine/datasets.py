@@ -10,9 +10,9 @@ r"""Loads the data set that a run's settings name: `load_data(args, rt)` -> data
 
 `args` is any object with the attributes dataset, imb, imb_type, data_dir, img_size, holdout,
 holdout_by, train_list, test_list, list_columns, skip_bad and, if test images are cropped,
-eval_crop; white, if the level of deep images is known (images/decode.py). What fits into the memory
-budget is held as uint8 tensors on the training device; other images are streamed from disk. All
-files that cannot be used are listed before training starts.
+eval_crop; groups, if given; white, if the level of deep images is known (images/decode.py). What
+fits into the memory budget is held as uint8 tensors on the training device; other images are
+streamed from disk. All files that cannot be used are listed before training starts.
 """
 import functools
 import math

@@ -403,8 +403,10 @@ def advice(results, folder, teacher, settings):
     images = "held-out images" if settings.get("holdout") else "test images"
     given = ((flag, settings.get(f"teacher_{flag}")) for flag in ("norm", "size"))
     flags = "".join(f" --{flag} {value}" for flag, value in given if value is not None)
-    if all(map(os.path.isdir, (teacher or folder).split(","))):
-        flags = ""                                      # runs say their own
+    note = "; a file without class names needs them beside it, x.pth in x.classes.txt"
+    if all(map(os.path.isdir, (teacher or folder).split(","))):     # runs say their own
+        left_out = flags.replace(" --", " --teacher-")
+        flags, note = "", f"; measured with{left_out}, without it here" if flags else ""
     s = main_accuracy(results["avg"])
     if "teacher_avg" not in results:
         return f"Use the network: {predict_command(folder)} ({name} {s:.1f} % on the {images})"
@@ -414,12 +416,12 @@ def advice(results, folder, teacher, settings):
     interval = "95 % interval of the difference: +-"
     if c - max(s, t) > margin_c:
         return (f"Use both together: {predict_command(f'{folder},{teacher}', flags)} ({text}, both "
-                f"{c:.1f} %; {interval}{margin_c:.1f})")
+                f"{c:.1f} %; {interval}{margin_c:.1f}{note})")
     text += f"; {interval}{margin:.1f}"
     if t - s > margin:
-        return (f"Use the teacher: {predict_command(teacher, flags)} ({text}). A longer training "
-                f"may let the student catch up: --epochs {2 * settings['epochs']}, or more "
-                "--minutes.")
+        return (f"Use the teacher: {predict_command(teacher, flags)} ({text}{note}). A longer "
+                f"training may let the student catch up: --epochs {2 * settings['epochs']}, or "
+                "more --minutes.")
     clear = "" if s - t > margin else "no clear difference; "
     return f"Use the student: {predict_command(folder)} ({clear}{text})"
 

@@ -586,8 +586,7 @@ def start_from(net, path, data, rt):
     what, start = f"--finetune {path}", load_network(path)
     if start.kind != "student" or not start.config:
         raise UserError(f"{what} is not a student's run: it is {start.what}")
-    if list(start.class_names) != list(data.class_names):
-        raise UserError(f"{what}: that run has other classes")
+    match_classes(start, data, what)            # of the same classes in another order too
     check_origin(what, origin(path, start), data, rt)
     weights, grid = start.net.state_dict(), net.img_size // net.patch_size
     try:

@@ -141,7 +141,7 @@ class Run(PastRun):
 
         images: of this process's part of the batch. values: tensor (len(metrics),); the first is
         the loss. finite: 1.0, or 0.0 for a step that was undone and does not count. Waits for the
-        device every 20 steps only.
+        device every 20 steps, at the epoch's last one, and at the few that are timed or watched.
         """
         if self.watch:
             self.watch.after_step(epoch, values, finite, self.parts["model"])

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ def run_main(main):
         if not lacks_memory(error):
             raise
         advice = ("; less is needed with --checkpointing, a smaller --micro-batch (of a teacher: "
-                  "--batch) or --amp fp16")
+                  "--batch) or, if it works in float32, --amp fp16")
         print(f"error: the GPU's memory is too small ({one_line(error, 90)})"
               + (advice if trains else ""), file=sys.stderr)
         code = 2
@@ -304,9 +305,11 @@ def setup(device="auto", amp=None):
                   f"{torch.version.cuda}?): going on without it", file=sys.stderr)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (":" in device and world > 1):
         raise UserError(f"--device is auto, cpu, cuda or, for one process, cuda:N, not {device}")
-    if device != "cpu" and int(device[5:] or local) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: this torch sees {torch.cuda.device_count()} CUDA "
-                        "devices; use --device cpu")
+    gpus = torch.cuda.device_count()
+    if device != "cpu" and int(device[5:] or local) >= gpus:
+        advice = f"--nproc_per_node={gpus}" if gpus and world > 1 else "--device cpu"
+        raise UserError(f"--device {device}: this torch sees {gpus} GPU(s), and this process needs "
+                        f"number {device[5:] or local}, counted from 0; use {advice}")
     device = torch.device(f"cuda:{local}" if device == "cuda" else device)
     if device.type == "cuda":
         use_gpu(device)
@@ -317,7 +320,8 @@ def setup(device="auto", amp=None):
     if world > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(backend)
+            # Others wait while the first reads a large set; torchrun notices one that has died.
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
         except ValueError as error:                 # set by a cluster, or left in the environment
             raise UserError(f"WORLD_SIZE is {world}, but this process has no group: start it with "
                             f"torchrun, or unset WORLD_SIZE ({one_line(error)})") from None

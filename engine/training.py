@@ -208,7 +208,9 @@ class FiniteScaler:
         return int(self.counts["skipped"])
 
     def state_dict(self):
-        return self.counts
+        # A run that goes on in float16 begins with float16's own scale, not with this one's 1.
+        unused = () if self.scaled else ("scale", "good")
+        return {name: value for name, value in self.counts.items() if name not in unused}
 
     def load_state_dict(self, counts):
         for name, value in counts.items():

@@ -181,7 +181,7 @@ def test_processes_together_see_exactly_the_batches_of_one_process(n, batch):
 
 def test_a_batch_too_small_for_the_processes_is_refused():
     """An empty part would divide by zero on one process while the others wait for it."""
-    with pytest.raises(DataError, match="batch of 4 is too small for 4 processes"):
+    with pytest.raises(DataError, match="4 processes are too many for 9 images, 4 at a time"):
         data_lt.shard(torch.arange(9), 4, 0, 4)
 
 

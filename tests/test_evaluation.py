@@ -495,6 +495,11 @@ def test_the_last_line_says_which_network_to_use(accuracies, use, more, tmp_path
     (tmp_path / "t").mkdir()                            # a run says its own, and refuses others
     line = evaluation.advice(rows_of(*accuracies), "runs/y", str(tmp_path / "t"), settings)
     assert "--norm" not in line
+    told = "measured with --teacher-norm imagenet --teacher-size 32, without it here" in line
+    assert told == (not line.startswith("Use the student"))
+    for teacher in ("t x", str(tmp_path / "t")):        # a file may have no names of its classes
+        line = evaluation.advice(rows_of(*accuracies), "runs/y", teacher, dict(epochs=30))
+        assert ("x.classes.txt" in line) == (teacher == "t x" and "Use the student" not in line)
 
 
 def test_a_network_without_a_teacher_is_named_alone():

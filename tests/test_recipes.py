@@ -131,11 +131,15 @@ STRONG_PAPER = {name: LDAM_PAPER[name] | STRONG | dict(epochs=epochs) for name, 
 STRONG_CPU = {name: LDAM_CPU[name] | STRONG | dict(epochs=epochs) for name, epochs in
               (("cifar10", 48), ("cifar100", 48), ("shapes", 16), ("folder", 24))}
 STRONG_OURS = {name: row | dict(augment="padded") for name, row in LA_OURS.items()}
-PACO, PADDED = ("--loss", "paco"), ("--augment", "padded")
+# The log prior and re-weighting would do the same twice.
+LA_PAPER, LA_CPU = ({name: row | dict(loss="la", beta=0.0) for name, row in rows.items()}
+                    for rows in (LDAM_PAPER, LDAM_CPU))
+LA, PACO, PADDED = ("--loss", "la"), ("--loss", "paco"), ("--augment", "padded")
 TEACHERS = [
     ("paper", (), LDAM_PAPER), ("cpu", (), LDAM_CPU), ("ours", (), LA_OURS),
     ("paper", PACO, PACO_PAPER), ("cpu", PACO, PACO_CPU), ("ours", PACO, PACO_CPU),
     ("paper", PADDED, STRONG_PAPER), ("cpu", PADDED, STRONG_CPU), ("ours", PADDED, STRONG_OURS),
+    ("paper", LA, LA_PAPER), ("cpu", LA, LA_CPU), ("ours", LA, LA_OURS),
     ("gpu", (), {name: LA_OURS[name] for name in ("cifar10", "cifar100")}),
     ("gpu", PACO, {name: PACO_PAPER[name] for name in ("cifar10", "cifar100")}),
 ]

@@ -364,6 +364,19 @@ def test_a_gpu_without_bfloat16_is_told_what_is_faster(fast, words, monkeypatch,
     assert not capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device, world, words", [
+    ("auto", 4, "process needs number 2, counted from 0; use --nproc_per_node=2"),
+    ("cuda:2", 1, "process needs number 2, counted from 0; use --device cpu")])
+def test_more_processes_than_gpus_are_told_how_many_there_are(device, world, words, monkeypatch):
+    """The CPU recommended to somebody who has two GPUs and started four processes."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("RANK", 2), ("LOCAL_RANK", 2), ("WORLD_SIZE", world)):
+        monkeypatch.setenv(name, str(value if world > 1 else int(name == "WORLD_SIZE")))
+    with pytest.raises(UserError, match=words):
+        runtime.setup(device)
+
+
 def test_a_gpu_that_cannot_compute_is_one_line(monkeypatch):
     """A traceback on a card that this build of torch has no kernels for."""
     def no_kernels(device):

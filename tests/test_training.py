@@ -236,6 +236,20 @@ def test_the_scale_follows_torchs_rule(monkeypatch):
         assert float(scaler.counts["scale"]) == reference.get_scale(), step
 
 
+def test_a_run_that_goes_on_in_float16_begins_with_its_scale():
+    """The 1 of a float32 run as the scale: small gradients are 0 for tens of thousands of steps."""
+    def scaler(rt, scale=None):
+        net = nn.Linear(1, 1)
+        made = FiniteScaler(net, torch.optim.SGD(net.parameters(), lr=1, fused=True), rt)
+        if scale:
+            made.counts["scale"].fill_(scale)
+        return made
+    for before, now, expected in ((CPU, FP16, 2 ** 16), (FP16, FP16, 8), (FP16, CPU, 8)):
+        resumed = scaler(now)
+        resumed.load_state_dict(scaler(before, 8 if before is FP16 else None).state_dict())
+        assert float(resumed.counts["scale"]) == expected
+
+
 def test_small_gradients_survive_float16():
     """Below 6e-8 a float16 gradient is 0; scaled it is right to float16's three digits."""
     weight = nn.Parameter(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))

@@ -185,6 +185,26 @@ def test_finetuning_begins_with_the_other_runs_weights(student_run, shared_run, 
     assert (config["img_size"], config["epochs"]) == (32, 1)
 
 
+def test_finetuning_puts_the_other_runs_classes_into_the_datas_order(student_run, shared_run,
+                                                                     tmp_path):
+    """A refusal, or classes under each other's names, after new images changed their order."""
+    _, flags, _ = shared_run("student")
+    other, state = tmp_path / "other", checkpoint(student_run)
+    other.mkdir()
+    (other / "result.json").write_bytes((student_run / "result.json").read_bytes())
+    before = {name: tensor.clone() for name, tensor in state["model"].items()}
+    last = [name for name in before if name.startswith("head")]
+    assert {"head.weight", "head.bias"} <= set(last)
+    state["class_names"] = state["class_names"][::-1]
+    state["model"] |= {name: before[name].flip(0) for name in last}
+    torch.save(state, other / "last.pt")
+    flags = [*flags, "--finetune", other, "--lr", "0", "--epochs", "1", "--out", tmp_path / "run"]
+    train(train_student, *flags)
+    after = checkpoint(tmp_path / "run")
+    assert after["class_names"] == state["class_names"][::-1]
+    torch.testing.assert_close(before, after["model"], rtol=0, atol=1e-4)
+
+
 def test_finetuning_has_a_name_of_its_own(student_run, monkeypatch):
     """Its result in the folder of a run that was trained from scratch."""
     args = [train_student.parse([*PLAIN, *more]) for more in ([], ["--finetune", str(student_run)])]
