@@ -121,6 +121,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
     teacher_prior = torch.full((K,), 1 / K, device=rt.device)           # pi_t (K,), a running mean
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
     ema = EMA(net, args.ema) if args.ema > 0 else None
+    model = DistributedDataParallel(net) if rt.world > 1 else net       # sends rank 0's weights
     scaler = FiniteScaler(net, optimizer, rt, teacher_prior)            # undoes non-finite steps
     n = len(order_of(args, data, 0))                                    # images in an epoch
     steps = data_lt.steps_per_epoch(n, args.batch)
@@ -128,7 +129,6 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
     state = dict(model=net, ema=ema, optimizer=optimizer, teacher_prior=teacher_prior,
                  scaler=scaler)
     run.start(args, data, state, METRICS if teacher else METRICS[:1], n, args.batch)
-    model = DistributedDataParallel(net) if rt.world > 1 else net
     if args.compile:
         model = compiled(model)
     results = None

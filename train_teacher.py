@@ -120,6 +120,7 @@ def train(args, data, net, rt, run):
     for p in parameters:                # torch leaves momentum unset if the first step is skipped
         sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     sam = SAM(sgd, args.rho)
+    model = DistributedDataParallel(trained) if rt.world > 1 else trained
     scaler = FiniteScaler(trained, sgd, rt)                             # undoes non-finite steps
     counts = torch.tensor(data.counts, device=rt.device)
     n = len(data.train_labels)
@@ -127,7 +128,6 @@ def train(args, data, net, rt, run):
     passes = [2 if radius(args, epoch) > 0 else 1 for epoch in range(args.epochs)]
     run.start(args, data, dict(model=net, paco=paco, optimizer=sam, scaler=scaler), ("loss",), n,
               args.batch, passes)
-    model = DistributedDataParallel(trained) if rt.world > 1 else trained
     if args.compile:
         model = compiled(model)
     results = None

@@ -109,7 +109,9 @@ def half_of(labels):
 def calibrate(network, args, data, rt, logits):
     """The Calibration of a Network. logits (N,K): of its answers on the test set, on the CPU."""
     labels = data.test_labels.cpu()
-    if getattr(args, "holdout", None):
+    configs = network.configs or [network.config]
+    if args.holdout and all((config.get("holdout"), config.get("holdout_by"))
+                            == (args.holdout, args.holdout_by) for config in configs):
         half, scaled = half_of(labels), torch.empty_like(logits)
         for fitted, judged in ((half, ~half), (~half, half)):
             scaled[judged] = logits[judged] / fit_temperature(logits[fitted], labels[fitted])

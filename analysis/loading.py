@@ -20,12 +20,13 @@ from engine.evaluation import COLUMNS, SKEWED_COLUMNS
 from engine.networks import (Mirrored, joined, load_network, match_classes, match_each_other,
                              short_name, teacher_files)
 from engine.runtime import UserError
-from engine.settings import DATA_SETTINGS
+from engine.settings import DATA_SETTINGS, resolve_data
 from images.files import shown
 
 # Settings that say which data to use; the command line's replace those of a run.
 DATA_FLAGS = (*DATA_SETTINGS, "data_dir")
 SAME_IMAGES = ("data_dir", "groups")    # of these: where images are now, how classes are grouped
+HELD_OUT = ("holdout", "holdout_by")                        # which of the images are to test on
 
 
 # ---- What a run says of itself -------------------------------------------------------------------
@@ -237,9 +238,10 @@ def load(path, rt, data_flags=None, norm=None, size=None, mirror=False):
     for file, network in zip(files, networks):
         match_classes(network, data, file)
         changed = network.data and network.data != data.fingerprint
-        if changed and not names_other_data(network, data_flags):
-            print(f"{shown(file)}: its images have changed since it was trained; some of the test "
-                  "images may have been training images", file=sys.stderr)
+        if changed and not names_other_data(network, data_flags, but=HELD_OUT):
+            print(f"{shown(file)}: its images, or those that are held out, have changed since it "
+                  "was trained; some of the test images may have been training images",
+                  file=sys.stderr)
     return ready(networks, path, rt, mirror), args, data
 
 
@@ -267,16 +269,16 @@ def load_files(files, path, norm, size):
             for file, network in zip(files, networks)]
 
 
-def names_other_data(network, data_flags):
+def names_other_data(network, data_flags, but=()):
     """May data flags ({setting: value}) name other images than those a network was trained with?
 
     A file from elsewhere has no data but those that they name; yet which images its training held
-    out, nobody says.
+    out, nobody says. but: settings that are not looked at.
     """
     if not network.config:
         return "holdout" in data_flags
     return any(value != network.config.get(name) for name, value in data_flags.items()
-               if name not in SAME_IMAGES)
+               if name not in (*SAME_IMAGES, *but))
 
 
 def ready(networks, path, rt, mirror):
@@ -291,25 +293,26 @@ def ready(networks, path, rt, mirror):
 
 
 def settings_of(network, path, data_flags):
-    """A namespace of a network's settings, completed for a file that has none."""
+    """A namespace of a network's settings, completed for a file that has none.
+
+    UserError for data flags that a run with these data would refuse, too.
+    """
     K, side = network.num_classes, network.net.img_size
     if not network.config and "dataset" not in data_flags and K not in (10, 100):
         raise UserError(f"{path} knows {K} classes, neither CIFAR's 10 nor 100: name its --dataset")
     assumed = dict(dataset="cifar100" if K == 100 else "cifar10", imb=None, imb_type="exp",
                    data_dir="data", img_size=side, eval_crop=side / decoded_size(network),
                    holdout=None, holdout_by=None, train_list=None, test_list=None,
-                   list_columns=None,
+                   list_columns=None, groups=None, seed=0,
                    white=network.white if network.config else None)
     config = network.config
     if data_flags.get("dataset", config.get("dataset")) != config.get("dataset"):
         config = {name: value for name, value in config.items() if name not in DATA_FLAGS}
     # Images that have become unusable are listed and left out: there is no --skip-bad here.
     args = argparse.Namespace(**assumed | config | data_flags | {"skip_bad": True})
-    own_images = args.dataset in ("folder", *data_lt.LISTS)
-    if args.imb is None and not own_images:
-        args.imb = 100.0
-    if "groups" in data_flags and not own_images:
-        raise UserError(f"--groups is for your own data: {args.dataset} has published groups")
+    if data_flags.get("holdout") == 0:              # a run held images out; now there are others
+        args.holdout = args.holdout_by = None
+    resolve_data(args)
     return args
 
 

@@ -74,6 +74,7 @@ class Run(PastRun):
                                     or not is_like(seconds, 0.0)):
                 raise UserError(f"{self.checkpoint} is damaged: no sums of its half-done epoch")
             self.half_epoch = sums, seconds
+        self.skipped = parts["scaler"].skipped                  # steps, until this epoch
         self.write(self.write_beginning)
         self.watch = None
         if self.rt.main:
@@ -179,8 +180,9 @@ class Run(PastRun):
             line = f"epoch {epoch + 1:4d}  loss {means[0]:.3f}  {speed:5.0f} images/s"
             for head, r in (results or {}).items():
                 line += f"  {head} {brief(r)}"
-            if skipped:
-                line += f"  {skipped} steps were not finite"
+            if skipped > self.skipped:
+                line += f"  {skipped - self.skipped} steps were not finite"
+            self.skipped = skipped
             self.bar.write(line)
             self.watch.after_epoch(epoch, self.parts["model"], results)
         if last:

@@ -37,7 +37,7 @@ import train_teacher
 from data_lt import LISTS
 from engine import runtime
 from engine.datasets import fingerprint_of_files, has_files
-from engine.evaluation import COLUMNS
+from engine.evaluation import TITLES, columns
 from engine.past_run import real_paths
 from engine.records import read_json, read_log, teacher_right
 from engine.runtime import ENDS_WITH_PARENT, UserError, watched_signals
@@ -59,6 +59,8 @@ class Row:
 STUDENT, TEACHER = "train_student.py", "train_teacher.py"
 CRT, DEIT3 = "-m experiments.crt", "-m experiments.deit3"
 NOT_MIXED = "--mixup 0 --cutmix 0"
+# Its teacher is named, for a --teacher given to the whole table would replace it.
+DEIT = f"{STUDENT} --method deit --teacher strong"
 
 MAIN = [
     Row("ViT", f"{STUDENT} --method vit --recipe cpu", "avg", (62.6, 70.1, 35.0, 39.0)),
@@ -71,7 +73,7 @@ MAIN = [
     Row("ours without a teacher", f"{STUDENT} --method vit --recipe ours"),
 ]
 TABLE1 = [
-    Row("in-distribution teacher, mixed images", f"{STUDENT} --method deit", "avg", (70.2,)),
+    Row("in-distribution teacher, mixed images", DEIT, "avg", (70.2,)),
     Row("DeiT-LT's teacher, weak images, not mixed",
         f"{STUDENT} --beta 0 --teacher-view weak {NOT_MIXED}", "avg", (54.2,)),
     Row("DeiT-LT's teacher, strong images, not mixed",
@@ -81,13 +83,13 @@ TABLE1 = [
 TABLE2 = [
     Row("ViT", f"{STUDENT} --method vit", "avg", (62.6, 70.1, 35.0, 39.0)),
     Row("ViT, cRT", CRT, "avg", (68.9, 74.5, 38.9, 42.2)),
-    Row("DeiT", f"{STUDENT} --method deit", "avg", (70.2, 77.5, 31.3, 39.1)),
+    Row("DeiT", DEIT, "avg", (70.2, 77.5, 31.3, 39.1)),
     Row("DeiT-III", DEIT3, "avg", (59.1, 68.2, 38.1, 44.1)),
     Row("DeiT-LT (LDAM-DRW-SAM)", STUDENT, "avg", (84.8, 87.5, 52.0, 54.1)),
     Row("DeiT-LT (PaCo-SAM)", f"{STUDENT} --teacher paco", "avg", (87.5, 89.8, 55.6, 60.5)),
 ]
 TABLE5 = [
-    Row("DeiT", f"{STUDENT} --method deit", "avg", (70.2, None, 31.3)),
+    Row("DeiT", DEIT, "avg", (70.2, None, 31.3)),
     Row("+ out-of-distribution teacher", f"{STUDENT} --beta 0 --teacher-rho 0", "avg",
         (84.5, None, 48.9)),
     Row("+ DRW", f"{STUDENT} --teacher-rho 0", "avg", (87.3, None, 54.5)),
@@ -344,14 +346,15 @@ def published_column(table, command):
 
 def as_markdown(measured, column, source):
     """The table: a line for each of `measured`, (Row, [accuracies of each finished seed])."""
-    lines = [f"| | overall | head | mid | tail | teacher right | seeds | {source} |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    shown = [*columns(dict(enumerate(sum((each for _, each in measured), [])))), "teacher"]
+    titles = [*(TITLES.get(name, name) for name in shown[:-1]), "teacher right", "seeds", source]
+    lines = [f"| | {' | '.join(titles)} |", f"|{' --- |' * (len(titles) + 1)}"]
     for row, accuracies in measured:
         published = None
         if column is not None and column < len(row.published):
             published = row.published[column]
-        cells = [row.title, *(spread([each[key] for each in accuracies])
-                              for key in (*COLUMNS, "teacher")), str(len(accuracies))]
+        cells = [row.title, *(spread([each.get(name) for each in accuracies]) for name in shown),
+                 str(len(accuracies))]
         cells.append("-" if published is None else str(published))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

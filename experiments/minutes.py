@@ -59,7 +59,7 @@ def check(minutes, settings):
     if settings.out or settings.recipe != "auto":
         raise UserError("--out, --recipe: every run has its own here")
     for more in minutes:
-        if TEACHER_SHARE * more in minutes:
+        if f"{TEACHER_SHARE * more:g}" in [f"{each:g}" for each in minutes]:    # folders' names
             raise UserError(f"--minutes {more:g}: the teacher of its student would be that of "
                             f"{TEACHER_SHARE * more:g} minutes, trained already: choose others")
 

@@ -37,7 +37,8 @@ import torch
 from engine import runtime
 from engine.evaluation import COLUMNS
 from engine.records import read_json, read_log
-from engine.runtime import ENDS_WITH_PARENT, Runtime, UserError, one_line, watched_signals
+from engine.runtime import (ENDS_WITH_PARENT, PRECISIONS, Runtime, UserError, one_line,
+                            watched_signals)
 from engine.settings import SHORTEST
 from experiments.ablate import STUDENT, TEACHER, is_finished
 from images.machine import total_memory
@@ -77,7 +78,7 @@ def commands(stage, options, seconds):
     if stage == "agree":
         return agree_commands(options)
     if stage == "speed":
-        steps = f"-m experiments.steps {common_flags(options)} --device {options.device} "
+        steps = f"-m experiments.steps {common_flags(options)} {device_flags(options)} "
         steps += f"--seconds {min(3, 0.1 * options.minutes):.1f}"
         compiled = f"{steps} --only resnet32 small --compile"
         return [Command("steps", steps), Command("compiled", compiled, least=COMPILING),
@@ -98,7 +99,7 @@ def agree_commands(options):
     same = (f"{STUDENT} --recipe cpu --method vit --model micro --batch 256 --micro-batch 256 "
             f"--epochs {epochs} --warmup-epochs 0 --drw-epoch {epochs}")
     short = (f"{TEACHER} --recipe cpu --epochs 2 --drw-epoch 1 --batch 128 --eval-every 2 "
-             f"--device {options.device}")
+             f"{device_flags(options)}")
     tests = "-m pytest -q -p no:xdist -o addopts= tests/test_operations.py -k gpu"
     return [training(options, "same_float32", f"{same} --device {options.device} --amp none"),
             training(options, "same_bfloat16", f"{same} --device {options.device} --amp bf16"),
@@ -125,10 +126,10 @@ def visible(device):
 
 def teacher_commands(options, seconds):
     first, second = 0.4 * seconds, 0.6 * seconds
-    ours = f"{TEACHER} --recipe ours --device {options.device}"
+    ours = f"{TEACHER} --recipe ours {device_flags(options)}"
     if options.device == "cpu" or first < WHOLE:
         ours += f" {minutes(first)}"
-    paper = f"{TEACHER} --recipe paper --device {options.device} {minutes(second)}"
+    paper = f"{TEACHER} --recipe paper {device_flags(options)} {minutes(second)}"
     return [training(options, "teacher_ours", ours),
             training(options, "teacher_paper", paper, seconds=second)]
 
@@ -140,7 +141,7 @@ def student_commands(options, seconds):
     planned = []
     for name, recipe in (("ours", ours), ("paper", f"--recipe paper {size} {AT_32_PX}")):
         teacher = os.path.join(options.out, f"teacher_{name}")
-        flags = (f"{STUDENT} {recipe} --teacher {shlex.quote(teacher)} --device {options.device} "
+        flags = (f"{STUDENT} {recipe} --teacher {shlex.quote(teacher)} {device_flags(options)} "
                  f"{minutes(seconds / 2)}")
         planned.append(training(options, name, flags, needs=teacher, seconds=seconds / 2))
     return planned
@@ -156,6 +157,10 @@ def training(options, name, command, log=None, begin="--overwrite", **more):
 def common_flags(options):
     return shlex.join(["--dataset", options.dataset, "--imb", f"{options.imb:g}", "--data-dir",
                        options.data_dir, "--seed", str(options.seed)])
+
+
+def device_flags(options):
+    return f"--device {options.device} --amp {options.amp}"
 
 
 def minutes(seconds):
@@ -431,6 +436,8 @@ def parse(argv=None):
     parser.add_argument("--minutes", type=float, default=10.0, help="of all stages [10]")
     parser.add_argument("--out", default="runs/one_gpu", help="for report and runs [runs/one_gpu]")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu [cuda]")
+    parser.add_argument("--amp", default="auto", choices=("auto", *PRECISIONS.values()),
+                        metavar="TYPE", help="auto, bf16, fp16 (for a T4, a V100) or none [auto]")
     parser.add_argument("--only", nargs="+", choices=SHARES, default=list(SHARES), metavar="STAGE",
                         help=f"of {', '.join(SHARES)} [all]")
     parser.add_argument("--commands", action="store_true", help="print the commands; run nothing")

@@ -101,7 +101,9 @@ def main(argv=None):
         except UserError as error:
             print(f"{folder} is left out, no finished run: {error}", file=sys.stderr)
             continue
-        row["note"] = options.note or rows.get(row["name"], {}).get("note")
+        row["note"] = options.note
+        if options.note is None:
+            row["note"] = rows.get(row["name"], {}).get("note")
         rows[row["name"]] = row
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")

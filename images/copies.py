@@ -32,8 +32,9 @@ def without_copies(train, test, keep=False):
         for part in (trained, tested):
             classes = np.unique(labels[part])
             if len(classes) > 1:
+                first, second = part[0], part[labels[part] != labels[part[0]]][0]
                 for i in part:
-                    other = part[labels[part] != labels[i]][0]
+                    other = second if labels[i] == labels[first] else first
                     problems[i] = (f"{shown(paths[i])}: the same image as {shown(paths[other])}, "
                                    "in another class")
             elif len(part) > 1:

@@ -54,7 +54,7 @@ def find_listed(train_list, test_list, root, columns=None, by=None, otherwise=No
         test = part_of(test_parts, test_list, "test", "val")
         said = set(problems)                                    # it may be the same list
         test.problems.extend(problem for problem in test_problems if problem not in said)
-        unused = tested
+        unused = [] if os.path.samefile(test_list, train_list) else tested
     elif tested:
         test, unused, test_list = parts[tested[0]], tested[1:], f"{train_list} ({tested[0]})"
     else:
@@ -91,6 +91,8 @@ def read_list(path, root, whole, columns=None, by=None):
     for row in rows:
         name, label = relative(row.image, base), class_name(row.label)
         split = whole if row.split is None else split_of(row.split)
+        if split is not None:
+            good.setdefault(split, {})              # there, also if none of its rows can be used
         wrong = row.wrong
         if not wrong and split is None:
             wrong = f"split {shown(row.split)!r} is none of train, val and test"
@@ -107,7 +109,7 @@ def read_list(path, root, whole, columns=None, by=None):
         else:
             first[name] = row.line, split, label
             path_of_image = os.fsencode(os.path.join(base, row.image))
-            good.setdefault(split, {})[name] = path_of_image, label, row.group
+            good[split][name] = path_of_image, label, row.group
     if not rows:
         raise DataError(f"the list {shown(path)} is empty: a header image,label and rows, or lines "
                         "'relative/path label', are expected")

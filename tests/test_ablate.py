@@ -10,6 +10,7 @@ import torch
 
 import train_teacher
 from conftest import ROOT, script
+from engine.evaluation import COLUMNS, SKEWED_COLUMNS
 from engine.runtime import STOP_SIGNALS, Runtime
 from experiments import ablate
 from experiments.ablate import Row
@@ -33,8 +34,8 @@ def finish(folder, overall, teacher_accuracy=None):
     """Write the files of a finished run: CLS 10 points below the average, in all groups."""
     folder = Path(folder)
     folder.mkdir(parents=True)
-    heads = {"avg": dict.fromkeys(ablate.COLUMNS, overall),
-             "cls": dict.fromkeys(ablate.COLUMNS, overall - 10)}
+    heads = {"avg": dict.fromkeys(COLUMNS, overall),
+             "cls": dict.fromkeys(COLUMNS, overall - 10)}
     (folder / "result.json").write_text(json.dumps(heads))
     (folder / "config.json").write_text("{}")
     log = [{"drw": False}, {"drw": True}]
@@ -76,7 +77,8 @@ def test_further_flags_go_to_every_run(ablation):
 @pytest.mark.parametrize("flags", [
     "table5 --out=x", "table5 --seed 3", "table6 --model tiny", "table2 --teacher paco",
     "table2 --method vit", "table1 --beta=0", "search --recipe ours", "modes --tokens 1",
-    "main --tokens 1", "table2 --distill soft", "table5 --minutes 5"])
+    "main --tokens 1", "table2 --distill soft", "table5 --minutes 5", "table5 --teacher paco",
+    "table1 --teacher paco"])
 def test_flags_in_which_the_rows_differ_are_refused(flags, ablation, capsys):
     with pytest.raises(SystemExit) as stop:
         ablation(*flags.split())
@@ -125,6 +127,17 @@ def test_what_is_missing_is_run_once_and_the_table_tells_heads_and_seeds_apart(a
                          f"| CLS |{' 60.5 ± 0.7 |' * 4} 50.0 ± 0.0 | 2 | - |",
                          f"| both |{' 70.5 ± 0.7 |' * 4} 50.0 ± 0.0 | 2 | - |"]
     assert ablation(*flags) == table and len(ran) == 4
+
+
+def test_a_skewed_test_sets_table_has_its_balanced_accuracy():
+    """Tables of a user's own images that rank by overall accuracy alone, which re-weighting
+    lowers."""
+    accuracies = dict(zip(SKEWED_COLUMNS, (61.0, 90.0, 95.0, 60.0, 30.0, 55.0)), teacher=None)
+    table = ablate.as_markdown([(Row("ViT", ""), [accuracies])], None, "paper")
+    header, _, line = table.split("\n")
+    assert header == ("| | balanced | overall | head | mid | tail | macro F1 | teacher right "
+                      "| seeds | paper |")
+    assert line == "| ViT | 61.0 | 90.0 | 95.0 | 60.0 | 30.0 | 55.0 | - | 1 | - |"
 
 
 def test_a_finished_run_of_other_images_is_named_before_anything_runs(ablation, monkeypatch,

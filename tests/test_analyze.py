@@ -413,13 +413,14 @@ def test_images_that_have_changed_are_pointed_out(runs, tiny_cifar, tmp_path, ca
     (tmp_path / "run").mkdir()
     save_checkpoint(tmp_path / "run" / "last.pt", **state | {"data": "another fingerprint"})
     loading.load(str(tmp_path / "run"), RT)
-    assert "its images have changed" in capsys.readouterr().err
+    assert "have changed since it was trained" in capsys.readouterr().err
     loading.load(str(tmp_path / "run"), RT, {"imb": 2.0})                       # asked for
     loading.load(str(runs["vit"]), RT, {"data_dir": str(tiny_cifar)})
     assert capsys.readouterr().err == ""
-    for flags in ({"data_dir": str(tiny_cifar)}, {"imb": 4.0}):                 # not asked for
+    for flags in ({"data_dir": str(tiny_cifar)}, {"imb": 4.0},                  # not asked for
+                  {"holdout": 0.3}):            # asked for, but most of these were trained on
         loading.load(str(tmp_path / "run"), RT, flags)
-        assert "its images have changed" in capsys.readouterr().err
+        assert "have changed since it was trained" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["predict x.jpg --checkpoint run --out x.csv",
@@ -473,6 +474,31 @@ def test_a_run_on_another_data_set_leaves_its_own_settings_behind(runs):
     assert loading.settings_of(network, "x", {}).imb == network.config["imb"] is not None
     args = loading.settings_of(network, "x", dict(dataset="folder", data_dir="mine"))
     assert args.imb is None and args.data_dir == "mine" and args.epochs == network.config["epochs"]
+
+
+@pytest.mark.parametrize("config, flags, words", [
+    ({"dataset": "folder"}, {"test_list": "new.csv"}, "--test-list and --list-columns go with a"),
+    ({}, {"train_list": "mine.csv"}, "--train-list is for --dataset folder"),
+    ({"dataset": "folder"}, {"holdout": 20.0}, "--holdout must be"),
+    ({"dataset": "folder"}, {"holdout_by": "x"}, "--holdout-by says what --holdout keeps"),
+    ({"dataset": "shapes"}, {"holdout": 0.2}, "--holdout is not for --dataset shapes")])
+def test_data_flags_that_would_do_nothing_are_refused(config, flags, words):
+    """The old test images evaluated in place of a new list's; all images but one of each class to
+    test on."""
+    network = SimpleNamespace(config=config, num_classes=10, white=255, kind="teacher",
+                              net=SimpleNamespace(img_size=32))
+    with pytest.raises(UserError, match=words):
+        loading.settings_of(network, "run", flags)
+
+
+def test_a_run_that_held_images_out_may_be_tested_on_others():
+    """--holdout 0 refused as out of range, or for the --holdout-by that the run has."""
+    config = {"dataset": "folder", "holdout": 0.2, "holdout_by": "group"}
+    network = SimpleNamespace(config=config, num_classes=10, white=255, kind="teacher",
+                              net=SimpleNamespace(img_size=32))
+    args = loading.settings_of(network, "run", {"holdout": 0.0})
+    assert args.holdout is None and args.holdout_by is None
+    assert loading.settings_of(network, "run", {}).holdout == 0.2
 
 
 def test_runs_of_one_name_are_told_apart():

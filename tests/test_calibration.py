@@ -76,7 +76,9 @@ def test_no_held_out_image_is_judged_by_a_temperature_fitted_on_it():
         noise = 3 * torch.randn(100, 4, generator=torch.Generator().manual_seed(seed))
         logits[mask] = noise + 3 / true * nn.functional.one_hot(labels[mask], 4)
     data = SimpleNamespace(test_labels=labels)
-    found = calibration.calibrate(None, SimpleNamespace(holdout=0.2), data, RT, logits)
+    how = {"holdout": 0.2, "holdout_by": None}
+    network = SimpleNamespace(config=how, configs=())
+    found = calibration.calibrate(network, SimpleNamespace(**how), data, RT, logits)
     for mine, other in ((half, ~half), (~half, half)):
         t = likeliest(logits[other], labels[other])
         expected = (logits[mine] / t).softmax(dim=1).amax(dim=1)
@@ -100,13 +102,27 @@ def test_training_images_count_as_their_classes_do_in_the_test_set():
     black = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     data = SimpleNamespace(train_images=black, train_labels=torch.tensor([0, 0, 0, 1]),
                            test_labels=torch.tensor([0] * 9 + [1]), num_classes=2)
-    network = SimpleNamespace(net=Constant(), teacher=None, kind="teacher")
-    found = calibration.calibrate(network, SimpleNamespace(holdout=None), data, RT,
-                                  torch.tensor([[1.0, 0.0]]).expand(10, 2))
+    network = SimpleNamespace(net=Constant(), teacher=None, kind="teacher", config={}, configs=())
+    logits = torch.tensor([[1.0, 0.0]]).expand(10, 2)
+    found = calibration.calibrate(network, SimpleNamespace(holdout=None), data, RT, logits)
     assert found.temperature == pytest.approx(1 / math.log(9), rel=1e-3)
     assert found.errors[1] == pytest.approx(0, abs=1e-3) and "may be too low" in found.text
     p = math.e / (1 + math.e)                                           # before: one bin
     assert found.errors[0] == pytest.approx(0.9 - p, abs=1e-5)
+
+
+@pytest.mark.parametrize("trained", [{}, {"holdout": 0.1}, {"holdout": 0.2, "holdout_by": "x"}])
+def test_images_that_training_did_not_hold_out_are_not_called_so(trained):
+    """Images of the training, named held-out because a flag or another network says so."""
+    data = SimpleNamespace(train_images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
+                           train_labels=torch.tensor([0, 0, 0, 1]),
+                           test_labels=torch.tensor([0] * 9 + [1]), num_classes=2)
+    how = {"holdout": 0.2, "holdout_by": None}
+    network = SimpleNamespace(net=Constant(), teacher=None, kind="teacher", config=how,
+                              configs=[how, trained])
+    logits = torch.tensor([[1.0, 0.0]]).expand(10, 2)
+    found = calibration.calibrate(network, SimpleNamespace(**how), data, RT, logits)
+    assert "held-out" not in found.text and "of its training" in found.text
 
 
 def test_a_network_that_knows_its_images_by_heart_is_not_made_surer():

@@ -190,12 +190,23 @@ def test_bad_rows_are_problems_whichever_splits_are_used(test_list, tmp_path):
         [f"{other}, line 2"] if test_list else [])
 
 
+@pytest.mark.parametrize("bad", [("train",), ("test",), ("train", "test")])
+def test_a_split_without_a_row_that_can_be_used_is_there_all_the_same(bad, tmp_path):
+    """"Give it a column split" to a list that has one, whose paths are another machine's."""
+    rows = [f"{'/elsewhere' if split in bad else 'a'}/{i}.jpg,{label},{split}"
+            for split in ("train", "test") for i, label in enumerate(("cat", "dog"))]
+    path = write(tmp_path, "\n".join(["image,label,split", *rows]))
+    train, test, _ = find_listed(path, None, str(tmp_path))
+    assert test is not None and (len(train), len(test)) == (0 if "train" in bad else 2, 0)
+    assert sum("is not a path below" in problem for problem in train.problems) == 2 * len(bad)
+
+
 def test_one_list_for_both_purposes_names_a_bad_row_once(tmp_path):
-    """Each mistake as two problems."""
+    """Each mistake as two problems; a remark that the rows to test on are not used."""
     path = write(tmp_path, "image,label,split\na/0.jpg,cat,train\na/1.jpg,cat,test\n"
                            "b/0.jpg,cat,tset\n")
     train, test, _ = find_listed(path, path, str(tmp_path))
-    assert len(train.problems + test.problems) == 1
+    assert len(train.problems + test.problems) == 1 and not train.remarks
 
 
 @pytest.mark.parametrize("content, name, columns, words", [

@@ -24,6 +24,7 @@ import train_student
 import train_teacher
 from conftest import ROOT, script
 from engine import datasets, runtime, settings
+from engine.evaluation import COLUMNS
 from engine.runtime import Runtime, UserError, run_main
 from experiments import ablate, one_gpu, steps
 from experiments.one_gpu import Command
@@ -53,7 +54,7 @@ def all_commands(options):
 def finish(folder, loss, accuracy, epochs=2):
     """Write the files of a finished run."""
     Path(folder).mkdir(parents=True)
-    accuracies = dict.fromkeys(ablate.COLUMNS, accuracy)
+    accuracies = dict.fromkeys(COLUMNS, accuracy)
     (Path(folder) / "result.json").write_text(json.dumps({"avg": accuracies}))
     unfinished(folder, loss, epochs, epochs, accuracy)
 
@@ -64,7 +65,7 @@ def unfinished(folder, loss, done, epochs, accuracy):
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / "config.json").write_text(json.dumps({"epochs": epochs}))
     record = {"loss": loss, "seconds": 30.0, "images_per_second": 100.0}
-    first, later = ({"avg": dict.fromkeys(ablate.COLUMNS, each)} for each in (1.0, accuracy))
+    first, later = ({"avg": dict.fromkeys(COLUMNS, each)} for each in (1.0, accuracy))
     log = [record | first, *[record | later] * (done - 1)]
     if done < epochs:
         log[-1] = record
@@ -98,6 +99,14 @@ def test_every_command_is_understood_and_has_its_own_folder(device, minutes, mon
     names = ["same_float32", "same_bfloat16", "same_cpu", "undisturbed", "resumed", "resumed",
              "teacher_ours", "teacher_paper", "ours", "paper"]
     assert folders == [f"some where/out/{name}" for name in names]
+
+
+def test_a_precision_is_that_of_all_runs_but_those_that_compare_two():
+    """float32's report of a T4, which is for float16."""
+    told = {command.name: "--amp fp16" in command.text
+            for command in all_commands(options_of("--amp", "fp16"))}
+    compared = {"same_float32", "same_bfloat16", "same_cpu", "tests"}
+    assert told == {name: name not in compared for name in told}
 
 
 def test_runs_are_what_the_report_says_of_them():

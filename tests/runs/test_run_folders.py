@@ -17,6 +17,7 @@ from conftest import script
 from engine import run_folder, runtime
 from engine.checkpoints import UserError
 from engine.lock import Lock
+from engine.records import read_log
 from engine.run_folder import Run
 from engine.training import FiniteScaler
 from several_processes import run
@@ -417,6 +418,19 @@ def test_a_run_that_is_lost_ends(shared_run, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(FiniteScaler, "LIMIT", 3)
     error = refused(module, *flags, *WITHOUT_SAM, "--out", tmp_path / "run")
     assert "--lr" in error and not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_an_epochs_line_counts_its_own_steps_that_are_not_finite(shared_run, tmp_path, monkeypatch,
+                                                                 capsys):
+    """float16's search for its first scale, reported as a fault of every later epoch."""
+    module, flags, _ = shared_run("teacher")
+    bad_steps(monkeypatch, {1})
+    train(module, *flags, *WITHOUT_SAM, "--out", tmp_path / "run")
+    out = capsys.readouterr()
+    first, second = [line for line in (out.out + out.err).splitlines() if "loss" in line
+                     and line.lstrip().startswith("epoch")]
+    assert first.endswith("1 steps were not finite") and "not finite" not in second
+    assert [epoch["skipped"] for epoch in read_log(str(tmp_path / "run"))] == [1, 1]
 
 
 def test_a_stop_among_steps_that_are_not_finite_says_so(shared_run, tmp_path, monkeypatch, capsys):
