@@ -136,12 +136,12 @@ class VisionTransformer(nn.Module):
     drop_path: stochastic depth rate of the last block; block i has drop_path * i / (depth - 1).
     layer_scale: initial gamma of LayerScale (DeiT-III: 1e-4); None: without.
     checkpointing: store only the inputs of blocks, compute the rest again in the backward pass.
-    mean, std: of RGB in [0, 1], applied first in forward. Raises ValueError if sizes do not fit.
+    Raises ValueError if sizes do not fit.
     """
 
     def __init__(self, img_size=224, patch_size=16, num_classes=1000, embed_dim=768, depth=12,
                  num_heads=12, mlp_ratio=4, distilled=True, stem=PatchEmbed, drop_path=0.0,
-                 layer_scale=None, checkpointing=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                 layer_scale=None, checkpointing=False):
         super().__init__()
         if img_size % patch_size or embed_dim % num_heads:
             raise ValueError(f"img_size {img_size} must be a multiple of patch_size {patch_size}, "
@@ -149,8 +149,8 @@ class VisionTransformer(nn.Module):
         self.img_size, self.patch_size = img_size, patch_size
         self.distilled, self.checkpointing = distilled, checkpointing
         self.num_tokens = 2 if distilled else 1             # tokens before the patches
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
         self.patch_embed = stem(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         if distilled:

@@ -1,4 +1,4 @@
-"""What analyze.py shows of trained networks. Nothing that trains imports this.
+"""What analyze.py shows of trained networks. A training imports this for its picture only.
 
     loading          networks, data and logs that the command line names
     quantities       what is measured: tensors in, numbers out

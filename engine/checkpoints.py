@@ -53,7 +53,7 @@ def write_atomically(path, write, previous=None):
 
 def remove_temporaries(path):
     """Remove what killed writers of this file have left; the caller is its only writer."""
-    for name in [f"{path}.tmp", *glob.glob(f"{glob.escape(path)}.????????.tmp")]:
+    for name in glob.glob(f"{glob.escape(path)}.????????.tmp"):
         with suppress(OSError):
             os.remove(name)
 

@@ -124,7 +124,7 @@ def test_a_files_rights_follow_the_umask(tmp_path):
 
 def test_what_killed_writers_have_left_is_removed(tmp_path):
     """Gigabytes after every kill in the middle of a checkpoint; or files that are not theirs."""
-    ours = ["last[1].pt.0a1b2c3d.tmp", "last[1].pt.tmp"]
+    ours = ["last[1].pt.0a1b2c3d.tmp", "last[1].pt.ffffffff.tmp"]
     others = ["last[1].pt", "last1.pt.tmp", "last[1].pt.txt", "result.json.0a1b2c3d.tmp"]
     for name in ours + others:
         (tmp_path / name).write_text("")
