@@ -322,20 +322,18 @@ def accuracy_on_clean(net, data, rt, n=500):
 def teacher_summary(net, data, rt):
     """How right and how sure a teacher is on training images, for result.json.
 
-    {"clean", "strong": {"accuracy": percent, "entropy": nats}}: means over images, so over the
-    long-tailed distribution. "strong" is result.json's old name for the mixed images.
+    {"clean", "mixed": {"accuracy": percent, "entropy": nats}}: means over images, so over the
+    long-tailed distribution.
     """
     found = teacher_on_training_images(net, data, rt, ("clean", "mixed"))
-    summary = {}
-    for name, (correct, entropies) in zip(("clean", "strong"), found.values()):
-        summary[name] = {"accuracy": round(100 * float(correct.double().mean()), 2),
-                         "entropy": round(float(entropies.double().mean()), 4)}
-    return summary
+    return {kind: {"accuracy": round(100 * float(correct.double().mean()), 2),
+                   "entropy": round(float(entropies.double().mean()), 4)}
+            for kind, (correct, entropies) in found.items()}
 
 
 def teacher_summary_text(summary):
     """The summary for people."""
-    names = {"clean": "clean", "strong": "augmented and mixed"}
+    names = {"clean": "clean", "mixed": "augmented and mixed"}
     parts = [f"{names[kind]} {s['accuracy']:.1f} % right, entropy {s['entropy']:.2f} nats"
              for kind, s in summary.items()]
     return "on its training images: " + "; ".join(parts)

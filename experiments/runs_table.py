@@ -7,7 +7,7 @@ A row replaces the row of the same name (the folder's) and keeps its note unless
 
 overall, head, mid, tail    accuracy in percent at the last epoch: mean of the heads' logits
 cls_, dist_, ema_, both_    the same of one head, of the averaged weights, of student and teacher
-clean_, strong_             a teacher on its own training images, clean, or augmented and mixed:
+clean_, mixed_              a teacher on its own training images, clean, or augmented and mixed:
                             accuracy (%), entropy (nats)
 teacher_right               how often the teacher's label was that of the image (if mixed: of its
                             larger part), percent, mean of the epochs before --drw-epoch
@@ -29,7 +29,7 @@ HEADS = {"cls": "cls", "dist": "dist", "ema": "ema", "both": "avg+teacher"}     
 GROUPS = ("overall", "head", "mid", "tail", "balanced", "macro_f1")
 COLUMNS = ["name", "kind", "data", "dataset", "imb", "recipe", "method", "model", "teacher",
            "epochs", "seed", *GROUPS, *(f"{head}_{group}" for head in HEADS for group in GROUPS),
-           "clean_accuracy", "clean_entropy", "strong_accuracy", "strong_entropy",
+           "clean_accuracy", "clean_entropy", "mixed_accuracy", "mixed_entropy",
            "teacher_right", "cosine", "settings", "seconds", "minutes", "hardware", "amp_dtype",
            "torch", "date", "command", "per_class", "note"]
 AS_IN_RESULT = "imb recipe method model epochs seed seconds hardware date command".split()

@@ -173,7 +173,7 @@ def test_what_is_not_finite_is_never_right(bad, where):
     results = evaluation.evaluate_student(Student(finite, logits), data, 32, 1.0, CPU)
     assert {head: r["overall"] for head, r in results.items()} == dict(cls=50, dist=0, avg=0)
     summary = evaluation.teacher_summary(Teacher(logits, 32), data, CPU)
-    assert summary["clean"]["accuracy"] == summary["strong"]["accuracy"] == 0
+    assert summary["clean"]["accuracy"] == summary["mixed"]["accuracy"] == 0
 
 
 def test_one_answer_that_is_not_finite_spoils_no_other():
@@ -227,13 +227,13 @@ def test_the_cosine_of_cls_and_dist():
 
 
 def test_a_teacher_is_described_by_what_it_says_of_training_images():
-    """Accuracy of the clean images under the strong ones' name; entropy in other units."""
+    """Accuracy of the clean images under the mixed ones' name; entropy in other units."""
     data = small_data(counts=(8, 4, 2, 2))
     teacher = Teacher(torch.tensor([[math.log(3), 0, -200, -200]]), 32)
     found = evaluation.teacher_on_training_images(teacher, data, CPU)
     assert {kind: len(c) for kind, (c, _) in found.items()} == dict(clean=16, strong=16, mixed=16)
     summary = evaluation.teacher_summary(teacher, data, CPU)
-    assert list(summary) == ["clean", "strong"]
+    assert list(summary) == ["clean", "mixed"]
     assert summary["clean"] == {"accuracy": 50.0, "entropy": 0.5623}
     assert "50.0 % right, entropy 0.56 nats" in evaluation.teacher_summary_text(summary)
 

@@ -254,7 +254,7 @@ def test_entropy_draws_all_images_and_repeats_the_runs_own_numbers(networks, run
         mean = sum(p * m for p, m in zip(percent, middles)) / 100
         assert mean == pytest.approx(row["entropy"], abs=math.log(10) / 40)     # half a bin
     result = read_result(runs["teacher"])["training_images"]
-    for here, there in ((0, "clean"), (2, "strong")):           # the run calls mixed ones strong
+    for here, there in ((0, "clean"), (2, "mixed")):
         assert drawn.table[here]["right %"] == pytest.approx(result[there]["accuracy"], abs=0.8)
         assert drawn.table[here]["entropy"] == pytest.approx(result[there]["entropy"], abs=0.01)
     teacher = networks["teacher"]

@@ -44,7 +44,7 @@ def runs(tmp_path):
     teacher = finished_run(
         tmp_path / "teacher", {"arch": "resnet32", "holdout": 0.1, "rho": 0.0, "lr": 0.1},
         {"command": "python train_student.py --holdout 0.1 --teacher-rho 0 --lr 0.5",
-         "training_images": {"strong": {"accuracy": 37.5, "entropy": 0.25}}},
+         "training_images": {"mixed": {"accuracy": 37.5, "entropy": 0.25}}},
         [{"epoch": 0, "drw": False}])
     return earlier, today, teacher
 
@@ -70,7 +70,7 @@ def test_rows_of_earlier_and_of_todays_runs(runs, tmp_path):
     row = rows["teacher"]
     assert row["kind"] == "teacher"
     assert row["settings"] == "holdout=0.1 rho=0.0"       # the command's --lr is the student's
-    assert (row["strong_accuracy"], row["strong_entropy"]) == ("37.5", "0.25")
+    assert (row["mixed_accuracy"], row["mixed_entropy"]) == ("37.5", "0.25")
 
 
 def test_rows_are_added_and_replaced_by_name(runs, tmp_path, capsys):

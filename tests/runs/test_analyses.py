@@ -33,7 +33,7 @@ def test_eval_repeats_what_the_run_reported(kind, teacher_run, student_run, tmp_
         assert sum(accuracies) == pytest.approx(sum(result["per_class"][head]), abs=34)
     if kind == "teacher":
         out = capsys.readouterr().out
-        names = {"clean": "clean", "strong": "augmented and mixed"}
+        names = {"clean": "clean", "mixed": "augmented and mixed"}
         for kind, shown in result["training_images"].items():
             assert f"{names[kind]} {shown['accuracy']:.1f} % right" in out
 

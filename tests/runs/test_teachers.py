@@ -33,7 +33,7 @@ def test_paco_trains_a_teacher_that_a_student_can_use(paco_run, tiny_cifar, tmp_
     state = checkpoint(paco_run)
     assert state["paco"]["queue_labels"].min() >= 0         # 50 places, 2 epochs of 89 images
     result = read(paco_run, "result.json")
-    assert result["method"] == "paco" and set(result["training_images"]) == {"clean", "strong"}
+    assert result["method"] == "paco" and set(result["training_images"]) == {"clean", "mixed"}
     for measured in result["training_images"].values():
         assert 0 <= measured["accuracy"] <= 100 and 0 <= measured["entropy"] <= 2.3027
     train(train_student, *STUDENT, "--epochs", 1, "--data-dir", tiny_cifar, "--teacher", paco_run,
