@@ -346,9 +346,10 @@ def published_column(table, command):
 
 def as_markdown(measured, column, source):
     """The table: a line for each of `measured`, (Row, [accuracies of each finished seed])."""
-    shown = [*columns(dict(enumerate(sum((each for _, each in measured), [])))), "teacher"]
+    finished = [each for _, accuracies in measured for each in accuracies]
+    shown = [*columns(dict(enumerate(finished))), "teacher"]
     titles = [*(TITLES.get(name, name) for name in shown[:-1]), "teacher right", "seeds", source]
-    lines = [f"| | {' | '.join(titles)} |", f"|{' --- |' * (len(titles) + 1)}"]
+    lines = [f"| | {' | '.join(titles)} |", f"| --- |{' --- |' * len(titles)}"]
     for row, accuracies in measured:
         published = None
         if column is not None and column < len(row.published):
