@@ -120,8 +120,8 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
     log_prior = (counts / counts.sum()).log()                           # ln pi (K,)
     teacher_prior = torch.full((K,), 1 / K, device=rt.device)           # pi_t (K,), a running mean
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
-    ema = EMA(net, args.ema) if args.ema > 0 else None
     model = DistributedDataParallel(net) if rt.world > 1 else net       # sends rank 0's weights
+    ema = EMA(net, args.ema) if args.ema > 0 else None
     scaler = FiniteScaler(net, optimizer, rt, teacher_prior)            # undoes non-finite steps
     n = len(order_of(args, data, 0))                                    # images in an epoch
     steps = data_lt.steps_per_epoch(n, args.batch)
