@@ -198,8 +198,8 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             results = evaluate(net, ema, data, args, rt)
             cosine = evaluation.token_cosine(net, data, args.img_size, args.eval_crop, rt)
-        run.after_epoch(epoch, results, drw=weight is not None, cosine=cosine,
-                        lr=optimizer.param_groups[0]["lr"])
+        run.after_epoch(epoch, results, cosine=cosine, lr=optimizer.param_groups[0]["lr"],
+                        drw=epoch >= args.drw_epoch and has_second_phase(args))
     return results or evaluate(net, ema, data, args, rt)                # no epoch was left
 
 
@@ -341,14 +341,15 @@ def check(args, changed, rt):
         raise UserError(f"--teacher {args.teacher}: each of several must be a run folder or a file")
     if args.teacher_rho is not None and args.teacher not in OWN_TEACHERS:
         raise UserError(f"--teacher-rho is for --teacher {', '.join(OWN_TEACHERS)}")
-    if args.batch % rt.world or args.batch < rt.world:
+    if args.batch % rt.world:
         raise UserError(f"--batch {args.batch} cannot be shared by {rt.world} processes")
     if (args.crop == "loader") != (args.dataset in data_lt.LISTS):
         raise UserError("--crop loader is for imagenet_lt and inat18, and their only crop")
     if args.stem != "patch" and args.img_size == args.patch_size:
         raise UserError(f"--stem {args.stem}: its BatchNorm needs an --img-size above --patch-size")
-    if args.distill == "none" and args.tokens == 2:
-        raise UserError("--distill none leaves DIST nothing to learn: --tokens 1")
+    if args.tokens == 2 and (args.distill == "none" or args.alpha == 1):
+        raise UserError("with --distill none DIST, with --alpha 1 CLS has nothing to learn: "
+                        "--tokens 1")
     if args.teacher_view == "weak" and args.mixup + args.cutmix > 0:
         raise UserError("--teacher-view weak: the teacher's images are not mixed, so the student's "
                         "must not be either: --mixup 0 --cutmix 0")

@@ -33,6 +33,7 @@ from engine.settings import (DATA_SETTINGS, Interval, Parser, Setting, add_run_f
                              resolve_data, run_name, schedule_text)
 from engine.training import FiniteScaler, compiled, cosine_lr, set_lr
 from images.policies import color_jitter
+from resnet import CIFAR_BLOCKS
 from sam import SAM, frozen_batchnorm_statistics
 
 # Every setting once: name, the paper's value for CIFAR (Saddle-LongTail's run.sh; PaCo's settings:
@@ -44,7 +45,7 @@ SETTINGS = [
     Setting("img_size", 32, Interval(1), "side of the network's images, pixels"),
     Setting("norm", "cifar", tuple(NORMALISATIONS), "pixel statistics to normalise with"),
     Setting("augment", "weak", ("weak", "padded", "resized", "loader"),
-            "weak: shift by up to 4 px, flip; else the student's augmentation with that crop"),
+            "weak: shift and flip (PaCo: more); else the student's augmentation with that crop"),
     Setting("mixing", 0.0, Interval(0, 1), "fraction of the batches to mix; all if not weak"),
     Setting("epochs", 200, Interval(1), "passes over the training images"),
     Setting("batch", 128, Interval(1), "images per step, all processes together"),
@@ -295,7 +296,7 @@ def resolve(args, rt):
     check(args, changed, rt)
     kind = "teacher"
     if paco:
-        kind, changed = "teacher_paco", {k: v for k, v in changed.items() if k != "loss"}
+        kind = "teacher_paco"
     elif strong:
         kind, changed = "teacher_strong", {k: v for k, v in changed.items() if v != "padded"}
     args.out = args.out or f"runs/{run_name(kind, args, changed)}"
@@ -330,7 +331,7 @@ def check(args, changed, rt):
     if strong and (args.augment == "loader") != (args.dataset in data_lt.LISTS):
         raise UserError("--augment loader is for data sets that stay on disk, which have only this "
                         "and weak")
-    if args.batch % rt.world or args.batch < rt.world:
+    if args.batch % rt.world:
         raise UserError(f"the teacher's --batch {args.batch} cannot be shared by {rt.world} "
                         "processes: train_teacher.py with another, and --teacher")
 
@@ -339,6 +340,10 @@ def new_network(args, data, rt):
     """An untrained network on the device. UserError if it cannot take images of this size."""
     torch.manual_seed(args.seed)
     net = build_teacher(vars(args), data.num_classes)
+    if args.img_size <= 16 and args.arch != "fast" and args.arch not in CIFAR_BLOCKS:
+        # Their weights' gradients in bfloat16 on a CPU (torch 2.14): of memory never written.
+        raise UserError(f"{args.arch} halves {args.img_size} px down to one pixel before its last "
+                        "convolutions: --img-size 32")
     if args.arch not in ("resnet32", "resnet50"):
         try:
             net.eval()(torch.zeros(1, 3, args.img_size, args.img_size))
@@ -391,12 +396,12 @@ def teacher_folder(flags, rt, train=True):
 def main():
     args = parse()
     rt = runtime.setup(args.device, args.amp)
-    changed = [name for name in (*DATA_SETTINGS, "data_dir")
-               if getattr(args, name) != getattr(parse([]), name)]
-    data_flags = as_flags(args, changed)
+    shared = [name for name in (*DATA_SETTINGS, "data_dir", "recipe", "seed")
+              if getattr(args, name) != getattr(parse([]), name)]
+    flags = as_flags(args, shared)
     resolve(args, rt)
     run_teacher(args, rt)
-    student = shlex.join(["python", "train_student.py", *data_flags, "--teacher", args.out])
+    student = shlex.join(["python", "train_student.py", *flags, "--teacher", args.out])
     rt.print(f"Train a student under it: {student}\n"
              f"Or use it alone: {evaluation.predict_command(args.out)}")
 

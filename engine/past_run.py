@@ -246,9 +246,13 @@ class PastRun:
             free = (*free, "teacher")
         if state.get("hardware", self.hardware).split(", then ")[-1] != self.hardware:
             self.hardware = f"{state['hardware']}, then {self.hardware}"
+        begun = self.start_epoch + (self.start_step > 0)
         changes = self.changes(old, args, free)
         if changes:
             self.force(args, changes)
+            if begun > args.epochs:
+                raise UserError(f"{self.folder} has begun {begun} epochs already: --epochs "
+                                f"{begun} or more")
             self.start_step = 0         # the steps of a half-done epoch may be others now
         self.read_past_log(args)
 
@@ -272,7 +276,7 @@ class PastRun:
         new = vars(args) | {"processes": self.rt.world, "amp": self.precision, "format": FORMAT}
         names = []
         for name in sorted((old.keys() | new.keys()) - set(free)):
-            if name == "teacher":                       # "runs/t/" is "runs/t"
+            if name in ("teacher", "finetune"):         # "runs/t/" is "runs/t"
                 same = real_paths(old.get(name)) == real_paths(new.get(name))
             elif name in old:
                 same = old[name] == new.get(name)

@@ -242,7 +242,7 @@ def plan(table, common, seeds, rt):
     common: flags of every run, a list. UserError for one that the rows set themselves.
     """
     given = train_student.parse(common)
-    if table in ("table1", "table2", "table5", "table6"):   # of the paper's method
+    if table in ("table1", "table2", "table5", "table6", "modes"):      # of the paper's method
         if given.recipe in ("ours", "gpu"):
             raise UserError(f"{table} is about the paper's method: --recipe paper or cpu")
         if given.recipe == "auto" and given.dataset == "folder" and rt.device.type == "cpu":

@@ -156,6 +156,14 @@ def test_a_finished_run_of_other_images_is_named_before_anything_runs(ablation, 
     assert len(ablation("table1", "--holdout", 0.1, "--commands")) == 2
 
 
+@pytest.mark.parametrize("table", ["table1", "table2", "table5", "table6", "modes"])
+def test_tables_of_the_papers_method_are_not_of_ours(table, ablation, capsys):
+    """Soft labels in a row that is called "hard"."""
+    with pytest.raises(SystemExit):
+        ablation(table, "--recipe", "ours", "--commands")
+    assert f"{table} is about the paper's method" in capsys.readouterr().err
+
+
 def test_the_modes_are_of_ten_classes(ablation, capsys):
     with pytest.raises(SystemExit):
         ablation("modes", "--dataset", "imagenet_lt", "--commands")

@@ -671,6 +671,7 @@ def recorded_steps(watch, *flags, teacher=None, **changes):
 @pytest.mark.parametrize("flags, changes, mixes, weights", [
     ((), {}, [True, False], class_weights()),
     (("--mix-drw",), {}, [True, True], class_weights()),
+    (("--mix-drw", "--beta=0"), {}, [True, True], torch.ones(K).double()),
     (("--beta", 0.9), {}, [True, False], class_weights(0.9)),
     (("--method", "deit"), {}, [True, False], torch.ones(K).double()),
     ((), dict(drw_epoch=0), [False, False], class_weights()),
@@ -701,7 +702,8 @@ def test_hard_distillation_before_and_after_the_drw_epoch(flags, changes, mixes,
         assert step["values"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert step["values"]["loss_cls"] == pytest.approx(cls_loss.item(), rel=1e-5)
         assert step["values"]["loss_dist"] == pytest.approx(dist_loss.item(), rel=1e-5)
-    assert [r["drw"] for r in run.records] == [epoch >= drw_epoch for epoch in range(2)]
+    switched = [epoch >= drw_epoch and "--beta=0" not in flags for epoch in range(2)]
+    assert [r["drw"] for r in run.records] == switched      # False where nothing has changed
 
 
 def test_soft_distillation_is_tempered(watch):

@@ -290,6 +290,16 @@ def test_another_teacher_is_not_trained_to_be_refused(shared_run, tmp_path, monk
     assert "--method deit-lt -> vit" in error and "--teacher" in error
 
 
+def test_the_run_to_start_from_may_be_spelled_otherwise(shared_run, tmp_path):
+    """"runs/a/" for "runs/a": "begun with other settings"."""
+    module, flags, first = shared_run("student")
+    flags = [*flags, "--out", tmp_path / "run", "--save-every", "1", "--finetune"]
+    with killed_at(0, 2):
+        train(module, *flags, first)
+    train(module, *flags, f"{first}/", "--resume")
+    assert (tmp_path / "run" / "result.json").exists()
+
+
 def test_a_finished_students_teacher_may_be_spelled_otherwise(shared_run, capsys):
     """"runs/t/" for "runs/t", and another run is said to be there."""
     module, flags, finished = shared_run("student")
@@ -305,6 +315,26 @@ def test_a_shorter_run_by_force_is_the_finished_one(shared_run, capsys):
     train(module, *flags, "--out", finished, "--epochs", "1", "--resume", "--force")
     text = capsys.readouterr().out
     assert "nothing is left to train with" in text and "is finished (2 epochs)" in text
+
+
+def test_a_stopped_run_ends_by_force_after_the_epochs_that_it_has(shared_run, tmp_path, refused):
+    """A result of fewer epochs than the weights have, or one whose checkpoint is "not finished",
+    so that no student takes it and no command mends it."""
+    module, flags, finished = shared_run("teacher")
+    shutil.copytree(finished, tmp_path / "run")
+    state = checkpoint(finished)                                # of two epochs
+    flags = [*flags, "--out", tmp_path / "run", "--resume", "--force", "--epochs"]
+    for step, allowed in ((0, 2), (1, 3)):
+        (tmp_path / "run" / "result.json").unlink()
+        state |= dict(config=state["config"] | dict(epochs=9), step=step)
+        torch.save(state, tmp_path / "run" / "last.pt")
+        error = refused(module, *flags, str(allowed - 1))
+        assert f"has begun {allowed} epochs already: --epochs {allowed} or more" in error
+        train(module, *flags, str(allowed))
+        end = checkpoint(tmp_path / "run")
+        assert end["epoch"] == end["config"]["epochs"] == allowed
+        assert read(tmp_path / "run", "result.json")["epochs"] == allowed
+        assert len(records(tmp_path / "run")) == allowed
 
 
 def test_the_time_left_is_that_of_steps(monkeypatch):

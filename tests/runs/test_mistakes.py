@@ -28,6 +28,8 @@ def nothing_left(tmp_path, monkeypatch):
     (train_teacher, "--imb 0", "--imb"), (train_student, "--imb 1000 --method vit", "lower --imb"),
     (train_teacher, "--rho nan", "--rho must be"), (train_teacher, "--device gpu", "--device is"),
     (train_student, "--patch-size 5", "multiple of"),
+    (train_teacher, "--arch resnet18 --img-size 16", "down to one pixel"),
+    (train_teacher, "--arch resnet50 --img-size 16", "down to one pixel"),
     (train_student, "--epochs 0", "--epochs must be at least 1"),
     (train_student, "--stem conv --img-size 24 --patch-size 12", "for 12 px"),
     (train_student, "--teacher none.pt", "no checkpoint none.pt"),

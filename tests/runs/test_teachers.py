@@ -49,6 +49,13 @@ def test_batchnorm_needs_two_images(tiny_cifar, tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_command_for_a_student_has_the_recipe_of_its_teacher(shared_run, capsys):
+    """A student of the cpu recipe, or on a GPU the paper's, under a teacher made for ours."""
+    module, flags, finished = shared_run("teacher")
+    train(module, *flags, "--out", finished, "--resume")
+    assert f" --recipe=cpu --teacher {finished}\n" in capsys.readouterr().out
+
+
 # ---- Networks of torchvision, files from elsewhere -----------------------------------------------
 
 @pytest.mark.parametrize("loss", ["ldam", "paco"])
