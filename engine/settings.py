@@ -114,8 +114,9 @@ def add_run_flags(parser):
     data.add_argument("--test-list", metavar="FILE", help="the same for the test images")
     data.add_argument("--list-columns", metavar="NAMES",
                       help="of a CSV list: image=...,label=...,split=...,group=... [those words]")
-    data.add_argument("--groups", type=group_limits, metavar="A,B", help="own data, lists: head has "
-                      "more than A training images, tail fewer than B [100,20, or thirds]")
+    data.add_argument("--groups", type=group_limits, metavar="A,B",
+                      help="own data, lists: head has more than A training images, tail fewer "
+                           "than B [100,20, or thirds]")
     data.add_argument("--skip-bad", action="store_true",
                       help="list unusable images and continue without them [list and stop]")
     run = parser.add_argument_group("run")
