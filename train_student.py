@@ -347,9 +347,8 @@ def check(args, changed, rt):
         raise UserError("--crop loader is for imagenet_lt and inat18, and their only crop")
     if args.stem != "patch" and args.img_size == args.patch_size:
         raise UserError(f"--stem {args.stem}: its BatchNorm needs an --img-size above --patch-size")
-    if args.tokens == 2 and (args.distill == "none" or args.alpha == 1):
-        raise UserError("with --distill none DIST, with --alpha 1 CLS has nothing to learn: "
-                        "--tokens 1")
+    if args.distill == "none" and args.tokens == 2:
+        raise UserError("--distill none leaves DIST nothing to learn: --tokens 1")
     if args.teacher_view == "weak" and args.mixup + args.cutmix > 0:
         raise UserError("--teacher-view weak: the teacher's images are not mixed, so the student's "
                         "must not be either: --mixup 0 --cutmix 0")

@@ -340,10 +340,6 @@ def new_network(args, data, rt):
     """An untrained network on the device. UserError if it cannot take images of this size."""
     torch.manual_seed(args.seed)
     net = build_teacher(vars(args), data.num_classes)
-    if args.img_size <= 16 and args.arch != "fast" and args.arch not in CIFAR_BLOCKS:
-        # Their weights' gradients in bfloat16 on a CPU (torch 2.14): of memory never written.
-        raise UserError(f"{args.arch} halves {args.img_size} px down to one pixel before its last "
-                        "convolutions: --img-size 32")
     if args.arch not in ("resnet32", "resnet50"):
         try:
             net.eval()(torch.zeros(1, 3, args.img_size, args.img_size))
@@ -351,6 +347,11 @@ def new_network(args, data, rt):
             reason = runtime.one_line(error, 90)
             raise UserError(f"{args.arch} cannot take {args.img_size} px ({reason}); try a larger "
                             "--img-size") from None
+    halved = args.img_size <= 16 and args.arch != "fast" and args.arch not in CIFAR_BLOCKS
+    if halved and rt.amp == torch.bfloat16 and rt.device.type == "cpu":
+        # There torch 2.14 takes weight gradients of a 1x1 input from memory that nobody wrote.
+        raise UserError(f"{args.arch} halves {args.img_size} px down to one pixel before its last "
+                        "convolutions: --img-size 32 or --amp none")
     net = net.to(rt.device, memory_format=torch.channels_last)
     if args.arch == "fast":             # its stem is computed from images
         whiten(net, data, rt.device)
