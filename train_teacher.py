@@ -347,9 +347,10 @@ def new_network(args, data, rt):
             reason = runtime.one_line(error, 90)
             raise UserError(f"{args.arch} cannot take {args.img_size} px ({reason}); try a larger "
                             "--img-size") from None
-    halved = args.img_size <= 16 and args.arch != "fast" and args.arch not in CIFAR_BLOCKS
-    if halved and rt.amp == torch.bfloat16 and rt.device.type == "cpu":
-        # There torch 2.14 takes weight gradients of a 1x1 input from memory that nobody wrote.
+    one_pixel = args.img_size <= 16 and args.arch != "fast" and args.arch not in CIFAR_BLOCKS
+    if one_pixel and rt.amp == torch.bfloat16 and rt.device.type == "cpu":
+        # A strided 3x3 convolution of a 1x1 input: torch 2.14 leaves most of its weight gradient
+        # uninitialised there.
         raise UserError(f"{args.arch} halves {args.img_size} px down to one pixel before its last "
                         "convolutions: --img-size 32 or --amp none")
     net = net.to(rt.device, memory_format=torch.channels_last)

@@ -85,9 +85,9 @@ class Run(PastRun):
         self.bar = tqdm(total=args.epochs * images, initial=done, unit=" images", unit_scale=True,
                         disable=None if self.rt.main else True)     # None: only in a terminal
         self.images, self.timer, self.timed = images, None, 0
-        if self.start_epoch == args.epochs:     # by --force: then last.pt says that it was planned
+        if self.start_epoch == args.epochs:     # no step is left, as after --force --epochs N:
             self.begin_epoch(self.start_epoch)
-            self.save(self.start_epoch, 0)
+            self.save(self.start_epoch, 0)      # last.pt has N, so that it counts as finished
 
     def watch_signals(self):
         """STOP_SIGNALS stop the run after a step from now on; so does an earlier one."""
