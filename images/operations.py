@@ -9,6 +9,7 @@ waits for a GPU; pixels stay on their device.
 """
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -26,7 +27,7 @@ def to_float(images):
 
 def to_uint8(values):
     """Floats (overwritten) -> uint8, clipped to 0..255 and truncated as PIL does."""
-    return values.clamp_(0, 255).to(torch.int32).to(torch.uint8)    # via int32: faster on a CPU
+    return values.clamp_(0, 255).to(torch.int16).to(torch.uint8)    # via int16: faster on a CPU
 
 
 def uniform(n, low, high):
@@ -142,7 +143,7 @@ def crop_resize_cpu(images, top, left, height, width, out, mirror):
     B = len(images)
     boxes = torch.stack([v.expand(B) for v in (top, left, top + height, left + width)], dim=1)
     mirrored = [False] * B if mirror is None else mirror.tolist()
-    resized = images.new_empty(B, 3, out, out)
+    resized = torch.empty(B, 3, out, out, dtype=torch.uint8, memory_format=torch.channels_last)
     for image, new, box, flip in zip(images.split(1), resized.split(1), boxes.tolist(), mirrored):
         y1, x1, y2, x2 = map(int, box)
         crop = image[:, :, y1:y2, x1:x2]
@@ -150,7 +151,7 @@ def crop_resize_cpu(images, top, left, height, width, out, mirror):
             crop = crop.flip(3)
         crop = crop.contiguous(memory_format=torch.channels_last)
         new.copy_(F.interpolate(crop, (out, out), mode="bicubic", antialias=True))
-    return resized
+    return torch.from_numpy(np.ascontiguousarray(resized.numpy()))      # twice as fast as torch's
 
 
 def resize(images, size):
@@ -241,14 +242,14 @@ def equalize_curve(v, x, a):
     n, C, H, W = x.shape
     offset = 256 * torch.arange(n * C, device=x.device, dtype=torch.int32).view(n, C, 1)
     bins = (x.flatten(2) + offset).long().flatten()
-    histogram = torch.zeros(n * C * 256, dtype=torch.long, device=x.device)
+    histogram = torch.zeros(n * C * 256, dtype=torch.int32, device=x.device)
     histogram.scatter_add_(0, bins, torch.ones_like(histogram[:1]).expand(x.numel()))
     histogram = histogram.view(n, C, 256)
     brightest = 255 - (histogram.flip(2) > 0).int().argmax(dim=2, keepdim=True)     # (n,C,1)
     step = (H * W - histogram.gather(2, brightest)) // 255              # pixels per new value
     darker = histogram.cumsum(dim=2) - histogram                        # pixels below each value
     equalized = (darker + step // 2) // step.clamp(min=1)
-    return torch.where(step > 0, equalized, v.long())
+    return torch.where(step > 0, equalized, v)
 
 
 def posterize_curve(v, x, bits):
@@ -308,11 +309,12 @@ def color(images, op, factor, fill, nearest):
 def sharpness(images, op, factor, fill, nearest):
     """Blend with a copy smoothed by [1 1 1; 1 5 1; 1 1 1] / 13, whose border stays as it is."""
     x = images.float()
-    rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
-    boxes = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]            # sums of 3 x 3 pixels
-    smooth = x.clone()
-    smooth[..., 1:-1, 1:-1] = ((boxes + 4 * x[..., 1:-1, 1:-1]) / 13 + 0.5).floor()
-    return to_uint8(blend(smooth, x, per_image(factor, images)))
+    inner = x[..., 1:-1, 1:-1]
+    rows = (x[..., :-2, :] + x[..., 1:-1, :]).add_(x[..., 2:, :])
+    boxes = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])      # sums of 3 x 3 pixels
+    smooth = boxes.add_(inner, alpha=4).div_(13).add_(0.5).floor_()
+    inner.sub_(smooth).mul_(per_image(factor, images)).add_(smooth)     # blend, in place
+    return to_uint8(x)
 
 
 def hue(images, op, turns, fill, nearest):
@@ -368,7 +370,7 @@ def shift_rows(images, shift, slope, fill):
     shifted.addcmul_(pixels[..., 2:W + 2], t * (1 + u - u * u))
     shifted.addcmul_(pixels[..., 3:W + 3], -u * t * t)
     source = torch.arange(0.5, W, device=images.device) + shift                     # (n,H,W)
-    inside = ((source >= 0) & (source < W))[:, None].float()
+    inside = source.div_(W).floor_().eq_(0)[:, None]                # 1 if 0 <= source < W, else 0
     fill = rgb(fill, images)
     return to_uint8(shifted.sub_(fill).mul_(inside).add_(fill + 0.5))
 
@@ -413,11 +415,11 @@ def apply_operations(images, op, value, fill=MEAN_COLOR, nearest=False):
     """
     op, order = op.sort(stable=True)                # the images of a family side by side
     x, value = select(images, order), value[order]
-    end = int((op < 0).sum())
-    results = [x[:end]]                             # unchanged
+    # Images before each operation's: first those without one, then those of operation 0, 1, ...
+    before = torch.bincount(op + 1, minlength=len(OPERATIONS) + 1).cumsum(0).tolist()
     for family, names in FAMILIES.items():
-        start, end = end, int((op <= ID[names[-1]]).sum())
+        start, end = before[ID[names[0]]], before[ID[names[-1]] + 1]
         part = slice(start, end)
         if start < end:
-            results.append(family(x[part], op[part], value[part], fill, nearest))
-    return select(torch.cat(results), order.argsort())
+            x[part] = family(x[part], op[part], value[part], fill, nearest)
+    return select(x, order.argsort())
