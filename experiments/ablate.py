@@ -5,8 +5,9 @@ r"""Tables of runs over several seeds, beside the published numbers: each row is
     python -m experiments.ablate table1 --show              the table of finished runs; no training
     python -m experiments.ablate table2 --commands          the commands; no training
 
-Runs one command after the other. Finished runs are skipped, one that was stopped is resumed,
-teachers are shared. A signal to this process reaches the run, which saves; then both end.
+Runs one command after the other; --jobs N: so many at a time (small runs leave a GPU idle; on a CPU
+they share its threads). Finished runs are skipped, those that were stopped are resumed, teachers
+are shared. A signal to this process reaches its runs, which save; then all end.
 
 Printed as markdown: accuracies in percent, mean and standard deviation over the finished seeds.
 "teacher right": percent of training images whose teacher label is that of the image (if mixed: of
@@ -29,6 +30,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -44,6 +46,9 @@ from engine.runtime import ENDS_WITH_PARENT, UserError, watched_signals
 from engine.settings import CARRIED, DATA_SETTINGS, as_flags, flag, resolve_data
 from experiments import crt, deit3
 from images.files import DataError
+from images.machine import cpus
+
+POLL = 0.1                      # seconds between two looks at the runs
 
 
 @dataclass(frozen=True)
@@ -286,35 +291,67 @@ def check_common_flags(common, rows):
 
 # ---- Running -------------------------------------------------------------------------------------
 
-def run(command):
-    """Run or resume a command as a child process, which gets the signals that this one gets.
+def folders(args):
+    """Run folders in which the run with these settings trains: cRT's trains a plain ViT first.
 
-    Exits as the child does, if it fails; and after a signal, once the child has saved and ended.
+    (Not its teacher's: runs that share one wait for it themselves.)
     """
-    child, early, handed_on = None, [], []          # early: while there was no child yet
+    if getattr(args, "method", None) == "vit-crt":
+        return {args.finetune, args.out}
+    return {args.out}
 
-    def hand_on(number, _):
-        if child:
-            handed_on.append(number)
-            child.send_signal(number)
-        else:
-            early.append(number)
 
-    handlers = {number: signal.signal(number, hand_on) for number in watched_signals()}
-    print(f"python {command}", flush=True)
-    child = subprocess.Popen([sys.executable, *shlex.split(command), "--resume"],
-                             preexec_fn=ENDS_WITH_PARENT)
-    for number in early:
-        child.send_signal(number)
-    status = child.wait()
+def begin(command, args, jobs):
+    """Start or resume a command as a child process; one of several prints to a file of its own."""
+    out, environment = None, dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // jobs)))
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        out = open(f"{args.out}.txt", "a")
+    print(f"python {command}" + (f" >> {out.name}" if out else ""), flush=True)
+    child = subprocess.Popen([sys.executable, *shlex.split(command), "--resume"], stdout=out,
+                             stderr=out, env=environment, preexec_fn=ENDS_WITH_PARENT)
+    if out:
+        out.close()                                         # the child has its own
+    return child
+
+
+def run(runs, jobs=1):
+    """Run {command: settings} to the end, `jobs` at a time; finished ones are skipped.
+
+    A signal to this process is handed on to its runs. After a signal, or once a run has failed, no
+    other is begun; when those that still train have saved, this process ends as the run did, or
+    as the signal asks.
+    """
+    waiting, running = dict(runs), {}                       # running: {child process: settings}
+    received, status = [], 0
+    handlers = {number: signal.signal(number, lambda number, _: received.append(number))
+                for number in watched_signals()}
+    while running or waiting and not status:
+        for command, args in list(waiting.items()):
+            busy = set().union(*map(folders, running.values()))
+            if is_finished(args.out):
+                del waiting[command]
+            elif len(running) < jobs and not status and not folders(args) & busy:
+                running[begin(command, args, jobs)] = waiting.pop(command)
+        while received:
+            number = received.pop(0)
+            status = status or 128 + number
+            for child in running:
+                child.send_signal(number)
+        for child in [child for child in running if child.poll() is not None]:
+            args, code = running.pop(child), child.returncode
+            if code and not status:
+                status = code if code > 0 else 128 - code   # below 0: ended by this signal
+                if jobs > 1:
+                    print(f"exit code {status}: see {args.out}.txt", file=sys.stderr, flush=True)
+                for other in running:
+                    other.terminate()
+        time.sleep(POLL)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if early or handed_on:
-        sys.exit(128 + (early + handed_on)[0])
-    if status < 0:                                          # ended by this signal
-        sys.exit(128 - status)
-    if status:
-        sys.exit(status)
+    if status or received:
+        sys.exit(status or 128 + received[0])
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -367,9 +404,12 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time [1]")
     parser.add_argument("--show", action="store_true", help="print the table; train nothing")
     parser.add_argument("--commands", action="store_true", help="print the commands; train nothing")
     options, common = parser.parse_known_args()
+    if options.jobs < 1:
+        raise UserError("--jobs is 1 or more")
     settings = train_student.parse(common)
     rt = runtime.setup(settings.device, settings.amp)
     seeds = list(dict.fromkeys(options.seeds))              # each once
@@ -383,9 +423,9 @@ def main():
         return
     for args in runs.values():
         is_finished(args.out, args)
-    for command, args in runs.items():
-        if not options.show and not is_finished(args.out):      # a ViT may be now, by cRT
-            run(command)
+    if not options.show:
+        for group in (teachers, runs.keys() - set(teachers)):       # students need them
+            run({command: runs[command] for command in runs if command in group}, options.jobs)
 
     measured = []
     for row, by_seed in rows:

@@ -93,7 +93,7 @@ def main():
             args = settings_of(command, rt)
             if not is_finished(args.out, args) and not options.show:
                 check_teacher(args)
-                run(command)
+                run({command: args})
             if is_finished(args.out, args):
                 lines.append(table_row(minutes, name, args.out, head))
     print("\n".join(lines))

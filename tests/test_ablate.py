@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,19 @@ def finish(folder, overall, teacher_accuracy=None):
                {"drw": False, "teacher_accuracy": teacher_accuracy + 5},
                {"drw": True, "teacher_accuracy": 99.0}]
     (folder / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in log))
+
+
+class Ended:
+    """In place of a child process that has ended well."""
+    returncode = 0
+
+    def poll(self):
+        return 0
+
+
+def run_of(*commands):
+    """What ablate.run takes, for commands whose run folders are never written."""
+    return {command: SimpleNamespace(out=f"runs/{i}") for i, command in enumerate(commands)}
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -107,14 +121,15 @@ def test_what_is_missing_is_run_once_and_the_table_tells_heads_and_seeds_apart(a
     monkeypatch.setattr(ablate, "PUBLISHED_FOR", [("cifar10", 10), ("shapes", 10)])
     ran = []
 
-    def finish_run(command):
+    def finish_run(command, args, jobs):
         ran.append(command)
         seed = int(command.split()[-1])
         if "vit" in command:
             finish(ablate.folder_of(command, CPU), 40 + 2 * seed)
         else:
             finish(ablate.folder_of(command, CPU), 70 + seed, teacher_accuracy=50)
-    monkeypatch.setattr(ablate, "run", finish_run)
+        return Ended()
+    monkeypatch.setattr(ablate, "begin", finish_run)
     flags = "table1", "--seeds", 0, 1, 1, "--dataset", "shapes", "--imb", 10
 
     assert ablation(*flags, "--show")[2:] == ["| plain | - | - | - | - | - | 0 | 34.5 |",
@@ -145,7 +160,7 @@ def test_a_finished_run_of_other_images_is_named_before_anything_runs(ablation, 
     """Hours of the rows above it first; or the commands, which need no run, refused for it."""
     rows = [Row("plain", "train_student.py --method vit"), Row("both", "train_student.py")]
     monkeypatch.setitem(ablate.TABLES, "table1", rows)
-    monkeypatch.setattr(ablate, "run", lambda command: 1 / 0)
+    monkeypatch.setattr(ablate, "begin", lambda *_: 1 / 0)
     folder = ablate.folder_of("train_student.py --holdout 0.1 --seed 0", CPU)
     finish(folder, 50.0)
     Path(folder, "config.json").write_text('{"holdout": 0.2}')
@@ -192,8 +207,8 @@ print("begun", flush=True)
 time.sleep(60)
 """)
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "from experiments import ablate\n"
-            "ablate.run('child.py --seed 0')\nprint('next run')")
+            "from types import SimpleNamespace as Settings\nfrom experiments import ablate\n"
+            "ablate.run({'child.py --seed 0': Settings(out='runs/a')})\nprint('next run')")
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
                               cwd=tmp_path)
     assert parent.stdout.readline() == "python child.py --seed 0\n"
@@ -217,7 +232,8 @@ print("begun", flush=True)
 time.sleep(60)
 """)
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            "from experiments import ablate\nablate.run('child.py')")
+            "from types import SimpleNamespace as Settings\nfrom experiments import ablate\n"
+            "ablate.run({'child.py': Settings(out='runs/a')})")
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
                               cwd=tmp_path)
     assert [parent.stdout.readline() for _ in range(2)] == ["python child.py\n", "begun\n"]
@@ -238,20 +254,24 @@ def test_signals_that_come_while_the_run_begins_are_handed_on_once(tmp_path, mon
             if len(sent) == 1:
                 signal.raise_signal(signal.SIGINT)          # while the first is handed on
 
-        def wait(self):
-            return 0
+        def poll(self):
+            return self.returncode
+        returncode = 0
     monkeypatch.setattr(subprocess, "Popen", Child)
     with pytest.raises(SystemExit) as stop:
-        ablate.run("child.py")
+        ablate.run(run_of("child.py"))
     assert sent == [signal.SIGTERM, signal.SIGINT] and stop.value.code == 128 + signal.SIGTERM
 
 
 def test_a_hangup_under_nohup_is_not_handed_on(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: type("Child", (), {
-        "wait": lambda child: signal.raise_signal(signal.SIGHUP) or 0})())
+    class Child(Ended):
+        def poll(self):
+            signal.raise_signal(signal.SIGHUP)
+            return 0
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: Child())
     try:
-        ablate.run("child.py")
+        ablate.run(run_of("child.py"))
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -276,9 +296,87 @@ def test_a_run_that_fails_ends_the_table_as_it_does(end, status, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     try:
-        ablate.run("child.py")
+        ablate.run(run_of("child.py"))
         code = 0
     except SystemExit as stop:
         code = stop.code
     assert code == status
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
+
+
+CHILD = """
+import os, signal, sys, time
+def save(*_):
+    print("saved")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+with open("log", "a") as file:
+    file.write("begin\\n")
+print(os.environ["OMP_NUM_THREADS"], flush=True)
+number = int(sys.argv[1])
+if number == 1:
+    sys.exit(3)
+time.sleep(60 if number == 0 else 0.5)
+with open("log", "a") as file:
+    file.write("end\\n")
+"""
+
+
+def test_jobs_are_run_at_a_time_and_no_more(tmp_path, monkeypatch):
+    """One after the other in spite of --jobs, all at once, or each with all of the CPU's threads;
+    what they print is one another's."""
+    (tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(ablate, "cpus", lambda: 7)
+    ablate.run(run_of(*(f"child.py {number}" for number in (2, 3, 4, 5))), jobs=2)
+    running, most = 0, 0
+    for line in (tmp_path / "log").read_text().split():
+        running += 1 if line == "begin" else -1
+        most = max(most, running)
+    assert (running, most) == (0, 2)
+    assert [(tmp_path / f"runs/{i}.txt").read_text() for i in range(4)] == ["3\n"] * 4
+
+
+def test_no_jobs_at_all_are_refused(ablation):
+    """A table that waits for ever."""
+    with pytest.raises(SystemExit) as stop:
+        ablation("table1", "--jobs", 0)
+    assert stop.value.code == 2
+
+
+def test_a_job_that_fails_ends_the_others_as_a_signal_does(tmp_path, monkeypatch, capsys):
+    """A table that trains on for hours, and is refused at its end; runs that are not saved."""
+    (tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        ablate.run(run_of("child.py 0", "child.py 1", "child.py 2"), jobs=2)
+    assert stop.value.code == 3 and "exit code 3: see runs/1.txt" in capsys.readouterr().err
+    assert (tmp_path / "runs/0.txt").read_text().endswith("saved\n")
+    assert not (tmp_path / "runs/2.txt").exists()
+
+
+def test_crt_is_not_begun_beside_the_vit_that_it_trains_first(ablation, monkeypatch):
+    """Two processes in one folder: the second is refused, and the table ends."""
+    monkeypatch.setitem(ablate.TABLES, "table1", [row for row in ablate.TABLE2
+                                                  if row.title in ("ViT", "ViT, cRT", "DeiT")])
+    together = []
+
+    class Child(Ended):
+        def __init__(self, folder):
+            self.folder, self.polled = folder, 0
+            together.append([*(child.folder for child in alive), folder])
+            alive.append(self)
+
+        def poll(self):
+            self.polled += 1
+            if self.polled < 3:
+                return None
+            finish(self.folder, 50.0)
+            alive.remove(self)
+            return 0
+    alive = []
+    monkeypatch.setattr(ablate, "begin", lambda command, args, jobs: Child(args.out))
+    ablation("table1", "--jobs", 3, "--dataset", "shapes", "--recipe", "cpu")
+    kinds = [[Path(folder).name.split("_")[0] for folder in each] for each in together]
+    assert kinds == [["vit"], ["vit", "deit"], ["vit-crt"]]

@@ -25,7 +25,7 @@ def test_the_table_has_each_networks_numbers(monkeypatch, tmp_path, capsys):
     """The teacher's number in the student's row, overall accuracy for balanced accuracy, epochs of
     another run; a run that is trained although only the table was asked for."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(minutes, "run", lambda command: 1 / 0)
+    monkeypatch.setattr(minutes, "run", lambda runs: 1 / 0)
     names = "balanced", "overall", "head", "mid", "tail", "macro_f1"
     skewed = dict(zip(names, (61.25, 90.0, 80.0, 60.0, 40.0, 55.5)))
     plain = dict(zip(names[1:5], (50.0, 60.0, 50.0, 40.0)))
@@ -47,7 +47,7 @@ def test_every_row_is_a_run_of_its_minutes(monkeypatch, tmp_path, capsys):
     """Two rows in one folder by mistake, minutes or a common flag that do not reach a run."""
     monkeypatch.chdir(tmp_path)
     commands = []
-    monkeypatch.setattr(minutes, "run", commands.append)
+    monkeypatch.setattr(minutes, "run", commands.extend)
     script(minutes, monkeypatch, "--minutes", 5, 10, "--seed", 3)
     assert len(set(commands)) == 8              # the student's three rows are one run
     for command in commands:
@@ -60,7 +60,7 @@ def test_every_row_is_a_run_of_its_minutes(monkeypatch, tmp_path, capsys):
     (("--minutes", 4, 10), "of its student would be that of 4 minutes")])
 def test_what_all_runs_cannot_share(flags, words, monkeypatch, capsys):
     """Rows that print one run's numbers; a student that gets its teacher's time as well."""
-    monkeypatch.setattr(minutes, "run", lambda command: 1 / 0)
+    monkeypatch.setattr(minutes, "run", lambda runs: 1 / 0)
     with pytest.raises(SystemExit):
         script(minutes, monkeypatch, *flags)
     assert words in capsys.readouterr().err
@@ -70,7 +70,7 @@ def test_a_student_does_not_get_its_teachers_time_as_well(monkeypatch, tmp_path,
     """Stopped between teacher and student, and the row of five minutes is one of seven."""
     monkeypatch.chdir(tmp_path)
     commands = []
-    monkeypatch.setattr(minutes, "run", commands.append)
+    monkeypatch.setattr(minutes, "run", commands.extend)
     finish("runs/teacher_cifar10_imb100_ours_min2_s0", 4)
     with pytest.raises(SystemExit):
         script(minutes, monkeypatch, "--minutes", 5)

@@ -26,6 +26,14 @@ def few_shapes(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+class Ended:
+    """In place of a child process that has ended well."""
+    returncode = 0
+
+    def poll(self):
+        return 0
+
+
 def result_of(name):
     """The one finished run whose folder's name begins like this."""
     path, = Path("runs").glob(f"{name}_shapes*/result.json")
@@ -36,17 +44,18 @@ def test_a_table_of_real_runs(monkeypatch, capsys):
     """A folder that a run names otherwise: its number is missing, and it is trained again."""
     ran = []
 
-    def run(command):
+    def run_here(command, args, jobs):
         ran.append(command)
         program, flags = ablate.split(command)
         script(MODULES[program], monkeypatch, *flags, "--resume")
+        return Ended()
 
     def modes(teacher):
         return [Row("cRT", ablate.CRT),
                 Row("ViT", "train_student.py --method vit"),
                 Row("DeiT-III", ablate.DEIT3),
                 Row("DIST", f"train_student.py --method deit --teacher {teacher}", "dist")]
-    monkeypatch.setattr(ablate, "run", run)
+    monkeypatch.setattr(ablate, "begin", run_here)
     monkeypatch.setattr(ablate, "modes", modes)
     monkeypatch.setattr(ablate, "MODES_TEACHER",
                         f"{ablate.TEACHER} --loss ce --rho 0 --epochs 1 --img-size 16")
