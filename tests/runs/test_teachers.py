@@ -56,6 +56,13 @@ def test_the_command_for_a_student_has_the_recipe_of_its_teacher(shared_run, cap
     assert f" --recipe=cpu --teacher {finished}\n" in capsys.readouterr().out
 
 
+def test_the_command_for_a_student_has_the_seed_of_its_teacher(tiny_cifar, tmp_path, capsys):
+    """A student of seed 0 under a teacher of another in a table of means over seeds."""
+    flags = [*TEACHER, *WITHOUT_SAM, "--data-dir", tiny_cifar, "--seed", 3]
+    train(train_teacher, *flags, "--out", tmp_path / "run")
+    assert f" --seed=3 --teacher {tmp_path / 'run'}\n" in capsys.readouterr().out
+
+
 # ---- Networks of torchvision, files from elsewhere -----------------------------------------------
 
 @pytest.mark.parametrize("loss", ["ldam", "paco"])
