@@ -5,9 +5,12 @@ r"""Tables of runs over several seeds, beside the published numbers: each row is
     python -m experiments.ablate table1 --show              the table of finished runs; no training
     python -m experiments.ablate table2 --commands          the commands; no training
 
-Runs one command after the other; --jobs N: so many at a time (small runs leave a GPU idle; on a CPU
-they share its threads). Finished runs are skipped, those that were stopped are resumed, teachers
-are shared. A signal to this process reaches its runs, which save; then all end.
+Runs one command after the other. Finished runs are skipped, those that were stopped are resumed,
+teachers are shared. A signal to this process reaches its runs, which save; then all end.
+
+--jobs N runs so many at a time, each with its share of the CPU's threads, and what it prints in a
+file beside its folder, runs/NAME.txt: for small runs, which leave a GPU idle. Memory is not shared
+out. A run whose teacher another one trains waits for it.
 
 Printed as markdown: accuracies in percent, mean and standard deviation over the finished seeds.
 "teacher right": percent of training images whose teacher label is that of the image (if mixed: of
@@ -31,14 +34,14 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import train_student
 import train_teacher
 from data_lt import LISTS
 from engine import runtime
-from engine.datasets import fingerprint_of_files, has_files
+from engine.datasets import fingerprint_of_files, has_files, load_data
 from engine.evaluation import TITLES, columns
 from engine.past_run import real_paths
 from engine.records import read_json, read_log, teacher_right
@@ -48,7 +51,9 @@ from experiments import crt, deit3
 from images.files import DataError
 from images.machine import cpus
 
-POLL = 0.1                      # seconds between two looks at the runs
+# Seconds between two looks at the runs. A terminal's Ctrl-C reaches them directly, too: handed on
+# within a second it counts as the same.
+POLL = 0.1
 
 
 @dataclass(frozen=True)
@@ -303,17 +308,15 @@ def folders(args):
 
 def begin(command, args, jobs):
     """Start or resume a command as a child process; one of several prints to a file of its own."""
-    out, environment = None, dict(os.environ)
+    environment, output, more = dict(os.environ), nullcontext(), ""
     if jobs > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cpus() // jobs)))
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        out = open(f"{args.out}.txt", "a")
-    print(f"python {command}" + (f" >> {out.name}" if out else ""), flush=True)
-    child = subprocess.Popen([sys.executable, *shlex.split(command), "--resume"], stdout=out,
-                             stderr=out, env=environment, preexec_fn=ENDS_WITH_PARENT)
-    if out:
-        out.close()                                         # the child has its own
-    return child
+        output, more = open(f"{args.out}.txt", "a"), f" >> {args.out}.txt"
+    with output as file:
+        print(f"python {command}{more}", flush=True)
+        return subprocess.Popen([sys.executable, *shlex.split(command), "--resume"], stdout=file,
+                                stderr=file, env=environment, preexec_fn=ENDS_WITH_PARENT)
 
 
 def run(runs, jobs=1):
@@ -324,34 +327,43 @@ def run(runs, jobs=1):
     as the signal asks.
     """
     waiting, running = dict(runs), {}                       # running: {child process: settings}
-    received, status = [], 0
+    received, handed_on, status = [], 0, 0
     handlers = {number: signal.signal(number, lambda number, _: received.append(number))
                 for number in watched_signals()}
-    while running or waiting and not status:
-        for command, args in list(waiting.items()):
-            busy = set().union(*map(folders, running.values()))
-            if is_finished(args.out):
-                del waiting[command]
-            elif len(running) < jobs and not status and not folders(args) & busy:
-                running[begin(command, args, jobs)] = waiting.pop(command)
-        while received:
-            number = received.pop(0)
-            status = status or 128 + number
-            for child in running:
-                child.send_signal(number)
-        for child in [child for child in running if child.poll() is not None]:
-            args, code = running.pop(child), child.returncode
-            if code and not status:
-                status = code if code > 0 else 128 - code   # below 0: ended by this signal
-                if jobs > 1:
-                    print(f"exit code {status}: see {args.out}.txt", file=sys.stderr, flush=True)
-                for other in running:
-                    other.terminate()
-        time.sleep(POLL)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if status or received:
-        sys.exit(status or 128 + received[0])
+    try:
+        while running or waiting and not (status or received):
+            for command, args in list(waiting.items()):
+                if len(running) == jobs or status or received:
+                    break
+                if is_finished(args.out):
+                    del waiting[command]
+                elif not folders(args) & set().union(*map(folders, running.values())):
+                    running[begin(command, args, jobs)] = waiting.pop(command)
+            while handed_on < len(received):
+                for child in running:
+                    child.send_signal(received[handed_on])
+                handed_on += 1
+            for child in [child for child in running if child.poll() is not None]:
+                args, code = running.pop(child), child.returncode
+                if code and not (status or received):
+                    status = code if code > 0 else 128 - code       # below 0: ended by this signal
+                    if jobs > 1:
+                        print(f"exit code {status}: see {args.out}.txt; the other runs save and "
+                              "end", file=sys.stderr, flush=True)
+                    for other in running:
+                        other.terminate()
+            time.sleep(POLL)
+    finally:
+        for child in running:                               # after an error here
+            child.terminate()
+        for child in running:
+            child.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if received:
+        sys.exit(128 + received[0])
+    if status:
+        sys.exit(status)
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -423,15 +435,18 @@ def main():
         return
     for args in runs.values():
         is_finished(args.out, args)
-    if not options.show:
-        for group in (teachers, runs.keys() - set(teachers)):       # students need them
-            run({command: runs[command] for command in runs if command in group}, options.jobs)
+    missing = [args for args in runs.values() if not is_finished(args.out)]
+    if missing and not options.show:
+        if options.jobs > 1 and not has_files(missing[0]):
+            load_data(missing[0], rt)                       # CIFAR, downloaded by one process
+        students = [command for command in runs if command not in teachers]
+        for group in (teachers, students):
+            run({command: runs[command] for command in group}, options.jobs)
 
     measured = []
     for row, by_seed in rows:
-        folders = [runs[command].out for command in by_seed]
-        measured.append((row, [read(folder, row.head) for folder in folders
-                               if is_finished(folder)]))
+        finished = [runs[command].out for command in by_seed if is_finished(runs[command].out)]
+        measured.append((row, [read(folder, row.head) for folder in finished]))
     column = published_column(options.table, rows[0][1][0])
     print(as_markdown(measured, column, PUBLISHED_BY.get(options.table, "paper")))
 

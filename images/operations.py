@@ -369,8 +369,8 @@ def shift_rows(images, shift, slope, fill):
     shifted.addcmul_(pixels[..., 1:W + 1], u * (1 + t - t * t))
     shifted.addcmul_(pixels[..., 2:W + 2], t * (1 + u - u * u))
     shifted.addcmul_(pixels[..., 3:W + 3], -u * t * t)
-    source = torch.arange(0.5, W, device=images.device) + shift                     # (n,H,W)
-    inside = source.div_(W).floor_().eq_(0)[:, None]                # 1 if 0 <= source < W, else 0
+    source = (torch.arange(0.5, W, device=images.device) + shift).floor_()          # (n,H,W)
+    inside = source.clamp(0, W - 1).eq_(source)[:, None]            # 1 inside the image, else 0
     fill = rgb(fill, images)
     return to_uint8(shifted.sub_(fill).mul_(inside).add_(fill + 0.5))
 

@@ -15,6 +15,7 @@ from engine.evaluation import COLUMNS, SKEWED_COLUMNS
 from engine.runtime import STOP_SIGNALS, Runtime
 from experiments import ablate
 from experiments.ablate import Row
+from finished_runs import Ended
 
 CPU = Runtime(torch.device("cpu"))
 
@@ -45,14 +46,6 @@ def finish(folder, overall, teacher_accuracy=None):
                {"drw": False, "teacher_accuracy": teacher_accuracy + 5},
                {"drw": True, "teacher_accuracy": 99.0}]
     (folder / "log.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in log))
-
-
-class Ended:
-    """In place of a child process that has ended well."""
-    returncode = 0
-
-    def poll(self):
-        return 0
 
 
 def run_of(*commands):
@@ -265,6 +258,7 @@ def test_signals_that_come_while_the_run_begins_are_handed_on_once(tmp_path, mon
 
 def test_a_hangup_under_nohup_is_not_handed_on(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
     class Child(Ended):
         def poll(self):
             signal.raise_signal(signal.SIGHUP)
@@ -309,14 +303,20 @@ import os, signal, sys, time
 def save(*_):
     print("saved")
     sys.exit(143)
+def begun():
+    with open("log") as file:
+        return file.read().count("begin")
 signal.signal(signal.SIGTERM, save)
 with open("log", "a") as file:
     file.write("begin\\n")
 print(os.environ["OMP_NUM_THREADS"], flush=True)
-number = int(sys.argv[1])
-if number == 1:
+for _ in range(300):                    # until another is there too
+    if begun() > 1:
+        break
+    time.sleep(0.1)
+if sys.argv[1] == "fails":
     sys.exit(3)
-time.sleep(60 if number == 0 else 0.5)
+time.sleep(60 if sys.argv[1] == "long" else 0.5)
 with open("log", "a") as file:
     file.write("end\\n")
 """
@@ -324,12 +324,12 @@ with open("log", "a") as file:
 
 def test_jobs_are_run_at_a_time_and_no_more(tmp_path, monkeypatch):
     """One after the other in spite of --jobs, all at once, or each with all of the CPU's threads;
-    what they print is one another's."""
+    one file for all that they print."""
     (tmp_path / "child.py").write_text(CHILD)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(ablate, "cpus", lambda: 7)
-    ablate.run(run_of(*(f"child.py {number}" for number in (2, 3, 4, 5))), jobs=2)
+    ablate.run(run_of(*(f"child.py {number}" for number in range(4))), jobs=2)
     running, most = 0, 0
     for line in (tmp_path / "log").read_text().split():
         running += 1 if line == "begin" else -1
@@ -338,22 +338,67 @@ def test_jobs_are_run_at_a_time_and_no_more(tmp_path, monkeypatch):
     assert [(tmp_path / f"runs/{i}.txt").read_text() for i in range(4)] == ["3\n"] * 4
 
 
-def test_no_jobs_at_all_are_refused(ablation):
-    """A table that waits for ever."""
-    with pytest.raises(SystemExit) as stop:
-        ablation("table1", "--jobs", 0)
-    assert stop.value.code == 2
-
-
 def test_a_job_that_fails_ends_the_others_as_a_signal_does(tmp_path, monkeypatch, capsys):
     """A table that trains on for hours, and is refused at its end; runs that are not saved."""
     (tmp_path / "child.py").write_text(CHILD)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        ablate.run(run_of("child.py 0", "child.py 1", "child.py 2"), jobs=2)
+        ablate.run(run_of("child.py long", "child.py fails", "child.py"), jobs=2)
     assert stop.value.code == 3 and "exit code 3: see runs/1.txt" in capsys.readouterr().err
     assert (tmp_path / "runs/0.txt").read_text().endswith("saved\n")
     assert not (tmp_path / "runs/2.txt").exists()
+
+
+def test_a_signal_reaches_all_jobs_and_no_other_is_begun(tmp_path, monkeypatch):
+    """One of two that trains on without its table; a run begun only to be stopped."""
+    (tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.chdir(tmp_path)
+    sleep = ablate.time.sleep
+
+    def sleep_then_signal(seconds):
+        sleep(seconds)
+        log = tmp_path / "log"
+        if log.exists() and log.read_text().count("begin") == 2:
+            log.write_text("")
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(ablate.time, "sleep", sleep_then_signal)
+    with pytest.raises(SystemExit) as stop:
+        ablate.run(run_of("child.py long", "child.py long --imb 2", "child.py"), jobs=2)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert [(tmp_path / f"runs/{i}.txt").read_text().split()[-1] for i in (0, 1)] == ["saved"] * 2
+    assert not (tmp_path / "runs/2.txt").exists()
+
+
+def test_runs_are_ended_when_another_cannot_be_begun(tmp_path, monkeypatch):
+    """A full disk: a table that ends, and runs that train on without it and are in its way."""
+    (tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/1.txt").mkdir(parents=True)           # cannot be written
+    with pytest.raises(OSError):
+        ablate.run(run_of("child.py long", "child.py"), jobs=2)
+    assert "end" not in (tmp_path / "runs/0.txt").read_text()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_no_jobs_at_all_are_refused(ablation, capsys):
+    """A table that waits for ever."""
+    with pytest.raises(SystemExit):
+        ablation("table1", "--jobs", 0)
+    assert "--jobs is 1 or more" in capsys.readouterr().err
+
+
+def test_jobs_that_need_cifar_find_it_downloaded(ablation, monkeypatch):
+    """Each of them writes the same archive at the same time."""
+    done = []
+    monkeypatch.setattr(ablate, "load_data", lambda args, rt: done.append(args.dataset))
+
+    def begin(command, args, jobs):
+        done.append("begin")
+        finish(args.out, 50.0)
+        return Ended()
+    monkeypatch.setattr(ablate, "begin", begin)
+    ablation("table1", "--jobs", 2, "--dataset", "cifar100", "--recipe", "cpu")
+    assert done == ["cifar100", *["begin"] * len(ablate.TABLE1)]
 
 
 def test_crt_is_not_begun_beside_the_vit_that_it_trains_first(ablation, monkeypatch):

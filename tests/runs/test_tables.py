@@ -9,6 +9,7 @@ import train_teacher
 from conftest import script
 from experiments import ablate, crt, deit3
 from experiments.ablate import Row
+from finished_runs import Ended
 from images import shapes
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -24,14 +25,6 @@ def few_shapes(monkeypatch, tmp_path):
     monkeypatch.setattr(shapes, "SHAPES_MAX", 20)
     monkeypatch.setattr(shapes, "SHAPES_TEST", 2)
     monkeypatch.chdir(tmp_path)
-
-
-class Ended:
-    """In place of a child process that has ended well."""
-    returncode = 0
-
-    def poll(self):
-        return 0
 
 
 def result_of(name):
