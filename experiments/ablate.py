@@ -327,7 +327,7 @@ def run(runs, jobs=1):
     as the signal asks.
     """
     waiting, running = dict(runs), {}                       # running: {child process: settings}
-    received, handed_on, status = [], 0, 0
+    received, handed_on, status = [], 0, 0                  # signals; how many of them; exit code
     handlers = {number: signal.signal(number, lambda number, _: received.append(number))
                 for number in watched_signals()}
     try:

@@ -151,7 +151,7 @@ def crop_resize_cpu(images, top, left, height, width, out, mirror):
             crop = crop.flip(3)
         crop = crop.contiguous(memory_format=torch.channels_last)
         new.copy_(F.interpolate(crop, (out, out), mode="bicubic", antialias=True))
-    return torch.from_numpy(np.ascontiguousarray(resized.numpy()))      # twice as fast as torch's
+    return torch.from_numpy(np.ascontiguousarray(resized.numpy()))      # faster than torch's
 
 
 def resize(images, size):
@@ -414,7 +414,7 @@ def apply_operations(images, op, value, fill=MEAN_COLOR, nearest=False):
     nearest pixel instead of interpolating.
     """
     op, order = op.sort(stable=True)                # the images of a family side by side
-    x, value = select(images, order), value[order]
+    x, value = select(images, order), value[order]      # x is a copy, to be changed in place
     # Images before each operation's: first those without one, then those of operation 0, 1, ...
     before = torch.bincount(op + 1, minlength=len(OPERATIONS) + 1).cumsum(0).tolist()
     for family, names in FAMILIES.items():
