@@ -46,7 +46,7 @@ SETTINGS = [
     Setting("norm", "cifar", tuple(NORMALISATIONS), "pixel statistics to normalise with"),
     Setting("augment", "weak", ("weak", "padded", "resized", "loader"),
             "weak: shift and flip (PaCo: more); else the student's augmentation with that crop"),
-    Setting("mixing", 0.0, Interval(0, 1), "fraction of the batches to mix; all if not weak"),
+    Setting("mixing", 0.0, Interval(0, 1), "fraction of the batches to mix [not weak: 1]"),
     Setting("epochs", 200, Interval(1), "passes over the training images"),
     Setting("batch", 128, Interval(1), "images per step, all processes together"),
     Setting("lr", 0.1, Interval(0), "peak learning rate of SGD with momentum 0.9"),
@@ -254,8 +254,10 @@ def view(images, args):
 
 
 def draw_mixed(args):
-    """Draw whether this step's batch is mixed."""
-    return args.augment in STRONG or (args.mixing > 0 and torch.rand(()).item() < args.mixing)
+    """Whether this step's batch is mixed; drawn, unless all or none are."""
+    if args.mixing in (0, 1):
+        return args.mixing == 1
+    return torch.rand(()).item() < args.mixing
 
 
 def to_network(images):
@@ -290,8 +292,11 @@ def resolve(args, rt):
             row["batch"] //= 2
         if paco:
             row["alpha"] = 1e-4 * images.classes
+    if strong:
+        row = row | dict(mixing=1.0)
     if strong and args.recipe != "ours":            # DeiT's: no SAM, so twice the epochs
-        row = row | dict(loss="ce", augment="padded", rho=0.0, epochs=2 * row["epochs"], beta=0.0)
+        row = row | dict(loss="ce", augment="padded", rho=0.0, epochs=2 * row["epochs"], beta=0.0,
+                         drw_epoch=2 * row["drw_epoch"])
     changed = fill_settings(args, SETTINGS, row)
     check(args, changed, rt)
     kind = "teacher"
@@ -311,8 +316,6 @@ def check(args, changed, rt):
         idle.add("decay")
     if args.rho == 0:
         idle.add("rho_schedule")
-    if args.augment in STRONG:
-        idle.add("mixing")
     if args.beta == 0:
         idle.add("drw_epoch")
     idle &= changed.keys()
@@ -321,13 +324,13 @@ def check(args, changed, rt):
                         f"{args.loss} --schedule {args.schedule} --rho {args.rho:g} --beta "
                         f"{args.beta:g} --augment {args.augment}")
     strong = args.augment in STRONG
-    mixing = f"--augment {args.augment}" if strong else f"--mixing {args.mixing:g}"
-    if (strong or args.mixing > 0) and args.loss not in ("ce", "la", "vs"):
-        raise UserError(f"{mixing} mixes images, and --loss {args.loss} needs one label: --loss "
-                        "ce, la or vs")
-    if (strong or args.mixing > 0) and args.beta > 0:
+    mixing = f"--mixing {args.mixing:g} (--augment {args.augment})"
+    if args.mixing > 0 and args.loss not in ("ce", "la", "vs"):
+        raise UserError(f"{mixing} mixes images, and --loss {args.loss} needs one label: --mixing "
+                        "0, or --loss ce, la or vs")
+    if args.mixing > 0 and args.beta > 0:
         raise UserError(f"{mixing} mixes images, which have no one class to be weighted by: give "
-                        "--beta 0")
+                        "--beta 0 or --mixing 0")
     if strong and (args.augment == "loader") != (args.dataset in data_lt.LISTS):
         raise UserError("--augment loader is for data sets that stay on disk, which have only this "
                         "and weak")

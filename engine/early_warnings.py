@@ -51,7 +51,7 @@ def constant_loss(args, counts):
     if "method" in settings:
         mixed, smoothing = float(args.mixup + args.cutmix > 0), args.smoothing
     else:
-        mixed = 1.0 if args.augment != "weak" else settings.get("mixing", 0.0)
+        mixed = settings.get("mixing", 0.0)
         smoothing = 0.1 if args.loss == "ce" else 0.0
     smoothing *= mixed                      # in the mean over batches
     p = torch.tensor(counts, dtype=torch.double)

@@ -66,7 +66,9 @@ def test_what_one_answer_is_worth():
 @pytest.mark.parametrize("settings, expected", [
     (dict(loss="ce", augment="weak"), [0.5, 0.3, 0.2]), (dict(loss="la", augment="weak"),
                                                          [0.5, 0.3, 0.2]),
-    (dict(loss="ce", augment="padded"), [0.45 + 0.1 / 3, 0.27 + 0.1 / 3, 0.18 + 0.1 / 3]),
+    (dict(loss="ce", augment="padded", mixing=1.0), [0.45 + 0.1 / 3, 0.27 + 0.1 / 3, 0.18 + 0.1 / 3]),
+    (dict(loss="ce", augment="padded", mixing=0.5),
+     [0.475 + 0.05 / 3, 0.285 + 0.05 / 3, 0.19 + 0.05 / 3]),
     (dict(method="deit-lt", mixup=0.8, cutmix=0.0, smoothing=0.3),
      [0.35 + 0.1, 0.21 + 0.1, 0.14 + 0.1]),
     (dict(method="vit", mixup=0.0, cutmix=0.0, smoothing=0.3), [0.5, 0.3, 0.2]),

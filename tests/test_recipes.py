@@ -125,12 +125,14 @@ PACO_CPU = {
     "folder": PACO_CPU_CIFAR100 | dict(img_size=64, epochs=12, warmup_epochs=1, alpha=0.002),
 }
 # DeiT's teacher: the student's augmentation, no SAM, so twice the epochs at equal cost.
-STRONG = dict(loss="ce", augment="padded", rho=0.0, beta=0.0)
-STRONG_PAPER = {name: LDAM_PAPER[name] | STRONG | dict(epochs=epochs) for name, epochs in
-                (("cifar10", 400), ("cifar100", 400), ("folder", 200))}
-STRONG_CPU = {name: LDAM_CPU[name] | STRONG | dict(epochs=epochs) for name, epochs in
-              (("cifar10", 48), ("cifar100", 48), ("shapes", 16), ("folder", 24))}
-STRONG_OURS = {name: row | dict(augment="padded") for name, row in LA_OURS.items()}
+STRONG = dict(loss="ce", augment="padded", mixing=1.0, rho=0.0, beta=0.0)
+STRONG_PAPER = {name: LDAM_PAPER[name] | STRONG | dict(epochs=epochs, drw_epoch=drw) for
+                name, epochs, drw in (("cifar10", 400, 320), ("cifar100", 400, 320),
+                                      ("folder", 200, 160))}
+STRONG_CPU = {name: LDAM_CPU[name] | STRONG | dict(epochs=epochs, drw_epoch=drw) for
+              name, epochs, drw in (("cifar10", 48, 32), ("cifar100", 48, 32), ("shapes", 16, 10),
+                                    ("folder", 24, 16))}
+STRONG_OURS = {name: row | dict(augment="padded", mixing=1.0) for name, row in LA_OURS.items()}
 # The log prior and re-weighting would do the same twice.
 LA_PAPER, LA_CPU = ({name: row | dict(loss="la", beta=0.0) for name, row in rows.items()}
                     for rows in (LDAM_PAPER, LDAM_CPU))
@@ -302,7 +304,8 @@ def test_a_students_own_teacher(name, recipe, loss):
         rows = {"ldam": LDAM_CPU, "paco": PACO_CPU, "ce": STRONG_CPU, "la": LA_OURS}
     expected = rows[loss]["cifar100"]
     if name == "strong":
-        expected = expected | dict(augment=STUDENTS[recipe]["cifar100"]["crop"])
+        crop = STUDENTS[recipe]["cifar100"]["crop"]
+        expected = expected | dict(augment=crop, mixing=1.0)
     got = settings_of(train_teacher, teacher)
     assert {key: got[key] for key in expected} == expected
     assert teacher.out == args.teacher and "cifar100_imb50" in teacher.out

@@ -271,7 +271,8 @@ def test_students_that_cannot_be(flags, words):
 
 @pytest.mark.parametrize("flags, words", [
     ("--augment padded --loss ldam", "--loss ce"), ("--augment loader", "stay on disk"),
-    ("--augment padded --beta 0.9", "give --beta 0"), ("--augment soft", "--augment is one of"),
+    ("--augment padded --beta 0.9", "give --beta 0"), ("--mixing 0.5", "needs one label"),
+    ("--augment soft", "--augment is one of"),
     ("--schedule slow", "--schedule is one of"),
     ("--rho 0 --rho-schedule late", "--rho-schedule would have no effect"),
     ("--queue 3", "--queue would have no effect"), ("--decay 0.1", "--decay would have no"),

@@ -1131,11 +1131,12 @@ def test_a_strong_teacher_learns_from_mixed_images(watch):
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
-def test_a_share_of_a_teachers_batches_is_mixed(share, watch):
+@pytest.mark.parametrize("view", ["weak", "padded"])
+def test_a_share_of_a_teachers_batches_is_mixed(share, view, watch):
     """Weak images that are never mixed, or always; the same draw for mixing in every step."""
     mixed, criteria = watch(augment, "mixup_cutmix"), watch(losses.VSLoss, "forward")
     train_a_teacher(teacher_settings("--loss", "la", "--rho", 0, "--beta", 0, "--mixing", share,
-                                     epochs=20))
+                                     "--augment", view, epochs=20))
     expected = {0: (0, 0), 0.5: (18, 42), 1: (60, 60)}[share]            # of 60 steps
     assert len(criteria) == 60 and expected[0] <= len(mixed) <= expected[1]
     assert sum(call["target"].ndim == 2 for call, _ in criteria) == len(mixed)
