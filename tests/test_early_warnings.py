@@ -66,7 +66,8 @@ def test_what_one_answer_is_worth():
 @pytest.mark.parametrize("settings, expected", [
     (dict(loss="ce", augment="weak"), [0.5, 0.3, 0.2]), (dict(loss="la", augment="weak"),
                                                          [0.5, 0.3, 0.2]),
-    (dict(loss="ce", augment="padded", mixing=1.0), [0.45 + 0.1 / 3, 0.27 + 0.1 / 3, 0.18 + 0.1 / 3]),
+    (dict(loss="ce", augment="padded", mixing=1.0),
+     [0.45 + 0.1 / 3, 0.27 + 0.1 / 3, 0.18 + 0.1 / 3]),
     (dict(loss="ce", augment="padded", mixing=0.5),
      [0.475 + 0.05 / 3, 0.285 + 0.05 / 3, 0.19 + 0.05 / 3]),
     (dict(method="deit-lt", mixup=0.8, cutmix=0.0, smoothing=0.3),
