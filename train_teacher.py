@@ -292,9 +292,9 @@ def resolve(args, rt):
             row["batch"] //= 2
         if paco:
             row["alpha"] = 1e-4 * images.classes
-    if strong:
+    if strong:                                      # DeiT's
         row = row | dict(mixing=1.0)
-    if strong and args.recipe != "ours":            # DeiT's: no SAM, so twice the epochs
+    if strong and args.recipe != "ours":            # no SAM, so twice the epochs
         row = row | dict(loss="ce", augment="padded", rho=0.0, epochs=2 * row["epochs"], beta=0.0,
                          drw_epoch=2 * row["drw_epoch"])
     changed = fill_settings(args, SETTINGS, row)
