@@ -26,7 +26,7 @@ PUBLISHED_GROUPS = {                # number of classes in head, mid and tail
     "imagenet_lt": (390, 445, 165), "inat18": (842, 3701, 3599),
 }
 LISTS = {"imagenet_lt": ("ImageNet-LT", 1000), "inat18": ("iNaturalist 2018", 8142)}
-DATASETS = ("cifar10", "cifar100", "shapes", "folder", *LISTS)
+DATASETS = ("cifar10", "cifar100", "shapes", "folder", *LISTS)      # LISTS: read from list files
 
 
 # ---- Which images --------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def long_tailed_counts(n_max, num_classes, imb=100, kind="exp"):
     counts = [int(n_max * (1 / imb) ** e + 1e-9) for e in exponents]    # (1)  49 * (1 / 49) is < 1
     if min(counts) == 0:
         raise DataError(f"imbalance {imb:g} leaves class {counts.index(0)} without a training "
-                        f"image; lower --imb below {n_max:g}")
+                        f"image; lower --imb to {n_max:g} or less")
     return counts
 
 

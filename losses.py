@@ -10,7 +10,7 @@ f_c, f_d: CLS and DIST logits; n_k: training images of class k; E_k: their "effe
 et al., CVPR 2019, arXiv 1901.05555). Deferred re-weighting (DRW): w = 1 until late in the run, then
 (2). With w = 1 throughout, (1) is DeiT's hard distillation (arXiv 2012.12877). In DeiT's soft one
 tau^2 KL(softmax(g / tau) || softmax(f_d / tau)) takes the place of CE(f_d, y_t). With one token
-f_d = f_c. A weighted mean divides by the sum of the batch's weights, as in the published code.
+f_d = f_c. The mean divides by the batch's sum of weights, as published, so (2)'s scale cancels.
 
 Logit adjustment instead of weights (Menon et al., ICLR 2021, arXiv 2007.07314): if class k is the
 label with frequency pi_k, train with CE(f + ln pi, y) and predict with f. By Bayes' rule softmax(f)
@@ -58,8 +58,8 @@ def class_balanced_weights(counts, beta=0.9999):
 
 
 def drw_weights(counts, epoch, drw_epoch, beta=0.9999):
-    """Deferred re-weighting: None (all weights 1) before drw_epoch (0-based), (2) from it on."""
-    return class_balanced_weights(counts, beta) if epoch >= drw_epoch else None
+    """DRW: None, all weights 1, before drw_epoch (0-based) and for beta = 0; then (2)."""
+    return class_balanced_weights(counts, beta) if epoch >= drw_epoch and beta > 0 else None
 
 
 def cross_entropy(logits, target, weight=None):
@@ -73,7 +73,7 @@ def cross_entropy(logits, target, weight=None):
 def soft_distillation(dist_logits, teacher_logits, tau=1.0, weight=None):
     """tau^2 KL(softmax(teacher / tau) || softmax(dist / tau)), mean over images (1503.02531).
 
-    DeiT's code divides by K as well. weight (K,): each image weighs as its teacher label.
+    DeiT's code divides by K as well. weight (K,): each image has the weight of its teacher label.
     (The published code re-normalises weighted log-probabilities, which gives no distribution.)
     """
     log_p = (full_precision(teacher_logits) / tau).log_softmax(dim=1)

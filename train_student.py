@@ -53,7 +53,7 @@ SETTINGS = [
     Setting("warmup_epochs", 5.0, Interval(0), "epochs of linear warm-up"),
     Setting("weight_decay", 0.05, Interval(0), "of AdamW; for matrices and kernels"),
     Setting("drop_path", 0.1, Interval(0, 0.99), "stochastic depth rate of the last block"),
-    Setting("distill", "hard", ("hard", "soft", "none"), "teacher's labels, probabilities, none"),
+    Setting("distill", "hard", ("hard", "soft", "none"), "hard: labels; soft: probabilities; none"),
     Setting("tau", 1.0, Interval(1e-3), "temperature of --distill soft"),
     Setting("teacher_view", "same", ("same", "weak"), "teacher input: same images, or weak crops"),
     Setting("alpha", 0.5, Interval(1e-6, 1), "weight of the DIST loss; 1 - alpha of the CLS loss"),
@@ -62,7 +62,8 @@ SETTINGS = [
     Setting("beta", 0.9999, Interval(0, 0.999999), "of the class weights; 0: no re-weighting"),
     Setting("mix_drw", False, None, "go on mixing in the re-weighted epochs"),
     Setting("repeats", 3, Interval(1), "repeated augmentation: views of an image; 1: off"),
-    Setting("crop", "resized", ("resized", "padded", "loader"), "random area; shifted; loader's"),
+    Setting("crop", "resized", ("resized", "padded", "loader"),
+            "resized: a random area; padded: shifted; loader: as the image loader does"),
     Setting("rand_ops", 2, Interval(0), "RandAugment: operations per image"),
     Setting("magnitude", 9.0, Interval(0, 10), "RandAugment: their strength"),
     Setting("erasing", 0.25, Interval(0, 1), "probability of random erasing"),
@@ -98,7 +99,7 @@ RECIPES = {
 NO_TEACHER = dict(distill="none", tokens=1)
 METHODS = {
     "deit-lt": {},
-    "deit": dict(beta=0.0, rand_ops=2, erasing=0.25, mixup=0.8, cutmix=1.0),    # as its teacher
+    "deit": dict(beta=0.0, rand_ops=2, erasing=0.25, mixup=0.8, cutmix=1.0),    # its teacher's
     "vit": NO_TEACHER,
 }
 BASELINES = {                       # with code of their own in experiments/
@@ -127,7 +128,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
     steps = data_lt.steps_per_epoch(n, args.batch)
     accumulation_steps = micro_batches(n, steps, rt.world, args.micro_batch)
     state = dict(model=net, ema=ema, optimizer=optimizer, teacher_prior=teacher_prior,
-                 scaler=scaler)
+                 scaler=scaler)             # what checkpoints hold; run.start restores them
     run.start(args, data, state, METRICS if teacher else METRICS[:1], n, args.batch)
     if args.compile:
         model = compiled(model)
@@ -166,8 +167,8 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                         if args.logit_adjustment:
                             cls_logits = cls_logits + log_prior         # f_c + ln pi
                         if teacher:
-                            # 3. Teacher: the same images, resized to its side. The paper's was
-                            # trained on weakly augmented ones: they are out of its distribution.
+                            # 3. Teacher: the same images, resized to its side. They are out of
+                            # its distribution: DeiT-LT's saw weakly augmented ones.
                             view = x if args.teacher_view == "same" else weak_augment(part)
                             g = evaluation.teacher_logits(teacher, view)        # g(x) (b,K)
                             y_t = g.argmax(dim=1) if args.distill == "hard" else g  # (b,) or (b,K)
@@ -286,7 +287,7 @@ def resolve(args, rt):
     resolve_data(args)
     row = defaults(SETTINGS) | pick_recipe(args, RECIPES, rt)
     if args.dataset == "folder":
-        largest = {"paper": 224, "cpu": 64, "ours": 32}[args.recipe]    # px; ours is for minutes
+        largest = {"paper": 224, "cpu": 64, "ours": 32}[args.recipe]    # px; ours: quick
         row = fit_to_folder(row, survey(args), largest)
     changed = fill_settings(args, SETTINGS, row | (METHODS | BASELINES)[args.method])
     for name in ABOUT_TEACHER:
@@ -312,7 +313,7 @@ def resolve(args, rt):
         flags.append(f"--loss={args.teacher}")
     if args.teacher_rho is not None:
         flags.append(f"--rho={args.teacher_rho}")
-    args.teacher = train_teacher.teacher_folder(flags, rt, train=False)
+    args.teacher = train_teacher.teacher_args(flags, rt).out
     return flags
 
 
@@ -385,7 +386,7 @@ def run_student(args, rt, prepare=None, wait=False, **replacements):
     if prepare:
         prepare(net)
     if teacher_flags:
-        train_teacher.teacher_folder(teacher_flags, rt)
+        train_teacher.run_teacher(train_teacher.teacher_args(teacher_flags, rt), rt, wait=True)
     if args.teacher:
         teacher, text = load_teacher(args.teacher, data, rt, args.teacher_norm, args.teacher_size)
         run.check_teacher(args, teacher, data)

@@ -43,9 +43,10 @@ SETTINGS = [
     Setting("loss", "ldam", ("ce", "focal", "la", "vs", "ldam", "paco"),
             "ldam, paco, ce, focal, la (logit adjustment), vs (vector scaling)"),
     Setting("img_size", 32, Interval(1), "side of the network's images, pixels"),
-    Setting("norm", "cifar", tuple(NORMALISATIONS), "pixel statistics to normalise with"),
+    Setting("norm", "cifar", tuple(NORMALISATIONS),
+            "pixel statistics to normalise with: cifar, imagenet, inat, half, none"),
     Setting("augment", "weak", ("weak", "padded", "resized", "loader"),
-            "weak: shift and flip (PaCo: more); else the student's augmentation with that crop"),
+            "weak: shift and flip (PaCo: more); padded, resized, loader: as the student's"),
     Setting("mixing", 0.0, Interval(0, 1), "fraction of the batches to mix [not weak: 1]"),
     Setting("epochs", 200, Interval(1), "passes over the training images"),
     Setting("batch", 128, Interval(1), "images per step, all processes together"),
@@ -75,7 +76,7 @@ PACO_ONLY = ("alpha", "temperature", "queue", "projection", "key_momentum")
 CPU = dict(epochs=24, batch=64, schedule="cosine", warmup_epochs=2, rho=0.1, drw_epoch=16,
            eval_every=4)
 SHAPES = CPU | dict(img_size=16, epochs=8, batch=32, lr=0.03, rho=0.05, rho_schedule="late",
-                    drw_epoch=5, warmup_epochs=1, eval_every=4)
+                    drw_epoch=5, warmup_epochs=1)
 OURS = CPU | dict(arch="fast", loss="la", beta=0.0, epochs=40, batch=128, weight_decay=5e-4,
                   warmup_epochs=4, rho=0.0)
 OURS_CIFAR = OURS | dict(mixing=0.5)    # else it memorises CIFAR; on few images mixing hurts
@@ -136,9 +137,7 @@ def train(args, data, net, rt, run):
     for epoch in range(run.start_epoch, args.epochs):
         trained.train()
         run.begin_epoch(epoch)
-        weight = None                                                   # deferred re-weighting
-        if args.beta > 0:
-            weight = losses.drw_weights(counts, epoch, args.drw_epoch, args.beta)   # then w (K,)
+        weight = losses.drw_weights(counts, epoch, args.drw_epoch, args.beta)   # None, then w (K,)
         sam.rho = radius(args, epoch)
         order = data_lt.shuffled(n, args.seed, epoch)
         batches = data_lt.shard(order, args.batch, rt.rank, rt.world)
@@ -149,7 +148,7 @@ def train(args, data, net, rt, run):
             set_lr(sam, learning_rate(args, epoch + step / steps))
             x = view(images, args)                                      # (B,3,S,S) in [0,1]
             if draw_mixed(args):
-                # Not in la and vs: e/K for every class is far above a rare one's frequency.
+                # None under la and vs: e/K is far above a rare class's frequency.
                 smoothing = 0.1 if args.loss == "ce" else 0.0
                 x, y = augment.mixup_cutmix(x, y, K, smoothing=smoothing)       # y (B,K)
             if paco:
@@ -278,7 +277,7 @@ def resolve(args, rt):
     resolve_data(args)
     paco = args.loss == "paco"
     recipes = PACO_RECIPES if paco else RECIPES
-    if args.loss not in (None, "la"):               # ours and gpu have la only
+    if args.loss not in (None, "la"):       # ours, gpu: la only; others take cpu, paper
         recipes = {name: recipes[name] for name in ("paper", "cpu")}
         args.recipe = {"ours": "cpu", "gpu": "paper"}.get(args.recipe, args.recipe)
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)
@@ -289,7 +288,7 @@ def resolve(args, rt):
         images = survey(args)
         row = fit_to_folder(row, images, 32 if args.recipe == "ours" else 64)
         if images.images <= 5000:
-            row["batch"] //= 2
+            row["batch"] //= 2                      # as many images, more steps
         if paco:
             row["alpha"] = 1e-4 * images.classes
     if strong:                                      # DeiT's
@@ -303,7 +302,9 @@ def resolve(args, rt):
     if paco:
         kind = "teacher_paco"
     elif strong:
-        kind, changed = "teacher_strong", {k: v for k, v in changed.items() if v != "padded"}
+        kind = "teacher_strong"
+        if args.augment == "padded":
+            changed.pop("augment", None)
     args.out = args.out or f"runs/{run_name(kind, args, changed)}"
 
 
@@ -389,21 +390,24 @@ def run_teacher(args, rt, wait=False, train=train):
              f"{evaluation.teacher_summary_text(summary)}")
 
 
-def teacher_folder(flags, rt, train=True):
-    """The name of the run folder that these flags lead to; with `train`, a finished run in it."""
+def teacher_args(flags, rt):
+    """The settings that a student's flags for its teacher lead to; `out` is its run folder."""
     args = parse([*flags, "--resume"])
     resolve(args, rt)
-    if train:
-        run_teacher(args, rt, wait=True)
-    return args.out
+    return args
+
+
+def flags_for_student(args):
+    """The flags given here (before `resolve`) that a student of this teacher needs, too."""
+    unset = vars(parse([]))
+    names = (*DATA_SETTINGS, "data_dir", "recipe", "seed", "skip_bad")
+    return as_flags(args, [name for name in names if getattr(args, name) != unset[name]])
 
 
 def main():
     args = parse()
     rt = runtime.setup(args.device, args.amp)
-    shared = [name for name in (*DATA_SETTINGS, "data_dir", "recipe", "seed")
-              if getattr(args, name) != getattr(parse([]), name)]
-    flags = as_flags(args, shared)
+    flags = flags_for_student(args)
     resolve(args, rt)
     run_teacher(args, rt)
     student = shlex.join(["python", "train_student.py", *flags, "--teacher", args.out])

@@ -175,7 +175,7 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(self.dist_token, std=0.02)
 
     def forward_features(self, x, return_attention=False, keep=None):
-        """Images (B,3,S,S) in [0, 1] -> tokens (B,T,D) after the last norm, list of attention.
+        """Images (B,3,S,S) in [0, 1] -> tokens (B,T,D) after the last norm, attention weights.
 
         Token 0 is CLS, token 1 DIST (if distilled), then the patches, row by row. keep: only the
         first `keep` tokens. return_attention: the list has (B,H,T,T) of each block; else empty.

@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import time
@@ -256,9 +257,9 @@ def has_bf16(device):
 
 
 def lacks_memory(error):
-    """Is this RuntimeError a lack of GPU memory? cuBLAS and CUDA report theirs as text only."""
+    """Is this RuntimeError a lack of GPU memory? cuBLAS, CUDA, NCCL report theirs as text only."""
     return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("_ALLOC_FAILED", "CUDA error: out of memory"))
+        words in str(error) for words in ("_ALLOC_FAILED", "out of memory"))
 
 
 def keep_freed_memory():
@@ -299,10 +300,12 @@ def setup(device="auto", amp=None):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         hidden = rank > 0 or "CUDA_VISIBLE_DEVICES" in os.environ
-        if (device == "cpu" and torch.version.cuda and not hidden
-                and os.path.exists("/dev/nvidia0")):
-            print("warning: there is a GPU, but torch cannot use it (a driver too old for CUDA "
-                  f"{torch.version.cuda}?): going on without it", file=sys.stderr)
+        has_gpu = os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi")      # Windows, WSL
+        if device == "cpu" and has_gpu and not hidden:
+            cuda = torch.version.cuda               # None: as pip installs it on Windows
+            reason = f"a driver too old for CUDA {cuda}?" if cuda else "it is a build for CPUs"
+            print(f"warning: there is a GPU, but torch cannot use it ({reason}): going on without "
+                  "it", file=sys.stderr)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (":" in device and world > 1):
         raise UserError(f"--device is auto, cpu, cuda or, for one process, cuda:N, not {device}")
     gpus = torch.cuda.device_count()

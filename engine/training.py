@@ -72,8 +72,8 @@ def check_compiler(device):
         torch.compile(torch.neg)(torch.zeros(2, device=device))
     except Exception as error:                  # of the compiler: no g++, no Python.h, no space
         raise UserError(f"--compile does not work here ({one_line(error)}): leave it out, or "
-                        "install what it needs, a C++ compiler such as g++ and Python's header "
-                        "files") from None
+                        "install what it needs: a C++ compiler such as g++ (on a GPU Triton "
+                        "and a C compiler) and Python's header files") from None
 
 
 class EMA:

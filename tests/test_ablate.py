@@ -98,7 +98,7 @@ def test_the_teacher_of_the_modes_has_its_students_data(ablation):
     program, flags = ablate.split(teacher.removeprefix("python "))
     args = train_teacher.parse(flags)
     assert (program, args.holdout, args.imb, args.epochs) == (ablate.TEACHER, 0.1, 20, 10)
-    folder = train_teacher.teacher_folder(flags, CPU, train=False)
+    folder = train_teacher.teacher_args(flags, CPU).out
     assert sum(f"--teacher {folder} " in student for student in students) == len(students) - 1
 
 

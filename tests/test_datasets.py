@@ -544,9 +544,9 @@ def test_an_imbalance_below_that_of_the_folder_is_refused(imb, kind, tmp_path):
 
 def test_advice_for_an_imbalance_that_is_too_large_works(tmp_path):
     write_files(tmp_path, IMBALANCE_80)
-    with pytest.raises(DataError, match="lower --imb below 160"):
+    with pytest.raises(DataError, match="lower --imb to 160 or less"):
         datasets.own_folder(str(tmp_path), 200, "exp", None)
-    assert datasets.own_folder(str(tmp_path), 159, "exp", None)[0].counts().min() == 1
+    assert datasets.own_folder(str(tmp_path), 160, "exp", None)[0].counts().min() == 1
 
 
 def test_an_empty_class_does_not_change_the_tail_of_the_others(tmp_path):

@@ -105,6 +105,7 @@ def test_drw_switches_exactly_at_its_epoch():
         assert torch.equal(drw_weights(C10_100, epoch, 1100), class_balanced_weights(C10_100))
     expected = class_balanced_weights(C10_100, beta=0.9)
     assert torch.equal(drw_weights(C10_100, 5, 5, beta=0.9), expected)
+    assert drw_weights(C10_100, 1100, 1100, beta=0) is None
 
 
 # ---- cross-entropy and distillation ----

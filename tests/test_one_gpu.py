@@ -365,6 +365,14 @@ def test_a_difference_is_seen(loss, accuracy, verdict, report):
     assert report.problems == ["float32: differs from same_cpu"] * (verdict == "DIFFERS")
 
 
+def test_two_trainings_of_the_same_that_jump_apart_agree(report):
+    """2.7 points were between two runs of one command on one GPU: they may be twice that."""
+    options = options_of("--out", report.folder)
+    finish(f"{report.folder}/undisturbed", 11.0, 25.0)
+    finish(f"{report.folder}/resumed", 10.9, 32.0)
+    assert one_gpu.agreement_table(options, report)[-3].endswith("| agrees |")
+
+
 def test_results_of_finished_and_of_other_runs(tmp_path):
     """A stopped run's numbers that are lost, or taken for those of a finished one."""
     finish(tmp_path / "ours", 1.0, 61.25, epochs=4)

@@ -328,7 +328,8 @@ def one_of_two(rank, folder):
 @pytest.mark.parametrize("kind, text", [
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
     (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    (RuntimeError, "CUDA error: out of memory")])
+    (RuntimeError, "CUDA error: out of memory"),
+    (RuntimeError, "NCCL error: unhandled cuda error: Cuda failure 2 'out of memory'")])
 def test_too_little_memory_on_a_gpu_is_one_line_with_advice(kind, text, capsys):
     """A traceback of 60 lines on the first day with a GPU."""
     for training in (True, False):              # an analysis has no such flags
@@ -410,6 +411,11 @@ def test_a_gpu_with_too_old_a_driver_is_not_passed_over_in_silence(monkeypatch, 
     assert runtime.setup("cpu").device.type == "cpu" and not capsys.readouterr().err   # asked for
     assert runtime.setup().device.type == "cpu"
     assert "driver too old for CUDA 13.0" in capsys.readouterr().err
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(os.path, "exists", exists)
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: {"nvidia-smi": "C:/smi"}.get(name))
+    assert runtime.setup().device.type == "cpu"
+    assert "(it is a build for CPUs)" in capsys.readouterr().err
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")                  # hidden on purpose
     assert runtime.setup().device.type == "cpu" and not capsys.readouterr().err
 

@@ -103,6 +103,9 @@ def test_help_states_every_setting_once_and_fits_on_two_screens(module, capsys):
         lines = [line for line in text.splitlines()
                  if re.match(rf" *{settings.flag(setting.name)}[ ,]", line)]
         assert len(lines) == 1, setting.name
+        if isinstance(setting.allowed, tuple):              # else one must guess "padded"
+            named = f"{setting.help} {setting.value}"
+            assert all(str(choice) in named for choice in setting.allowed), setting.name
 
 
 # ---- Flags and names -----------------------------------------------------------------------------
@@ -114,6 +117,14 @@ def test_settings_become_flags_that_say_the_same():
     names = ("imb", "holdout", "skip_bad", "compile", "data_dir", "seed")
     assert settings.as_flags(args, names) == ["--imb=50.0", "--skip-bad", "--data-dir=x y",
                                               "--seed=0"]
+
+
+def test_the_printed_command_of_a_student_has_the_flags_that_it_needs():
+    """Unusable images that stop the student of a teacher that left them out."""
+    args = train_teacher.parse("--dataset folder --imb 50 --skip-bad --epochs 3 --seed 2 "
+                               "--data-dir x --recipe ours --amp none".split())
+    assert sorted(train_teacher.flags_for_student(args)) == [
+        "--data-dir=x", "--dataset=folder", "--imb=50.0", "--recipe=ours", "--seed=2", "--skip-bad"]
 
 
 def data_args(**changes):
