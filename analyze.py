@@ -44,7 +44,7 @@ from engine.evaluation import (predicted, table as accuracy_table, tables as acc
 from engine.networks import NORMALISATIONS, short_name, teacher_files
 from engine.records import read_json
 from engine.runtime import Runtime, UserError, run_main, setup
-from engine.settings import Parser, check_ranges, group_limits
+from engine.settings import Parser, check_ranges, flag, group_limits
 from images.files import class_name, shown
 
 
@@ -196,7 +196,7 @@ COMMANDS = {
     "runs": command_runs, "tensorboard": command_tensorboard,
 }
 ONE_RUN = ("eval", "heads", "summary", "report", "export", "augment")
-MIRRORED = ("eval", "predict", "export")    # commands that --mirror is for
+ONLY_FOR = {"mirror": ("eval", "predict", "export"), "test_prior": ("eval",), "csv": ("predict",)}
 
 
 def parse():
@@ -251,12 +251,9 @@ def parse():
     if not options.runs:
         parser.error("name the images: files, folders or patterns" if options.command == "predict"
                      else "name one run folder or checkpoint file, or more")
-    if options.mirror and options.command not in MIRRORED:
-        parser.error(f"--mirror is for {', '.join(MIRRORED)}, not for {options.command}")
-    if options.test_prior and options.command != "eval":
-        parser.error(f"--test-prior is for eval, not for {options.command}")
-    if options.csv and options.command != "predict":
-        parser.error("--csv is for predict; elsewhere it is --out")
+    for name, commands in ONLY_FOR.items():
+        if getattr(options, name) and options.command not in commands:
+            parser.error(f"{flag(name)} is for {', '.join(commands)}, not for {options.command}")
     if options.out and options.command in ("predict", "runs"):
         parser.error("--out is not for predict, where it is --csv, nor for runs")
     if options.labels:

@@ -343,7 +343,10 @@ def check(args, changed, rt):
 def new_network(args, data, rt):
     """An untrained network on the device. UserError if it cannot take images of this size."""
     torch.manual_seed(args.seed)
-    net = build_teacher(vars(args), data.num_classes)
+    try:
+        net = build_teacher(vars(args), data.num_classes)
+    except (ValueError, AssertionError) as error:       # AssertionError: a ViT's patches do not fit
+        raise UserError(f"--arch {args.arch}: {error}") from None
     if args.arch not in ("resnet32", "resnet50"):
         try:
             net.eval()(torch.zeros(1, 3, args.img_size, args.img_size))

@@ -29,7 +29,7 @@ from analysis.predict import logits_of
 from analysis.quantities import BINS, calibration_error
 from engine.evaluation import balanced_sample, predicted
 from engine.networks import teacher_files
-from engine.records import is_like, parse, read_bytes, save_json
+from engine.records import parse, read_bytes, save_json
 from engine.runtime import UserError
 from images.files import shown
 
@@ -145,9 +145,6 @@ def fit_on_training_images(network, data, rt, n=5000):
 
 # ---- Kept beside the network ---------------------------------------------------------------------
 
-EXAMPLE = {"": {"": (0.0, "")}}     # of what the file holds, see engine.records.is_like
-
-
 def calibration_file(path):
     """Where the calibration of a run folder or file is kept; of several, with the first."""
     first = teacher_files(path)[0]
@@ -167,7 +164,8 @@ def entries(where):
     if not os.path.exists(where):
         return {}
     found = parse(read_bytes(where), where)
-    if found is None or not is_like(found, EXAMPLE):
+    if found is None or not all(isinstance(entry, dict) and is_number(
+            entry.get("temperature"), LOWEST, HIGHEST) for entry in found.values()):
         raise UserError(f"{shown(where)} is damaged: remove it, and eval writes it again")
     return dict(found)
 
@@ -197,9 +195,7 @@ def load_temperature(path, network):
         print(f"probabilities are not calibrated: {shown(where)} {why}; "
               f"`python analyze.py eval {shown(path)}` writes it", file=sys.stderr)
         return 1.0
-    temperature = entry.get("temperature")
-    if not is_number(temperature, LOWEST, HIGHEST):
-        raise UserError(f"{shown(where)} is damaged: remove it, and eval writes it again")
+    temperature = entry["temperature"]
     print(f"probabilities are calibrated by temperature {temperature:.3g}, fitted on "
           f"{shown(str(entry.get('fitted on')))}", file=sys.stderr)
     return temperature

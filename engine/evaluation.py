@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import augment
 import data_lt
-from engine.groups import groups_text, has_published_groups, split_by_count
+from engine.groups import groups_text, split_by_count
 from engine.runtime import all_sum, share_buffers
 from images.operations import center_crop
 
@@ -366,7 +366,7 @@ def tables(results, title, data):
     text, regrouped = table(results, title), group_by_count(results, data)
     if regrouped:
         text += f"\nby training images (> 100, 20 to 100, < 20)\n{table(regrouped, title)}"
-    published = has_published_groups(data.name, data.counts)
+    published = data.name in data_lt.PUBLISHED_GROUPS
     if not published or data.groups != data_lt.published_groups(data.name):
         text += f"\n{groups_text(data.counts, data.groups)}"
     return text

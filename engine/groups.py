@@ -14,17 +14,12 @@ def group_classes(dataset, counts, limits=None):
     """
     if limits:
         return split_by_count(counts, *map(int, limits.split(",")))
-    if has_published_groups(dataset, counts):
+    if sum(data_lt.PUBLISHED_GROUPS.get(dataset, ())) == len(counts):
         return data_lt.published_groups(dataset)
     usual = split_by_count(counts, 100, 20)
     if 5 * min(map(len, usual.values())) >= len(counts):
         return usual
     return split_in_thirds(counts)
-
-
-def has_published_groups(dataset, counts):
-    """Has this data set a published split for this many classes?"""
-    return sum(data_lt.PUBLISHED_GROUPS.get(dataset, ())) == len(counts)
 
 
 def split_by_count(counts, above, below):

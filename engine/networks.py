@@ -87,11 +87,7 @@ class Mirrored(nn.Module):
         logits, mirrored = self.net(x), self.net(x.flip(3))
         if not isinstance(logits, tuple):                               # a teacher's (B,K)
             return (logits + mirrored) / 2
-        cls_logits, dist_logits = logits                                # a student's
-        cls_logits = (cls_logits + mirrored[0]) / 2
-        if dist_logits is not None:
-            dist_logits = (dist_logits + mirrored[1]) / 2
-        return cls_logits, dist_logits
+        return tuple([a if a is None else (a + b) / 2 for a, b in zip(logits, mirrored)])
 
 
 class Ensemble(nn.Module):
@@ -109,13 +105,10 @@ class Ensemble(nn.Module):
 # ---- From settings -------------------------------------------------------------------------------
 
 def build_teacher(config, num_classes):
-    """The untrained teacher of a run's settings (a dict). UserError for an impossible `arch`."""
+    """The untrained teacher of a run's settings (a dict). ValueError for an impossible `arch`."""
     mean, std = NORMALISATIONS[config.get("norm", "cifar")]
-    try:
-        return resnet.make(config["arch"], num_classes, cosine=config["loss"] == "ldam",
-                           img_size=config.get("img_size", 32), mean=mean, std=std)
-    except (ValueError, AssertionError) as error:       # AssertionError: a ViT's patches do not fit
-        raise UserError(f"--arch {config['arch']}: {error}") from None
+    return resnet.make(config["arch"], num_classes, cosine=config["loss"] == "ldam",
+                       img_size=config.get("img_size", 32), mean=mean, std=std)
 
 
 def build_student(config, num_classes, distilled):
@@ -173,7 +166,7 @@ def load_network(path, norm=None, size=None):
             network = run_network(state, name)
         else:
             network = foreign_network(state, name)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
             ValueError) as error:                               # known names, odd values or shapes
         text = one_line(f"{type(error).__name__}: {error}")
         raise UserError(f"{name} holds no network that is known here ({text})") from None
@@ -203,37 +196,33 @@ def run_network(state, name):
     check_tensors(weights, name)
     if "method" in config:
         kind, what = "student", f"{config['method']} {config['model']}"
-
-        def build():
-            return build_student(config, K, distilled="dist_token" in weights)
+        net = build_student(config, K, distilled="dist_token" in weights)
     else:
         kind, what = "teacher", f"teacher {config['arch']}, {config['loss']}"
-
-        def build():
-            try:
-                return build_teacher(config, K)
-            except UserError as error:
-                raise ValueError(error) from None       # the file's name is added to it
-    return Network(fitted(build, weights, name), kind, f"this project's {what}", config,
-                   state["class_names"], state.get("data", ""),
-                   white=state.get("white", 65535))
+        net = build_teacher(config, K)
+    load_weights(net, weights, name)
+    return Network(net, kind, f"this project's {what}", config, state["class_names"],
+                   state.get("data", ""), white=state.get("white", 65535))
 
 
 def foreign_network(state, name):
     """The network of a file from elsewhere."""
     weights = bare_weights(state)
     check_tensors(weights, name)
-    network = recognise(weights)(weights, name)
+    if any(key.startswith("encoder_q.") for key in weights):
+        network = paco_network(weights, name)
+    elif "patch_embed.proj.weight" in weights:
+        network = vit_network(weights, name)
+    elif "linear.weight" in weights and "layer3.0.conv1.weight" in weights:
+        network = published_resnet(weights, name, cosine="linear.bias" not in weights)
+    elif "layer4.0.conv1.weight" in weights and has_cosine_fc(weights):
+        network = published_resnet(weights, name, cosine=True)
+        network.numbering = "count"
+    else:
+        network = torchvision_network(weights, name)
     if "tail_acc_avg" in state or "best_acc_avg" in state:              # DeiT-LT's own files
         network.numbering = "count"
     return network
-
-
-def fitted(build, weights, name):
-    """The network of build(), with these weights."""
-    net = build()
-    load_weights(net, weights, name)
-    return net
 
 
 def weights_digest(net, names=None):
@@ -305,19 +294,6 @@ def bare_weights(state):
     return {k.removeprefix("module."): v for k, v in weights.items()}
 
 
-def recognise(weights):
-    """Which of the functions below understands these weights."""
-    if any(k.startswith("encoder_q.") for k in weights):
-        return paco_network
-    if "patch_embed.proj.weight" in weights:
-        return vit_network
-    if "linear.weight" in weights and "layer3.0.conv1.weight" in weights:
-        return cifar_resnet_network
-    if "layer4.0.conv1.weight" in weights and has_cosine_fc(weights):
-        return cosine_resnet50_network
-    return torchvision_network
-
-
 def has_cosine_fc(weights):
     """A ResNet-50's classifier (2048,K) without bias, where torchvision's is (K,2048)?"""
     fc = weights.get("fc.weight", torch.empty(0, 0))
@@ -335,16 +311,6 @@ def paco_network(weights, name):
     encoder |= {f"{last}.{k}": weights[f"linear.{k}"] for k in ("weight", "bias")}
     network = published_resnet(encoder, name, cosine=False)
     network.what = f"PaCo teacher ({network.what})"
-    return network
-
-
-def cifar_resnet_network(weights, name):
-    return published_resnet(weights, name, cosine="linear.bias" not in weights)
-
-
-def cosine_resnet50_network(weights, name):
-    network = published_resnet(weights, name, cosine=True)
-    network.numbering = "count"
     return network
 
 
@@ -369,7 +335,8 @@ def published_resnet(weights, name, cosine):
     else:
         norm = "inat" if K == 8142 else "imagenet"
     mean, std = NORMALISATIONS[norm]
-    net = fitted(lambda: resnet.make(arch, K, cosine=cosine, mean=mean, std=std), weights, name)
+    net = resnet.make(arch, K, cosine=cosine, mean=mean, std=std)
+    load_weights(net, weights, name)
     what = arch.replace("resnet", "ResNet-")
     return Network(net, "teacher", f"{what} with a cosine classifier" if cosine else what, {})
 
@@ -396,10 +363,11 @@ def vit_network(weights, name):
         raise UserError(f"{name}: a ViT {D} wide does not have heads of 64, and the file does not "
                         "say how many it has")
     H = 16 if D in (1280, 1408, 1664) else D // 64      # ViT-H, timm's giant and gigantic
-    net = fitted(lambda: vit.VisionTransformer(
+    net = vit.VisionTransformer(
         img_size=G * P, patch_size=P, num_classes=K, embed_dim=D, depth=depth, num_heads=H,
         mlp_ratio=hidden / D, distilled=distilled,
-        layer_scale=1.0 if "blocks.0.gamma_1" in weights else None), weights, name)
+        layer_scale=1.0 if "blocks.0.gamma_1" in weights else None)
+    load_weights(net, weights, name)
     what = f"ViT {D} x {depth} x {H}, patch {P}"
     return Network(net, "student", f"distilled {what}" if distilled else what, {})
 

@@ -23,7 +23,6 @@ table5   the parts of DeiT-LT, added one by one
 table6   sizes of the student
 ours     --recipe ours, and changes of its student taken back; 20 epochs
 modes    DeiT's modes of distillation on balanced images, beside a course report's; 20 epochs
-search   the cpu recipe, its neighbours and the way to ours, on held-out images; 20 epochs
 """
 import argparse
 import math
@@ -120,16 +119,6 @@ OURS = [
     Row("re-weighting, no logit adjustment", f"{OURS_20} --no-logit-adjustment --beta 0.9999"),
     Row("half the learning rate", f"{OURS_20} --lr 0.0005"),
 ]
-CPU_20 = f"{STUDENT} --recipe cpu --holdout 0.1 --epochs 20"
-SOFT, ADJUSTED = "--distill soft", "--logit-adjustment --beta 0"
-CHANGES = [
-    "", "--lr 0.00025", "--lr 0.001", "--lr 0.002", "--batch 32", "--batch 128 --lr 0.001",
-    "--magnitude 5", "--erasing 0", "--drw-epoch 7", "--drw-epoch 17", "--patch-size 4",
-    "--model tiny", "--model micro", SOFT, ADJUSTED, f"--stem conv {ADJUSTED}",
-    f"--stem conv {ADJUSTED} --lr 0.001", f"--stem conv {ADJUSTED} {SOFT} --lr 0.001",
-]
-SEARCH = [Row(change.replace("--", "") or "cpu recipe", f"{CPU_20} {change}".strip())
-          for change in CHANGES]
 
 # The teacher of `modes`: plain cross-entropy on the students' balanced images.
 MODES_TEACHER = f"{TEACHER} --imb 1 --loss ce --rho 0 --epochs 10 --drw-epoch 10"
@@ -161,7 +150,7 @@ def modes(teacher):
 
 
 TABLES = {"main": MAIN, "table1": TABLE1, "table2": TABLE2, "table5": TABLE5, "table6": TABLE6,
-          "ours": OURS, "modes": modes, "search": SEARCH}
+          "ours": OURS, "modes": modes}
 # Data set and imbalance of each number in Row.published.
 PUBLISHED_FOR = [("cifar10", 100), ("cifar10", 50), ("cifar100", 100), ("cifar100", 50)]
 PUBLISHED_FOR_MODES = [("cifar10", 1)]

@@ -83,7 +83,7 @@ def test_further_flags_go_to_every_run(ablation):
 
 @pytest.mark.parametrize("flags", [
     "table5 --out=x", "table5 --seed 3", "table6 --model tiny", "table2 --teacher paco",
-    "table2 --method vit", "table1 --beta=0", "search --recipe ours", "modes --tokens 1",
+    "table2 --method vit", "table1 --beta=0", "modes --tokens 1",
     "main --tokens 1", "table2 --distill soft", "table5 --minutes 5", "table5 --teacher paco",
     "table1 --teacher paco"])
 def test_flags_in_which_the_rows_differ_are_refused(flags, ablation, capsys):
