@@ -277,7 +277,7 @@ def resolve(args, rt):
     resolve_data(args)
     paco = args.loss == "paco"
     recipes = PACO_RECIPES if paco else RECIPES
-    if args.loss not in (None, "la"):       # ours, gpu: la only; others take cpu, paper
+    if args.loss not in (None, "la"):       # ours, gpu have la only: cpu, paper instead
         recipes = {name: recipes[name] for name in ("paper", "cpu")}
         args.recipe = {"ours": "cpu", "gpu": "paper"}.get(args.recipe, args.recipe)
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)
@@ -288,7 +288,7 @@ def resolve(args, rt):
         images = survey(args)
         row = fit_to_folder(row, images, 32 if args.recipe == "ours" else 64)
         if images.images <= 5000:
-            row["batch"] //= 2                      # as many images, more steps
+            row["batch"] //= 2                      # more steps from few images
         if paco:
             row["alpha"] = 1e-4 * images.classes
     if strong:                                      # DeiT's
