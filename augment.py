@@ -83,8 +83,8 @@ def first_that_fits(fits, w, h):
 
 # ---- RandAugment ---------------------------------------------------------------------------------
 
-# Argument = start + slope * m at magnitude m, 0..10. This is the "increasing" set: a larger m is
-# always a stronger change.
+# Argument = start + slope * m at magnitude m, 0..10, slope * m truncated or of random sign where
+# the last column says so. The "increasing" set: a larger m is always a stronger change.
 RAND_AUGMENT = [
     ("autocontrast", 0, 0, ""),                     # these three have no argument
     ("equalize", 0, 0, ""),
@@ -125,8 +125,8 @@ def random_erasing(images, prob=0.25, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
     """Overwrite a box with noise in a fraction `prob` of the images. uint8 (B,3,H,W) -> same.
 
     Box area U(scale) of the image, aspect ratio log-uniform in `ratio`; the first of 10 tries that
-    fits, else none. Pixels are N(0, 1) in ImageNet-normalised units as in timm, here rounded to
-    uint8.
+    fits, else none. Pixels are N(0, 1) in ImageNet-normalised units as in timm, here clipped to
+    0..255 and rounded.
     """
     B, _, H, W = images.shape
     area = H * W * uniform((B, 10), *scale)

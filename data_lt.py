@@ -78,7 +78,7 @@ def published_groups(dataset):
 # ---- The order of an epoch -----------------------------------------------------------------------
 
 def epoch_generator(seed, epoch):
-    """The generator of an epoch's order; spawn_key keeps its seed apart from the steps'."""
+    """The generator of an epoch's order; by spawn_key no step (runtime.seed_step) has its seed."""
     key = np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(key) >> 1)             # 63 bits, as much as it takes
 
@@ -106,8 +106,8 @@ def steps_per_epoch(n, batch):
 def shard(order, batch, rank=0, world=1):
     """This process's part of each global batch of an epoch: a list of LongTensors.
 
-    order (n,) -> steps_per_epoch(n, batch) tensors of about batch / world. Global batches differ by
-    at most one image (no tiny last one). DataError if a process would be left without an image.
+    order (n,) -> steps_per_epoch(n, batch) tensors of batch / world or fewer. Global batches differ
+    by at most one image (no tiny last one). DataError if a process would be left without an image.
     """
     n, steps = len(order), steps_per_epoch(len(order), batch)
     if n // steps < world:

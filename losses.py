@@ -10,7 +10,7 @@ f_c, f_d: CLS and DIST logits; n_k: training images of class k; E_k: their "effe
 et al., CVPR 2019, arXiv 1901.05555). Deferred re-weighting (DRW): w = 1 until late in the run, then
 (2). With w = 1 throughout, (1) is DeiT's hard distillation (arXiv 2012.12877). In DeiT's soft one
 tau^2 KL(softmax(g / tau) || softmax(f_d / tau)) takes the place of CE(f_d, y_t). With one token
-f_d = f_c. The mean divides by the batch's sum of weights, as published, so (2)'s scale cancels.
+f_d = f_c. A batch's mean divides by its sum of w[y_t], as published, so (2)'s scale cancels.
 
 Logit adjustment instead of weights (Menon et al., ICLR 2021, arXiv 2007.07314): if class k is the
 label with frequency pi_k, train with CE(f + ln pi, y) and predict with f. By Bayes' rule softmax(f)
@@ -24,13 +24,13 @@ scaling (Kini et al., NeurIPS 2021, arXiv 2103.01550); focal loss (Lin et al., a
     L_VS    = w[y] CE(z_k / delta_k + tau ln pi_k, y),  delta_k = (n_max / n_k)^gamma       (4)
     L_focal = (1 - e^-l)^gamma l,                   l = w[y] CE(z, y)                       (5)
 
-pi_k = n_k / N. With gamma = 0, (4) is logit adjustment. (5) is as in LDAM-DRW's code.
+pi_k = n_k / N; theta_k: the features' angle to class vector k. gamma = 0: (4) is logit adjustment.
 
 PaCo (Cui et al., ICCV 2021, arXiv 2107.12028): one of two views of image i gives logits z_ic and a
 unit vector v_i, the anchor; the other, through a slowly following copy of the network (the key
 encoder), a unit vector k_i, the key. An anchor is contrasted with the classes, logit-adjusted, and
 with the rows of the bank = [v_1..v_B; k_1..k_B; a queue of earlier keys]. P_i: the rows, other than
-i itself, that have i's label. alpha, beta, gamma: PaCo's own, not those above.
+i itself, that have i's label. T: a temperature. alpha, beta, gamma: PaCo's own, not those above.
 
     s_ic = z_ic + ln pi_c,    t_ia = v_i . bank_a / T                                       (6)
     Z_i  = sum_c e^s_ic + gamma sum_{a != i} e^t_ia                                         (7)
@@ -144,7 +144,7 @@ class VSLoss(nn.Module):
 def focal_loss(logits, target, weight=None, gamma=1.0):
     """(5), the plain mean over the batch: logits (B,K), target (B,), class weights (K,) or None."""
     loss = F.cross_entropy(full_precision(logits), target, weight, reduction="none")        # l (B,)
-    return ((1 - torch.exp(-loss)) ** gamma * loss).mean()              # (5)
+    return ((1 - torch.exp(-loss)) ** gamma * loss).mean()              # (5) as in LDAM-DRW's code
 
 
 class PaCoLoss(nn.Module):

@@ -10,16 +10,14 @@ bottlenecks with the stride in the 3x3 convolution, 1x1 convolutions as shortcut
 residual: few wide convolutions, a good teacher after minutes on a CPU; FastStem makes its blocks
 the stem of a student.
 
-`make(arch, K)` builds a network by its name: these, the CIFAR networks of other depths
-(CIFAR_BLOCKS), or any other classification network of torchvision.
+`make(arch, K)` builds a network by its name: these, or the CIFAR networks of other depths
+(CIFAR_BLOCKS). torchvision's other networks are wrapped in engine/torchvision_networks.py.
 
 State-dict keys: ResNet-32 as LDAM-DRW and Saddle-LongTail, ResNet-50 as torchvision. B images,
 K classes. Like every network here they take images in [0, 1] and normalise them themselves;
 `img_size` is the size they were made for.
 """
 import math
-import re
-from collections import OrderedDict
 
 import torch
 import torch.nn as nn
@@ -29,6 +27,7 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # He et al.'s CIFAR networks: blocks of a stage, n.
 CIFAR_BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9, "resnet110": 18}
+NAMES = (*CIFAR_BLOCKS, "resnet50", "fast")         # that `make` knows
 
 
 class CosineClassifier(nn.Module):
@@ -185,8 +184,8 @@ class ResNet50(Teacher):
 class FastBlock(nn.Module):
     """Two 3x3 convolutions, max pooling after the first: (B,i,S,S) -> (B,o,S/2,S/2).
 
-    Each begins with as many Dirac filters as it has input channels: they pass the input on
-    (1706.00388).
+    Each convolution begins with as many Dirac filters as it has input channels: they pass the input
+    on (1706.00388).
     """
 
     def __init__(self, in_channels, channels):
@@ -276,50 +275,6 @@ class FastStem(nn.Module):
         return self.proj(self.blocks(F.gelu(x)))
 
 
-class TorchvisionNetwork(Teacher):
-    """Any classification network of torchvision, untrained, with its last linear layer set apart.
-
-    Keys: torchvision's behind "body.", the last layer's behind "classifier."; `from_torchvision`
-    renames a plain state dict. Raises ValueError for a name that torchvision does not have, and for
-    networks that do not end in a linear layer (SqueezeNet) or train with auxiliary classifiers
-    (GoogLeNet, Inception).
-    """
-
-    def __init__(self, arch, num_classes, cosine=False, img_size=224, mean=IMAGENET_MEAN,
-                 std=IMAGENET_STD):
-        super().__init__(img_size, mean, std)
-        from torchvision import models
-        if arch not in models.list_models(module=models):
-            raise ValueError(f"there is no network {arch!r}: choose resnet32, resnet50 or another "
-                             "of torchvision's, such as resnet18 or regnet_y_16gf")
-        options = {"image_size": img_size} if arch.startswith("vit_") else {}
-        self.body = models.get_model(arch, weights=None, num_classes=num_classes, **options)
-        for name, module in self.body.named_modules():
-            if not list(module.children()) and list(module.parameters()):
-                self.last_name, last = name, module     # in the end, the last layer with parameters
-        if not isinstance(last, nn.Linear) or hasattr(self.body, "aux_logits"):
-            raise ValueError(f"{arch} cannot be a teacher here: it does not end in one linear "
-                             "layer")
-        self.classifier = CosineClassifier(last.in_features, num_classes) if cosine else last
-        self.body.set_submodule(self.last_name, nn.Identity())
-
-    def forward_features(self, x):
-        return self.body(x)                                             # (B,3,S,S) -> (B,d)
-
-    def from_torchvision(self, weights):
-        """torchvision's keys -> the keys of this network."""
-        renamed, last = OrderedDict(), self.last_name + "."
-        for key, tensor in weights.items():
-            # DenseNet's published files: denselayer1.norm.1.weight for denselayer1.norm1.weight.
-            key = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)\.", r"\1\2.", key)
-            if key.startswith(last):
-                renamed["classifier." + key.removeprefix(last)] = tensor
-            else:
-                renamed["body." + key] = tensor
-        renamed._metadata = {"body": {"version": self.body._version}}   # MNASNet reads it
-        return renamed
-
-
 def resnet32(num_classes=10, **kwargs):
     """CIFAR ResNet-32 (n = 5): 0.41 GFLOP per image for a training step."""
     return CifarResNet(5, num_classes, **kwargs)
@@ -331,14 +286,9 @@ def resnet50(num_classes=1000, **kwargs):
 
 
 def make(arch, num_classes, **kwargs):
-    """The network called `arch`: one of CIFAR_BLOCKS, resnet50, fast or one of torchvision's.
-
-    Raises ValueError as TorchvisionNetwork does.
-    """
-    if arch in CIFAR_BLOCKS:
-        return CifarResNet(CIFAR_BLOCKS[arch], num_classes, **kwargs)
+    """The network called `arch`, one of NAMES."""
     if arch == "resnet50":
         return resnet50(num_classes, **kwargs)
     if arch == "fast":
         return FastNet(num_classes, **kwargs)
-    return TorchvisionNetwork(arch, num_classes, **kwargs)
+    return CifarResNet(CIFAR_BLOCKS[arch], num_classes, **kwargs)

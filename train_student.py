@@ -58,9 +58,9 @@ SETTINGS = [
     Setting("teacher_view", "same", ("same", "weak"), "teacher input: same images, or weak crops"),
     Setting("alpha", 0.5, Interval(1e-6, 1), "weight of the DIST loss; 1 - alpha of the CLS loss"),
     Setting("logit_adjustment", False, None, "add log class frequencies to the logits in the loss"),
-    Setting("drw_epoch", 1100, Interval(0), "first epoch (from 0) that is re-weighted, not mixed"),
+    Setting("drw_epoch", 1100, Interval(0), "first epoch (from 0) not mixed, and re-weighted"),
     Setting("beta", 0.9999, Interval(0, 0.999999), "of the class weights; 0: no re-weighting"),
-    Setting("mix_drw", False, None, "go on mixing in the re-weighted epochs"),
+    Setting("mix_drw", False, None, "go on mixing from --drw-epoch on"),
     Setting("repeats", 3, Interval(1), "repeated augmentation: views of an image; 1: off"),
     Setting("crop", "resized", ("resized", "padded", "loader"),
             "resized: a random area; padded: shifted; loader: as the image loader does"),
@@ -218,7 +218,7 @@ def weak_augment(images):
 
 
 def update_prior(teacher_prior, y_t, tau, accumulation_steps, rt):
-    """Move pi_t (K,), the teacher's label frequencies, towards those of y_t, (b,) or (b,K).
+    """Move pi_t (K,), the teacher's label frequencies, towards those of labels or logits y_t.
 
     A running mean over about 100 steps of accumulation_steps micro-batches, and all processes.
     """

@@ -47,7 +47,7 @@ SETTINGS = [
             "pixel statistics to normalise with: cifar, imagenet, inat, half, none"),
     Setting("augment", "weak", ("weak", "padded", "resized", "loader"),
             "weak: shift and flip (PaCo: more); padded, resized, loader: as the student's"),
-    Setting("mixing", 0.0, Interval(0, 1), "fraction of the batches to mix [not weak: 1]"),
+    Setting("mixing", 0.0, Interval(0, 1), "fraction of batches to mix; strong --augment: 1"),
     Setting("epochs", 200, Interval(1), "passes over the training images"),
     Setting("batch", 128, Interval(1), "images per step, all processes together"),
     Setting("lr", 0.1, Interval(0), "peak learning rate of SGD with momentum 0.9"),
@@ -148,7 +148,7 @@ def train(args, data, net, rt, run):
             set_lr(sam, learning_rate(args, epoch + step / steps))
             x = view(images, args)                                      # (B,3,S,S) in [0,1]
             if draw_mixed(args):
-                # None under la and vs: e/K is far above a rare class's frequency.
+                # No smoothing e under la, vs: e/K is far above a rare class's frequency.
                 smoothing = 0.1 if args.loss == "ce" else 0.0
                 x, y = augment.mixup_cutmix(x, y, K, smoothing=smoothing)       # y (B,K)
             if paco:
@@ -193,7 +193,7 @@ def train(args, data, net, rt, run):
 # ---- Parts of a step -----------------------------------------------------------------------------
 
 def make_criterion(args, counts, device):
-    """criterion(logits, labels, weight=class weights or None); PaCo's takes the bank too."""
+    """criterion(logits, labels, weight=(K,) or None); PaCo's: (logits, anchors, labels, *bank)."""
     if args.loss == "ce":
         return losses.cross_entropy
     if args.loss == "focal":

@@ -43,7 +43,7 @@ class ConvStem(nn.Module):
     """The same grid by overlapping 3x3 convolutions (Xiao et al., NeurIPS 2021, arXiv 2106.14881).
 
     Stages of a convolution of stride 2 and (our addition) one of stride 1, whose channels double up
-    to D, then a 1x1 convolution. Raises ValueError for a patch size that is not 2, 4, 8, 16 or 32.
+    to D, then a 1x1 convolution. ValueError unless P is 2, 4, 8, 16 or 32 and D a multiple of P/2.
     """
 
     def __init__(self, patch_size, embed_dim):
@@ -164,7 +164,7 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes)
         if distilled:
             self.head_dist = nn.Linear(embed_dim, num_classes)
-        # DeiT's: N(0, 0.02^2) for linear weights, positions and DIST; biases 0; CLS nearly 0.
+        # As in timm 0.8: N(0, 0.02^2) for linear weights, positions, DIST; biases 0; CLS nearly 0.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

@@ -32,6 +32,7 @@ from images.operations import center_crop
 
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")        # packages that model.onnx needs
+ONNX_CLIENT = os.path.join(os.path.dirname(__file__), "onnx_client.py")
 UNSURE = "unsure"       # the answer where the largest probability is too small
 
 
@@ -153,7 +154,8 @@ def prediction_text(row):
 # ---- Export --------------------------------------------------------------------------------------
 
 def export(network, stem, temperature=1.0):
-    """Write stem.pt2 (torch.export), stem.json and, with the package onnx, stem.onnx.
+    """Write stem.pt2 (torch.export), stem.json and, with the package onnx, stem.onnx and
+    stem_predict.py, a program that predicts with it.
 
     Both networks take float images (B,3,S,S) in [0,1], any B, and give logits (B,K). Each is read
     again and must give the network's own logits on random images; UserError if it does not. What
@@ -175,7 +177,7 @@ def export(network, stem, temperature=1.0):
     logits = torch.export.load(f"{stem}.pt2").module()(other)
     lines = [f"{stem}.pt2: {agreement(logits, expected, stem)}"]
     save_json(f"{stem}.json", preprocessing(model.size, names, temperature, network.white))
-    lines.append(f"{stem}.json: size, classes and temperature, for the script that README shows")
+    lines.append(f"{stem}.json: size, classes and temperature")
 
     missing = [name for name in ONNX if importlib.util.find_spec(name) is None]
     if missing:
@@ -187,7 +189,12 @@ def export(network, stem, temperature=1.0):
     write_atomically(f"{stem}.onnx", lambda file: file.write(contents))
     session = onnxruntime.InferenceSession(f"{stem}.onnx", providers=["CPUExecutionProvider"])
     logits = torch.from_numpy(session.run(None, {"images": other.numpy()})[0])
-    return lines + [f"{stem}.onnx: {agreement(logits, expected, stem)}"]
+    lines.append(f"{stem}.onnx: {agreement(logits, expected, stem)}")
+    with open(ONNX_CLIENT, "rb") as client:
+        text = client.read()
+    write_atomically(f"{stem}_predict.py", lambda file: file.write(text))
+    lines.append(f"{stem}_predict.py: predicts with these two files, without this project")
+    return lines
 
 
 def preprocessing(size, class_names, temperature, white):

@@ -361,6 +361,7 @@ def summary(subject, result, log, classes=None):
              + f"{avg[kind]:.1f} % {kind}, {avg[rare]:.1f} % on the {rare} classes")
     figure.suptitle(title, fontsize=12, y=0.95)
     figure.text(0.5, 0.065, f"Bottom: test images of the {rare} classes, and where each token looks"
-                " (attention rollout). Above each map, what that token predicts, bold when right.",
+                " (attention rollout; each map has its own scale). Above each map, what that token "
+                "predicts, bold when right.",
                 ha="center", fontsize=8)
     return figure

@@ -395,7 +395,8 @@ def advice(results, folder, teacher, settings):
     """Which network of a student's finished run to use, and how: one line for its end.
 
     results: as with_teacher returns them, of the run in `folder`. teacher: its path or None.
-    settings: those of the run, a dict. A difference within its 95 % interval is none.
+    settings: those of the run, a dict. The better of student and teacher; both together only if
+    that is clearly better, by more than the 95 % interval of the difference.
     """
     name = "balanced accuracy" if "balanced" in results["avg"] else "accuracy"
     images = "held-out images" if settings.get("holdout") else "test images"
@@ -415,13 +416,13 @@ def advice(results, folder, teacher, settings):
     if c - max(s, t) > margin_c:
         return (f"Use both together: {predict_command(f'{folder},{teacher}', flags)} ({text}, both "
                 f"{c:.1f} %; {interval}{margin_c:.1f}{note})")
-    text += f"; {interval}{margin:.1f}"
-    if t - s > margin:
+    clear = "" if abs(s - t) > margin else "no clear difference; "
+    text = f"{clear}{text}; {interval}{margin:.1f}"
+    if t > s:
         return (f"Use the teacher: {predict_command(teacher, flags)} ({text}{note}). A longer "
                 f"training may let the student catch up: --epochs {2 * settings['epochs']}, or "
                 "more --minutes.")
-    clear = "" if s - t > margin else "no clear difference; "
-    return f"Use the student: {predict_command(folder)} ({clear}{text})"
+    return f"Use the student: {predict_command(folder)} ({text})"
 
 
 def predict_command(path, flags=""):

@@ -28,7 +28,7 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass, replace
-from math import isqrt, log
+from math import log
 
 import torch
 from torch import nn
@@ -107,8 +107,12 @@ class Ensemble(nn.Module):
 def build_teacher(config, num_classes):
     """The untrained teacher of a run's settings (a dict). ValueError for an impossible `arch`."""
     mean, std = NORMALISATIONS[config.get("norm", "cifar")]
-    return resnet.make(config["arch"], num_classes, cosine=config["loss"] == "ldam",
-                       img_size=config.get("img_size", 32), mean=mean, std=std)
+    arch, settings = config["arch"], dict(
+        cosine=config["loss"] == "ldam", img_size=config.get("img_size", 32), mean=mean, std=std)
+    if arch in resnet.NAMES:
+        return resnet.make(arch, num_classes, **settings)
+    from engine.torchvision_networks import TorchvisionNetwork     # late: it takes a second
+    return TorchvisionNetwork(arch, num_classes, **settings)
 
 
 def build_student(config, num_classes, distilled):
@@ -219,7 +223,9 @@ def foreign_network(state, name):
         network = published_resnet(weights, name, cosine=True)
         network.numbering = "count"
     else:
-        network = torchvision_network(weights, name)
+        from engine.torchvision_networks import network_of         # late: it takes a second
+        net, arch = network_of(weights, name)
+        network = Network(net, "teacher", f"torchvision's {arch}", {})
     if "tail_acc_avg" in state or "best_acc_avg" in state:              # DeiT-LT's own files
         network.numbering = "count"
     return network
@@ -370,41 +376,6 @@ def vit_network(weights, name):
     load_weights(net, weights, name)
     what = f"ViT {D} x {depth} x {H}, patch {P}"
     return Network(net, "student", f"distilled {what}" if distilled else what, {})
-
-
-def torchvision_network(weights, name):
-    """The network of torchvision that loads these weights, found by its number of parameters."""
-    from torchvision import models
-    known = one_line(", ".join(list(weights)[:3]) or "no tensors", 100)
-    unknown = UserError(f"{name} holds no network that is known here ({known})")
-    matrices = [k for k, v in weights.items() if v.ndim == 2 and k.endswith(".weight")]
-    if not matrices:
-        raise unknown
-    K, d = weights[matrices[-1]].shape          # of the last layer; torchvision's has K = 1000
-    has_bias = matrices[-1].removesuffix("weight") + "bias" in weights
-    buffers = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index",
-               "relative_coords_table")
-    parameters = sum(v.numel() for k, v in weights.items() if not k.endswith(buffers))
-    parameters += (1000 - K) * (d + 1 if has_bias else d)
-    size, patch, positions = 224, None, weights.get("encoder.pos_embedding")    # of a ViT, (1,T,D)
-    if positions is not None and "conv_proj.weight" in weights:
-        patches, patch = positions.shape[1] - 1, weights["conv_proj.weight"].shape[-1]
-        size = patch * isqrt(patches)
-    for arch in models.list_models(module=models):
-        default = models.get_model_weights(arch).DEFAULT
-        count = default.meta["num_params"]
-        if arch.startswith("vit_") and patch:           # its positions are those of these images
-            count += (patches - (default.meta["min_size"][0] // patch) ** 2) * positions.shape[2]
-        if count == parameters:
-            used = default.transforms()         # mean 0.5, for a few
-            try:
-                net = resnet.TorchvisionNetwork(arch, K, img_size=size, mean=used.mean,
-                                                std=used.std)
-            except ValueError as error:
-                raise UserError(f"{name}: {error}") from None
-            load_weights(net, net.from_torchvision(weights), name)
-            return Network(net, "teacher", f"torchvision's {arch}", {})
-    raise unknown
 
 
 def set_size(network, size, name):

@@ -477,7 +477,7 @@ def rows_of(student, teacher, both, margin=2.0):
     ((73.4, 70.1, 74.0), "Use the student: python analyze.py predict --checkpoint runs/y PICTURES",
      "+-2.0)"),
     ((73.4, 72.1, 74.0), "Use the student: python", "no clear difference"),
-    ((72.1, 73.4, 74.0), "Use the student: python", "no clear difference"),
+    ((72.1, 73.4, 74.0), "Use the teacher: python", "no clear difference"),
     ((72.1, 73.4, 75.5), "Use both together: python analyze.py predict --checkpoint "
      "'runs/y,t x' PICTURES", "both 75.5 %")])
 def test_the_last_line_says_which_network_to_use(accuracies, use, more, tmp_path):

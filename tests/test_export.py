@@ -1,10 +1,10 @@
-"""What export writes, used without this project: the lines that README shows equal predict."""
+"""What export writes, used without this project: its program predicts as `predict` does."""
 import csv
 import importlib.util
 import json
-import re
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from PIL import Image
 
 import analyze
 from analysis import loading, predict
-from conftest import ROOT, script
+from conftest import script
 from engine import runtime
 from engine.networks import Network, build_student
 from finished_runs import RT, runs  # noqa: F401: a fixture
@@ -22,13 +22,6 @@ from images import decode
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="needs onnx, onnxscript and onnxruntime")
-
-
-def example():
-    """The lines that README shows."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    shown = [block for block in blocks if "onnxruntime" in block]
-    return shown[0]
 
 
 def save_pictures(folder):
@@ -48,7 +41,8 @@ def save_pictures(folder):
         "same.png": picture(32, 32), "tiny.png": picture(7, 5), "wide.png": picture(150, 41),
         "odd.png": picture(33, 64), "gray.png": picture(50, 60).convert("L"),
         "one_bit.png": picture(50, 60).convert("1"), "cmyk.tif": picture(45, 40).convert("CMYK"),
-        "transparent.png": transparent, "palette.png": palette}
+        "transparent.png": transparent, "palette.png": palette,
+        "deep.png": Image.fromarray(rng.randint(0, 65536, (50, 60)).astype(np.uint16))}
     for name, image in pictures.items():
         image.save(folder / name)
     picture(60, 45).save(folder / "turned.jpg", exif=exif, quality=95)
@@ -67,33 +61,34 @@ def test_what_a_program_needs_is_beside_the_network(runs, tmp_path, monkeypatch)
     assert model["class_names"] == [f"class{k}" for k in range(10)] and model["white"] == 65535
 
 
-def test_ten_lines_of_pillow_make_the_same_images(runs, tmp_path, monkeypatch):
-    """Another resize, crop, ground or turn in README's lines than in this project's reading, which
-    differ by 2 of 255 where torch and PIL round otherwise; onnxruntime need not be installed."""
+def test_the_program_makes_the_same_images(runs, tmp_path, monkeypatch):
+    """Another resize, crop, ground, turn or white level in the program than in this project's
+    reading, which differ by 2 of 255 where torch and PIL round otherwise."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", ModuleType("onnxruntime"))
+    client = importlib.import_module("analysis.onnx_client")
     model = predict.Predictor(loading.load_alone(str(runs["vit"]), RT))
-    lines = example().splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("image = "))
-    last = next(i for i, line in enumerate(lines) if line.startswith("x = "))
     names = save_pictures(tmp_path)
     rows = predict.predict(loading.load_alone(str(runs["vit"]), RT),
                            [str(tmp_path / name) for name in names], RT, topk=1)
     for name, row in zip(names, rows, strict=True):
-        monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / name)])
-        scope = {"model": {"size": model.size}}
-        exec("import sys, numpy as np\nfrom PIL import Image, ImageOps", scope)
-        exec("\n".join(lines[first:last + 1]), scope)
-        x = torch.from_numpy(scope["x"])
+        x = torch.from_numpy(client.read(str(tmp_path / name), model.size, 65535))
         ours = decode.read_square(str(tmp_path / name), model.size) / 255
         assert (x - ours).abs().max() < 2.5 / 255, name
         with torch.no_grad():
             p = model(x[None]).softmax(dim=1)[0]
         assert f"class{int(p.argmax())}" == row["class"], name
         assert float(p.max()) == pytest.approx(row["probability"], abs=0.02), name
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(SystemExit, match="floating-point"):
+        client.read(str(tmp_path / "float.tif"), 32, 65535)
+    gray = Image.fromarray(np.full((9, 9), 4095, np.uint16))            # white, of 12 bits
+    gray.save(tmp_path / "white.png")
+    assert client.read(str(tmp_path / "white.png"), 32, 4095).min() == 1
 
 
 @needs_onnx
-def test_the_lines_that_are_shown_predict_as_predict(runs, tmp_path, monkeypatch):
-    """Classes in another order, a temperature left out; lines that no longer run."""
+def test_the_program_predicts_as_predict(runs, tmp_path, monkeypatch):
+    """Classes in another order, a temperature left out, a program that needs this project."""
     monkeypatch.setattr(runtime, "has_bf16", lambda device: False)      # model.onnx is in float32
     script(analyze, monkeypatch, "eval", runs["deit-lt"], "--out", tmp_path / "x.csv")
     script(analyze, monkeypatch, "export", runs["deit-lt"], "--out", tmp_path / "model")
@@ -101,16 +96,16 @@ def test_the_lines_that_are_shown_predict_as_predict(runs, tmp_path, monkeypatch
     save_pictures(tmp_path)
     script(analyze, monkeypatch, "predict", "--checkpoint", runs["deit-lt"], "--topk", 3, "--csv",
            tmp_path / "p.csv", *(tmp_path / picture for picture in pictures))
-    (tmp_path / "example.py").write_text(example())
-    assert set(re.findall(r"onnxruntime|numpy|PIL|torch|analysis|engine", example())) == {
-        "onnxruntime", "numpy", "PIL"}
-    for picture, row in zip(pictures, csv.DictReader((tmp_path / "p.csv").open()), strict=True):
-        process = subprocess.run([sys.executable, "example.py", picture], cwd=tmp_path,
-                                 capture_output=True, text=True)
-        answers = [line.rsplit(" ", 2) for line in process.stdout.splitlines()]
-        assert [answer[0] for answer in answers] == [row[f"class{r}"] for r in ("", " 2", " 3")]
-        for answer, r in zip(answers, ("", " 2", " 3"), strict=True):
-            assert float(answer[1]) == pytest.approx(100 * float(row[f"probability{r}"]), abs=0.2)
+    process = subprocess.run([sys.executable, "-I", "model_predict.py", *pictures], cwd=tmp_path,
+                             capture_output=True, text=True)
+    rows = csv.DictReader((tmp_path / "p.csv").open())
+    for line, picture, row in zip(process.stdout.splitlines(), pictures, rows, strict=True):
+        path, _, answers = line.partition(": ")
+        assert path == picture
+        for answer, r in zip(answers.split(", "), ("", " 2", " 3"), strict=True):
+            name, percent = answer.removesuffix(" %").rsplit(" ", 1)
+            assert name == row[f"class{r}"]
+            assert float(percent) == pytest.approx(100 * float(row[f"probability{r}"]), abs=0.2)
 
 
 @needs_onnx

@@ -17,7 +17,7 @@ from torch import nn
 
 import data_lt
 import resnet
-from engine import networks
+from engine import networks, torchvision_networks
 from engine.checkpoints import save_checkpoint
 from engine.runtime import Runtime, UserError
 from images.files import natural
@@ -334,14 +334,14 @@ def test_torchvisions_files_of_other_sizes_names_and_statistics(tmp_path):
         def from_torchvision(self, weights):
             return weights
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(networks, "load_weights", lambda *_: None)
-        patch.setattr(networks.resnet, "TorchvisionNetwork", Asked)
+        patch.setattr(torchvision_networks, "load_weights", lambda *_: None)
+        patch.setattr(torchvision_networks, "TorchvisionNetwork", Asked)
         mean, std = (pytest.approx(values) for values in networks.NORMALISATIONS["imagenet"])
-        assert networks.torchvision_network(vit, "x.pth").net.asked == ("vit_b_32", 4, 96, mean,
-                                                                        std)
+        net, _ = torchvision_networks.network_of(vit, "x.pth")
+        assert net.asked == ("vit_b_32", 4, 96, mean, std)
         half = pytest.approx([0.5] * 3)
-        assert networks.torchvision_network(large, "x.pth").net.asked == (
-            "efficientnet_v2_l", 4, 224, half, half)
+        net, _ = torchvision_networks.network_of(large, "x.pth")
+        assert net.asked == ("efficientnet_v2_l", 4, 224, half, half)
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "mnasnet0_5"])

@@ -72,7 +72,7 @@ def test_options_add_and_remove_only_their_own_tensors():
     assert set(small_vit(layer_scale=1e-4).state_dict()) - names == scales
 
 
-def test_initialisation_is_deits():
+def test_initialisation_is_timms():
     """Any other distribution: PyTorch's default for linear layers, std 1, tokens of zeros, a
     truncation at 2 sigma."""
     torch.manual_seed(0)

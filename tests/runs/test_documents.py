@@ -13,8 +13,12 @@ import torch
 from PIL import Image
 
 import analyze
+import augment
+import losses
+import resnet
 import train_student
 import train_teacher
+import vit
 from conftest import ROOT
 from engine.runtime import Runtime, run_main
 from engine.settings import flag
@@ -45,8 +49,8 @@ def code_blocks(text):
 def commands_in_tables(text):
     """Commands in the code spans of a document's text and tables.
 
-    Of a column headed "... with `FLAGS`", these are added; of one headed `python SCRIPT`, the spans
-    follow it; of one headed "flags", they are a student's.
+    Of a column headed "... with `FLAGS`", these are added; of one headed "add to `python SCRIPT`",
+    the spans follow it; of one headed "flags", they are a student's.
     """
     commands, headers = [], None
     for line in re.sub(r"^```.*?^```", "", text, flags=re.M | re.S).splitlines():
@@ -60,7 +64,7 @@ def commands_in_tables(text):
             continue
         for header, cell in zip(headers, cells):
             added = re.search(r"with `([^`]+)`", header)
-            program = re.fullmatch(r"`(python [^`]+)`", header)
+            program = re.fullmatch(r"(?:add to )?`(python [^`]+)`", header)
             for span in re.findall(r"`([^`]+)`", cell):
                 if program:
                     span = f"{program[1]} {span}"
@@ -223,6 +227,27 @@ def test_every_flag_of_the_documents_exists(document, monkeypatch, capsys):
         known |= flags_of(program, monkeypatch, capsys)
     named = re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / document).read_text())
     assert named and set(named) <= known
+
+
+def test_the_loop_that_readme_shows_is_the_scripts():
+    """A function that was renamed, other arguments or results, other logits than the script's."""
+    text = (ROOT / "README.md").read_text()
+    shown = re.search(r"```python\n(# the training loop.*?)```", text, re.S)[1]
+    torch.manual_seed(0)
+    student = vit.MODELS["micro"](img_size=32, patch_size=8, num_classes=4, distilled=True)
+    before = [parameter.clone() for parameter in student.parameters()]
+    scope = dict(
+        augment=augment, losses=losses, student=student, teacher=resnet.resnet32(4).eval(),
+        batches=[(torch.randint(0, 256, (8, 3, 32, 32)).byte(), torch.arange(8) % 4)] * 2,
+        optimizer=torch.optim.SGD(student.parameters(), lr=0.1), counts=torch.tensor([8, 4, 2, 1]),
+        num_classes=4, epoch=3, drw_epoch=3)
+    exec(shown, scope)
+    assert scope["target"].shape == scope["f_d"].shape == (8, 4) and scope["w"].shape == (4,)
+    expected, *_ = losses.distillation_loss(
+        scope["f_c"], scope["f_d"], scope["target"], scope["y_t"], 0.5,
+        losses.class_balanced_weights([8, 4, 2, 1]))
+    assert scope["loss"] == expected and torch.isfinite(expected)
+    assert not any(torch.equal(a, b) for a, b in zip(before, student.parameters()))
 
 
 # ---- Links ---------------------------------------------------------------------------------------

@@ -1,0 +1,47 @@
+"""Predict pictures with an exported network: needs only onnxruntime, NumPy and Pillow.
+
+    python model_predict.py new/*.jpg
+
+`python analyze.py export` copies this file beside model.onnx and model.json, which it reads.
+"""
+import json
+import os
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def read(path, size, white):
+    """A picture -> float32 (3,size,size) in [0,1]: turned as EXIF says, on white, its center."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode == "F":
+        sys.exit(f"{path} holds floating-point pixels; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):                          # 16 bits of gray: the upper 8
+        levels = np.asarray(image).astype(np.int64) * 256 // (white + 1)
+        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    (W, H), side = image.size, min(image.size)
+    box = (W - side) // 2, (H - side) // 2, (W + side) // 2, (H + side) // 2
+    image = image.crop(box).resize((size, size), Image.BICUBIC)
+    return np.asarray(image, np.float32).transpose(2, 0, 1) / 255
+
+
+def main():
+    stem = os.path.abspath(__file__).removesuffix("_predict.py")
+    with open(f"{stem}.json", encoding="utf-8") as file:
+        model = json.load(file)
+    session = onnxruntime.InferenceSession(f"{stem}.onnx")
+    for path in sys.argv[1:]:
+        x = read(path, model["size"], model["white"])
+        logits = session.run(None, {"images": x[None]})[0][0] / model["temperature"]    # (K,)
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        best = p.argsort()[:-4:-1]
+        print(f"{path}:", ", ".join(f"{model['class_names'][k]} {100 * p[k]:.1f} %" for k in best))
+
+
+if __name__ == "__main__":
+    main()
