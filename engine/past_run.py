@@ -37,7 +37,7 @@ BEGUN_AGAIN = "overwriting"     # file of a run that --overwrite has locked but 
 OWN_FILES = ("result.json", "last.pt", "previous.pt", "log.jsonl", "config.json",
              "summary.png", "per_class.csv", "confusion.csv", "confusion.png", "calibration.json",
              "heads.csv", "report.html", "model.pt2", "model.json", "model.onnx",
-             "events.out.tfevents.*",
+             "model_predict.py", "events.out.tfevents.*",
              *(f"{figure}.{ending}" for figure in FIGURES for ending in ("png", "csv", "json")),
              BEGUN_AGAIN)       # last: without it a restarted worker resumes what is still there
 # What config.json says besides the settings.
