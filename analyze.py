@@ -55,7 +55,7 @@ def command_eval(options, rt):
     out, flags = output_path(options, "per_class.csv"), load_flags(options)
     network, args, data = loading.load(path, rt, **flags)
     if options.test_prior:
-        prior = priors.test_prior(options.test_prior, data)
+        prior = priors.test_prior(options.test_prior, data, network.counts or data.counts)
     rt.print(f"{path}: {network.what}; on {describe(data, args)}")
     results = accuracy.accuracies(network, args, data, rt)
     rt.print(accuracy_tables(results, network.kind, data))
@@ -65,8 +65,8 @@ def command_eval(options, rt):
     calibrated = calibration.calibrate(network, args, data, rt, logits)
     rt.print(calibrated.text)
     if options.test_prior:
-        rt.print(priors.prior_text(options.test_prior, prior,
-                                   network.configs or [network.config], logits, labels, data))
+        rt.print(priors.prior_text(options.test_prior, prior, network.configs or [network.config],
+                                   network.counts, logits, labels, data))
     class_rows = accuracy.class_rows(results, data, predicted(logits))
     rt.print(accuracy.class_text(class_rows, out))
     confusion = accuracy.confusion(predicted(logits), labels, data.num_classes)
@@ -100,10 +100,10 @@ def confusion_path(out):
 def command_heads(options, rt):
     path, = options.runs
     out = output_path(options, "heads.csv")
-    net, args, data = loading.load_kind("student", path, rt, **load_flags(options))
-    if not net.distilled:
-        raise UserError(f"{path} has no DIST token")
-    results = accuracy.head_combinations(net, args, data, rt)
+    network, args, data = loading.load(path, rt, **load_flags(options))
+    if network.kind != "student" or not network.net.distilled:
+        raise UserError(f"{path} has no DIST token: it is {network.what}")
+    results = accuracy.head_combinations(network, args, data, rt)
     rt.print(accuracy_table(results, f"{data.label} (imb {data.imb:.4g})"))
     rt.print(tables.write(out, tables.as_csv(accuracy.class_rows(results, data))))
 

@@ -25,14 +25,14 @@ def accuracies(network, args, data, rt):
                         rt)
 
 
-def head_combinations(net, args, data, rt):
-    """{name: accuracies} of a student's heads and of ways to combine them."""
+def head_combinations(network, args, data, rt):
+    """{name: accuracies} of the heads of a Network, a student, and of ways to combine them."""
     adjusted = getattr(args, "logit_adjustment", False)             # then CLS is balanced already
-    counts = None if adjusted else data.counts
+    counts = None if adjusted else network.counts or data.counts    # that it was trained with
 
     def predict(x):
         x = student_input(x, args.img_size, args.eval_crop)
-        return quantities.combinations(*net(x), counts)
+        return quantities.combinations(*network.net(x), counts)
     return evaluate(predict, data.test_images, data.test_labels, data.groups, rt)
 
 

@@ -135,7 +135,7 @@ def fit_on_training_images(network, data, rt, n=5000):
     labels = data.train_labels.cpu()[index]
     wanted = torch.bincount(data.test_labels.cpu(), minlength=data.num_classes).double()
     weights = (wanted / torch.bincount(labels, minlength=data.num_classes))[labels]
-    source = f"{len(index)} images of its training, weighted to the classes of the test set"
+    source = f"{len(index)} training images, weighted to the classes of the test set"
     temperature = fit_temperature(logits, labels, weights)
     right = (weights * (predicted(logits) == labels)).sum() / weights.sum()
     if temperature < 1 and right > BY_HEART:        # it may be as sure of these as it likes

@@ -246,9 +246,12 @@ def load(path, rt, data_flags=None, norm=None, size=None, mirror=False):
 
 
 def load_alone(path, rt, norm=None, size=None, mirror=False):
-    """As load, but the Network alone, without any data."""
+    """As load, but the Network alone, without any data; one that is not finished is named."""
     files = teacher_files(path)
     networks = load_files(files, path, norm, size)
+    for file, network in zip(files, networks):
+        if network.unfinished:
+            print(f"{shown(file)} is not finished: {network.unfinished}", file=sys.stderr)
     match_each_other(networks, files)
     return ready(networks, path, rt, mirror)
 

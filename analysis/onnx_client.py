@@ -15,12 +15,16 @@ from PIL import Image, ImageOps
 
 def read(path, size, white):
     """A picture -> float32 (3,size,size) in [0,1]: turned as EXIF says, on white, its center."""
-    image = ImageOps.exif_transpose(Image.open(path))
+    image = Image.open(path)
+    image.filename = ""         # else PIL 12 reads some uncompressed TIFF files, turned, wrongly
+    zero_is_white = image.format == "TIFF" and image.tag_v2.get(262) == 0
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         sys.exit(f"{path} holds floating-point pixels; save it with 8 or 16 bits")
     if image.mode.startswith("I"):                          # 16 bits of gray: the upper 8
-        levels = np.asarray(image).astype(np.int64) * 256 // (white + 1)
-        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+        levels = np.asarray(image).astype(np.int64).clip(0, white)
+        levels = white - levels if zero_is_white else levels
+        image = Image.fromarray((levels * 256 // (white + 1)).astype(np.uint8))
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     (W, H), side = image.size, min(image.size)

@@ -105,6 +105,8 @@ def predict(network, names, rt, topk=5, batch=64, temperature=1.0, min_probabili
     finite, are named on stderr and left out; UserError if none is left.
     """
     model, rows, paths = Predictor(network).eval(), [], find_images(names)
+    decode.say_levels(*decode.all_extremes([os.fsencode(path) for path in paths]), network.white,
+                      lambda text: print(text, file=sys.stderr))
     for start in range(0, len(paths), batch):
         part = paths[start:start + batch]
         encoded = files.Files([os.fsencode(path) for path in part], None, [], white=network.white)

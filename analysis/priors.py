@@ -17,16 +17,17 @@ TRAIN, EQUAL = "the training frequencies", "equal frequencies"
 INVERSE = "the inverse training frequencies"
 
 
-def test_prior(spec, data):
+def test_prior(spec, data, counts):
     """Frequencies p (K,), sum 1, in the order of the data's classes.
 
-    spec: "uniform", "train" (as in training) or a CSV file of "class,frequency" lines, with or
-    without a header, which names every class once. UserError for another file.
+    spec: "uniform", "train" (those of counts (K,), the training images of each class) or a CSV file
+    of "class,frequency" lines, with or without a header, which names every class once. UserError
+    for another file.
     """
     if spec == "uniform":
         p = torch.ones(data.num_classes, dtype=torch.double)
     elif spec == "train":
-        p = torch.tensor(data.counts, dtype=torch.double)
+        p = torch.tensor(counts, dtype=torch.double)
     else:
         found = read_frequencies(spec)
         unknown = sorted(found.keys() - set(data.class_names))
@@ -135,11 +136,12 @@ def joint_prior(configs):
     return assumed[0][0], "; ".join(words)
 
 
-def prior_text(spec, p, configs, logits, labels, data):
+def prior_text(spec, p, configs, counts, logits, labels, data):
     """The accuracies of logits (N,K) under a test prior, unadjusted and adjusted, for people.
 
-    spec, p: see test_prior. configs: the settings of the networks that answer together. UserError
-    if no class that occurs has test images.
+    spec, p: see test_prior. configs: the settings of the networks that answer together. counts: how
+    many images of each class they were trained with, None if they differ, or it is not known.
+    UserError if no class that occurs has test images.
     """
     tested = torch.bincount(labels, minlength=data.num_classes) > 0
     share = float(p[tested].sum())
@@ -148,9 +150,11 @@ def prior_text(spec, p, configs, logits, labels, data):
     weights = torch.where(tested, p / share, 0)
     rows = {"unadjusted": weighted_accuracies(predicted(logits), labels, weights, data.groups)}
     exponent, words = joint_prior(configs)
+    if exponent and counts is None:
+        exponent, words = None, "the networks were not trained with the same class frequencies"
     text = f"not adjusted: {words}"
     if exponent is not None:
-        classes = adjusted(logits, p, data.counts, exponent)
+        classes = adjusted(logits, p, counts or data.counts, exponent)
         rows["adjusted"] = weighted_accuracies(classes, labels, weights, data.groups)
         text = f"adjusted: logits + ln(test prior) - ln(prior implied by training: {words})"
     if share < 1 - 1e-9:

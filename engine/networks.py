@@ -64,6 +64,7 @@ class Network:
     what: str                   # which network it is, for people
     config: dict                # a run's settings; empty for files from elsewhere
     class_names: list = None    # in the order of the outputs, or None
+    counts: list = None         # training images of each of these; None: unknown, or they differ
     data: str = ""              # fingerprint of the data that a run was trained on
     numbering: str = "own"      # of outputs without names: as the data set's own, or by "count"
     white: int = 65535          # value of white in deep images, see images/decode.py
@@ -207,7 +208,7 @@ def run_network(state, name):
         net = build_teacher(config, K)
     load_weights(net, weights, name)
     return Network(net, kind, f"this project's {what}", config, state["class_names"],
-                   state.get("data", ""), white=state.get("white", 65535))
+                   state.get("counts"), state.get("data", ""), white=state.get("white", 65535))
 
 
 def foreign_network(state, name):
@@ -478,13 +479,13 @@ def joined(networks, path):
     net, what = mean_of(teachers, path)
     weights = "+".join(network.weights for network in networks)
     known = "+".join(sorted({network.data for network in networks} - {""}))
-    configs = [network.config for network in networks]
+    about = dict(weights=weights, configs=[network.config for network in networks], data=known)
+    if any(network.counts != networks[0].counts for network in networks):
+        about["counts"] = None
     if not students:
-        return replace(networks[0], net=net, what=what, weights=weights, configs=configs,
-                       data=known)
+        return replace(networks[0], net=net, what=what, **about)
     student, = students
-    return replace(student, teacher=net, what=f"{student.what}; with {what}", weights=weights,
-                   configs=configs, data=known)
+    return replace(student, teacher=net, what=f"{student.what}; with {what}", **about)
 
 
 def match_each_other(networks, files):
@@ -558,6 +559,8 @@ def match_classes(network, data, what):
     if order != by_count:
         for layer in last_layers(network):
             reorder_outputs(layer, torch.tensor(order))
+        if network.counts:
+            network.counts = [network.counts[k] for k in order]
     network.class_names = names
     return network
 

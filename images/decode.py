@@ -188,15 +188,22 @@ def white_level(train, test, say, white=None):
         highest = max((high for _, high in deep), default=WHITES[-1])
         white = next((level for level in WHITES if highest <= level), WHITES[-1])
     tested, more = all_extremes(test.paths)
-    deep += tested
+    say_levels(deep + tested, colors + more, white, say)
+    return white
+
+
+def say_levels(deep, colors, white, say):
+    """Tell by say(text) how deep images are read. deep, colors: of `all_extremes`."""
     outside = sum(low < 0 or high > white for low, high in deep)
     if deep:
         say(f"{images_have(len(deep))} 16-bit levels; 0 to {white} becomes 0 to 255")
-    if colors + more:
-        say(f"{images_have(colors + more)} 16-bit color; 0 to 65535 becomes 0 to 255")
+        highest = max(high for _, high in deep)
+        if highest < white // 8:
+            say(f"their highest level is {highest}, so they become nearly black")
+    if colors:
+        say(f"{images_have(colors)} 16-bit color; 0 to 65535 becomes 0 to 255")
     if outside:
         say(f"{images_have(outside)} levels below 0 or above {white}, which become 0 or 255")
-    return white
 
 
 def images_have(n):

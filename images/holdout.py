@@ -92,11 +92,11 @@ def hold_out(files, fraction, root, groups=None):
 
     The split is the same for every run. Of n images of a class, round(fraction * n) are for
     testing, at least one, but never the last one that is left to train on. Files of the same
-    content are in one part; those that the test part has no room for are trained on. More images in
-    the folder move at most one or two of a class from one part to the other.
+    content are in one part, and then the shares are as near to `fraction` as that allows. Without
+    these, more images in the folder move at most one or two of a class to the other part.
 
-    groups (N,): see group_names. A group is in one part, with all of its classes; the shares are as
-    near to `fraction` as that allows. A class of one group is trained on.
+    groups (N,): see group_names. A group is in one part, too, with all of its classes. A class of
+    one group, or of one content, is trained on.
     """
     names = files.names(root)
     if groups is not None:
@@ -112,10 +112,9 @@ def hold_out(files, fraction, root, groups=None):
             is_test[unit] = True
             for k, n in part:
                 held[k] += n
-    remarks = []
-    if groups is not None:
+    if any(n > 1 for part in parts for _, n in part):       # a unit may not fit, though it should
         is_test = improved(tuple(parts), tuple(is_test.tolist()), tuple(counts.tolist()), fraction)
-        remarks = remarks_on(files, groups, units, is_test)
+    remarks = remarks_on(files, groups, units, is_test) if groups is not None else []
     test = replace(files.keep(is_test[units]), problems=[], ignored=Counter(), remarks=[])
     train = replace(files, remarks=files.remarks + remarks).keep(~is_test[units])
     return train, test

@@ -89,9 +89,12 @@ def test_heads_are_those_of_the_run(runs, tmp_path, monkeypatch, capsys):
     for way, head in (("CLS", "cls"), ("DIST", "dist"), ("CLS + DIST, logits", "avg")):
         assert [float(row[way]) for row in rows] == result[head]
     assert "balanced CLS" in rows[0]
-    net, args, data = loading.load_kind("student", str(runs["deit-lt"]), RT)
+    network, args, data = loading.load(str(runs["deit-lt"]), RT)
+    balanced = accuracy.head_combinations(network, args, data, RT)["balanced CLS"]
+    data.counts = [1] * 10                  # images of other frequencies than those of its training
+    assert accuracy.head_combinations(network, args, data, RT)["balanced CLS"] == balanced
     args.logit_adjustment = True                                # its CLS is balanced by its loss
-    assert "balanced CLS" not in accuracy.head_combinations(net, args, data, RT)
+    assert "balanced CLS" not in accuracy.head_combinations(network, args, data, RT)
     with pytest.raises(SystemExit):
         script(analyze, monkeypatch, "heads", runs["vit"])
     assert "has no DIST token" in capsys.readouterr().err

@@ -122,7 +122,7 @@ def test_images_that_training_did_not_hold_out_are_not_called_so(trained):
                               configs=[how, trained])
     logits = torch.tensor([[1.0, 0.0]]).expand(10, 2)
     found = calibration.calibrate(network, SimpleNamespace(**how), data, RT, logits)
-    assert "held-out" not in found.text and "of its training" in found.text
+    assert "held-out" not in found.text and " training images, weighted" in found.text
 
 
 def test_a_network_that_knows_its_images_by_heart_is_not_made_surer():

@@ -46,7 +46,11 @@ def save_pictures(folder):
     for name, image in pictures.items():
         image.save(folder / name)
     picture(60, 45).save(folder / "turned.jpg", exif=exif, quality=95)
-    return [*pictures, "turned.jpg"]
+    # On their side and not compressed, which PIL 12 reads wrongly from a file that it maps.
+    picture(60, 45).convert("L").save(folder / "turned.tif", exif=exif)
+    picture(60, 45).convert("CMYK").save(folder / "turned_cmyk.tif", exif=exif)
+    pictures["deep.png"].save(folder / "x_ray.tif", tiffinfo={262: 0})      # 0 is white
+    return [*pictures, "turned.jpg", "turned.tif", "turned_cmyk.tif", "x_ray.tif"]
 
 
 def test_what_a_program_needs_is_beside_the_network(runs, tmp_path, monkeypatch):

@@ -143,6 +143,19 @@ def test_copies_and_groups_stay_together(tmp_path):
         assert "" in trained and "" in tested
 
 
+@pytest.mark.parametrize("copies, contents", [(10, 3), (2, 2), (3, 10)])
+def test_a_class_of_copies_is_tested(copies, contents):
+    """Rare classes oversampled by copying files: no picture's copies fit into a fifth, so that the
+    class would have no test image."""
+    n = copies * contents
+    paths = np.array([f"/d/{i}.jpg".encode() for i in range(n + 50)])
+    whole = Files(paths, np.array([1] * n + [0] * 50), ["common", "rare"])
+    whole.content[:n] = np.arange(n) // copies
+    train, test = hold_out(whole, 0.2, "/d")
+    assert test.counts().tolist() == [10, copies * max(1, round(0.2 * contents))]
+    assert len(train) + len(test) == len(whole) and not set(train.content) & set(test.content)
+
+
 @pytest.mark.parametrize("classes, units, of_unit, most, off", [
     (40, 200, 15, 40 * 1800, 0.02), (60, 10, 60, 20 * 1023, 0.1)])
 def test_the_work_for_groups_of_many_classes_is_bounded(classes, units, of_unit, most, off,

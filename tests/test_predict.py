@@ -2,6 +2,7 @@
 import csv
 import os
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -101,6 +102,31 @@ def test_hostile_names_reach_neither_terminal_nor_spreadsheet(runs, tiny_cifar, 
         assert len(shown.splitlines()) == 2 and not {"\x1b", "\u202e"} & set(shown)
         assert r"\x1b[2J\x0a" in shown and r"\x1b]0;a\u202e.png" in shown
     assert ",'=cmd|calc!A0," in text
+
+
+def test_levels_of_deep_pictures_are_told(by_colour, tmp_path, capsys):
+    """12-bit pictures for a network of 8-bit ones, which sees black; 16 bits for one of 12, which
+    sees white: a class and a probability without a word."""
+    dark = Image.fromarray(np.random.RandomState(0).randint(0, 4000, (9, 9)).astype(np.uint16))
+    dark.save(tmp_path / "x.png")
+    predict.predict(by_colour, [str(tmp_path)], RT)
+    err = capsys.readouterr().err
+    assert "16-bit levels; 0 to 65535" in err and "nearly black" in err
+    by_colour.white = 1023
+    predict.predict(by_colour, [str(tmp_path)], RT)
+    err = capsys.readouterr().err
+    assert "levels below 0 or above 1023" in err and "nearly black" not in err
+
+
+def test_an_unfinished_network_is_named(runs, tiny_cifar, tmp_path, monkeypatch, capsys):
+    """Predictions of a training that was stopped after its first epoch, like any other."""
+    state = torch.load(runs["vit"] / "last.pt", weights_only=True)
+    torch.save(state | dict(epoch=1, step=0), tmp_path / "x.pt")
+    picture = tiny_cifar / "test" / "class1" / "0.png"
+    script(analyze, monkeypatch, "predict", "--checkpoint", tmp_path / "x.pt", picture)
+    assert "x.pt is not finished: epoch 1 of 3" in capsys.readouterr().err
+    script(analyze, monkeypatch, "predict", "--checkpoint", runs["vit"], picture)
+    assert "not finished" not in capsys.readouterr().err
 
 
 def test_one_class_has_one_probability(tiny_cifar):

@@ -15,8 +15,8 @@ DATA = SimpleNamespace(num_classes=3, class_names=["cat", "c,3", "Bär"], counts
 
 def test_uniform_and_train():
     """Counts for frequencies, or the frequencies of the test set."""
-    assert priors.test_prior("uniform", DATA).tolist() == pytest.approx([1 / 3] * 3)
-    assert priors.test_prior("train", DATA).tolist() == pytest.approx([0.7, 0.2, 0.1])
+    assert priors.test_prior("uniform", DATA, None).tolist() == pytest.approx([1 / 3] * 3)
+    assert priors.test_prior("train", DATA, DATA.counts).tolist() == pytest.approx([0.7, 0.2, 0.1])
 
 
 @pytest.mark.parametrize("text", [
@@ -26,7 +26,7 @@ def test_frequencies_of_a_file_go_to_their_classes(text, tmp_path):
     """The order of the file for that of the data; a header, a byte order mark or quotes in the way.
     """
     (tmp_path / "prior.csv").write_bytes(text.encode())
-    assert priors.test_prior(str(tmp_path / "prior.csv"), DATA).tolist() == pytest.approx(
+    assert priors.test_prior(str(tmp_path / "prior.csv"), DATA, None).tolist() == pytest.approx(
         [0.25, 0.75, 0])
 
 
@@ -46,7 +46,7 @@ def test_a_file_of_frequencies_that_is_not_one_is_refused(text, words, tmp_path)
         text = text if isinstance(text, bytes) else text.encode()
         (tmp_path / "prior.csv").write_bytes(text)
     with pytest.raises(UserError) as error:
-        priors.test_prior(str(tmp_path / "prior.csv"), DATA)
+        priors.test_prior(str(tmp_path / "prior.csv"), DATA, None)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -119,23 +119,38 @@ def test_both_rows_are_shown():
     """One of two; a network of unknown training that is adjusted; classes without test images."""
     labels = torch.tensor([0] * 10 + [1])                               # class 2 has none
     logits = torch.tensor([[1.0, 0.0, 0.0]] * 6 + [[0.0, 0.5, 0.0]] * 5)
-    p = priors.test_prior("train", DATA)
+    p = priors.test_prior("train", DATA, DATA.counts)
     config = dict(loss="la", beta=0.0, epochs=3)
-    text = priors.prior_text("train", p, [config], logits, labels, DATA)
+    text = priors.prior_text("train", p, [config], DATA.counts, logits, labels, DATA)
     title, head, first, second, last = text.splitlines()
     assert "train" in title and first.startswith("unadjusted")
     assert head.split()[:3] == ["prior", "balanced", "overall"]
     assert float(first.split()[2]) == pytest.approx(100 * (0.7 * 0.6 + 0.2) / 0.9, abs=0.051)
     assert float(second.split()[2]) == pytest.approx(100 * 0.7 / 0.9, abs=0.051)
     assert "10.0 % of the prior is of classes without test images" in last
-    text = priors.prior_text("train", p, [{}], logits, labels, DATA)
+    text = priors.prior_text("train", p, [{}], None, logits, labels, DATA)
     assert "\nadjusted" not in text and "is not known" in text
     with pytest.raises(UserError, match="no test images"):
-        priors.prior_text("f", torch.tensor([0.0, 0, 1]).double(), [{}], logits, labels, DATA)
+        priors.prior_text("f", torch.tensor([0.0, 0, 1]).double(), [{}], None, logits,
+                          labels, DATA)
 
 
 LA_TEACHER = dict(loss="la", beta=0.0, epochs=3)
 LA_STUDENT = dict(method="deit-lt", distill="soft", logit_adjustment=True, beta=0.0, epochs=3)
+
+
+def test_the_training_is_the_networks_not_that_of_the_images_at_hand():
+    """Frequencies taken out that a folder got later, or those of another imbalance: no change."""
+    likelihood = torch.tensor([[0.5, 0.3, 0.2]] * 3, dtype=torch.double)        # p(x | k)
+    pi = torch.tensor([0.1, 0.1, 0.8], dtype=torch.double)      # of the training: it says class 2
+    logits, labels = (likelihood * pi).log(), torch.arange(3)
+    config, p = dict(loss="ce", beta=0.0, epochs=3), priors.test_prior("uniform", DATA, None)
+    text = priors.prior_text("uniform", p, [config], [1, 1, 8], logits, labels, DATA)
+    *_, first, second, _ = text.splitlines()
+    assert first.split()[3:6] == ["0.0", "0.0", "100.0"]
+    assert second.split()[3:6] == ["100.0", "0.0", "0.0"]
+    text = priors.prior_text("uniform", p, [config] * 2, None, logits, labels, DATA)
+    assert "not trained with the same class frequencies" in text and "\nadjusted" not in text
 
 
 @pytest.mark.parametrize("configs, text", [
@@ -149,6 +164,6 @@ def test_networks_together_are_adjusted_by_what_all_expect(configs, text):
     """A student with its teacher, adjusted by what the student alone expects; two of one
     expectation that are not adjusted, since its reasons differ."""
     logits, labels = torch.eye(3), torch.arange(3)
-    p = priors.test_prior("train", DATA)
-    found = priors.prior_text("train", p, configs, logits, labels, DATA)
+    p = priors.test_prior("train", DATA, DATA.counts)
+    found = priors.prior_text("train", p, configs, DATA.counts, logits, labels, DATA)
     assert found.endswith(text) and ("\nadjusted" in found) == ("not adjusted" not in text)
