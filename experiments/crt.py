@@ -4,6 +4,7 @@ r"""Classifier re-training, cRT (Kang et al., ICLR 2020, arXiv 1910.09217), of a
 
 Trains `--method vit` first if it is missing. Then its classifier is trained anew, everything else
 frozen, for a tenth of the epochs on class-balanced samples: a class, then one of its images.
+DeiT-LT's authors do not say for how long, nor with which learning rate and augmentation.
 """
 import argparse
 

@@ -5,7 +5,8 @@ r"""DeiT-III (Touvron et al., ECCV 2022, arXiv 2204.07118): a ViT without a teac
 Changes to the recipe: 3-Augment instead of RandAugment and erasing, LayerScale, binary
 cross-entropy without label smoothing. Optimizer, crop, sizes, epochs and stochastic depth stay the
 recipe's (published: LAMB, a simple random crop, 192 px for 800 epochs and 224 px for 20, tests on
-the whole image, stronger stochastic depth).
+the whole image, stronger stochastic depth; DeiT-LT's copy of it has no LayerScale, and pads before
+it crops).
 """
 import torch
 import torch.nn.functional as F
