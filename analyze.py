@@ -196,7 +196,8 @@ COMMANDS = {
     "runs": command_runs, "tensorboard": command_tensorboard,
 }
 ONE_RUN = ("eval", "heads", "summary", "report", "export", "augment")
-ONLY_FOR = {"mirror": ("eval", "predict", "export"), "test_prior": ("eval",), "csv": ("predict",)}
+ONLY_FOR = {"mirror": ("eval", "predict", "export"), "test_prior": ("eval",), "csv": ("predict",),
+            "topk": ("predict",), "min_probability": ("predict",)}
 
 
 def parse():
@@ -206,7 +207,7 @@ def parse():
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or checkpoint file")
     parser.add_argument("--checkpoint", metavar="RUN", help="the same, as a flag: predict needs it")
     parser.add_argument("--out", metavar="FILE", help="output file or folder [beside the run]")
-    parser.add_argument("--topk", type=int, default=5, metavar="N", help="predict: classes [5]")
+    parser.add_argument("--topk", type=int, metavar="N", help="predict: classes [5]")
     parser.add_argument("--min-probability", type=float, metavar="P", help="predict: the answer is "
                         "'unsure' below this probability, 0 to 1")
     parser.add_argument("--csv", metavar="FILE", help="predict: write the predictions here too")
@@ -252,8 +253,10 @@ def parse():
         parser.error("name the images: files, folders or patterns" if options.command == "predict"
                      else "name one run folder or checkpoint file, or more")
     for name, commands in ONLY_FOR.items():
-        if getattr(options, name) and options.command not in commands:
+        given = getattr(options, name)
+        if given is not None and given is not False and options.command not in commands:
             parser.error(f"{flag(name)} is for {', '.join(commands)}, not for {options.command}")
+    options.topk = 5 if options.topk is None else options.topk
     if options.out and options.command in ("predict", "runs"):
         parser.error("--out is not for predict, where it is --csv, nor for runs")
     if options.labels:

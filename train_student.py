@@ -288,7 +288,7 @@ def resolve(args, rt):
     row = defaults(SETTINGS) | pick_recipe(args, RECIPES, rt)
     if args.dataset == "folder":
         largest = {"paper": 224, "cpu": 64, "ours": 32}[args.recipe]    # px; ours: quick
-        row = fit_to_folder(row, survey(args), largest)
+        row = fit_to_folder(row, survey(args), largest, args.img_size)
     changed = fill_settings(args, SETTINGS, row | (METHODS | BASELINES)[args.method])
     for name in ABOUT_TEACHER:
         if getattr(args, name) is not None:
@@ -386,7 +386,7 @@ def run_student(args, rt, prepare=None, wait=False, **replacements):
     if prepare:
         prepare(net)
     if teacher_flags:
-        train_teacher.run_teacher(train_teacher.teacher_args(teacher_flags, rt), rt, wait=True)
+        train_teacher.run_teacher(train_teacher.teacher_args(teacher_flags, rt), rt, teacher_flags)
     if args.teacher:
         teacher, text = load_teacher(args.teacher, data, rt, args.teacher_norm, args.teacher_size)
         run.check_teacher(args, teacher, data)

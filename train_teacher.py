@@ -366,14 +366,17 @@ def new_network(args, data, rt):
     return net
 
 
-def run_teacher(args, rt, wait=False, train=train):
+def run_teacher(args, rt, flags=None, train=train):
     """One run: train the teacher of these (resolved) settings, or go on with it; its result.
 
-    wait: for another process that trains it. train: another loop than this file's.
+    flags: of a student's teacher, which may be trained by another process: it is waited for.
+    train: another loop than this file's.
     """
-    run = Run(args.out, args, rt, SETTINGS, wait)
+    run = Run(args.out, args, rt, SETTINGS, wait=flags is not None)
     if run.print_if_finished(args, "teacher"):
         return
+    if flags:                           # warnings that follow name flags of this command
+        rt.print(f"First its teacher: {shlex.join(['python', 'train_teacher.py', *flags])}")
     data = load_data(args, rt)
     run.check_data(data)
     print_data_summary(data, args, rt)
@@ -404,6 +407,8 @@ def flags_for_student(args):
     """The flags given here (before `resolve`) that a student of this teacher needs, too."""
     unset = vars(parse([]))
     names = (*DATA_SETTINGS, "data_dir", "recipe", "seed", "skip_bad")
+    if args.dataset == "folder":                        # else each recipe has its own size
+        names = (*names, "img_size")
     return as_flags(args, [name for name in names if getattr(args, name) != unset[name]])
 
 

@@ -263,10 +263,15 @@ def load_cifar(root, num_classes, imb=100, kind="exp", holdout=None):
     existed, place = os.path.isdir(root), shown(root)
     cifar = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[num_classes]
     if existed and not os.path.isdir(os.path.join(root, cifar.base_folder)):
-        if len(with_images(root)) == num_classes:
+        n = len(with_images(root))
+        if n == num_classes:
             refuse_layout(root, f"{place} has {num_classes} folders of images but no train/",
                           f"Move them into {place}/train and images to test on into "
                           f"{place}/test/<class>; or use --dataset folder --holdout 0.2")
+        if n > 1 and os.path.basename(os.path.abspath(root)) != "data":     # may hold several sets
+            refuse_layout(root, f"{place} has {n} folders of images, and CIFAR is not there",
+                          "For your own images: --dataset folder. CIFAR is downloaded into a "
+                          "folder without images.")
     try:
         train = cifar(root, train=True, download=True)
         test = cifar(root, train=False, download=True)
@@ -309,8 +314,8 @@ def cifar_folder(root, num_classes, imb, kind, holdout, skip_bad):
                                    f"{shown(os.path.join(root, 'test'))}", *remarks]))
     for files, folder in ((train, train_root), (test, test_root or train_root)):
         if len(files.class_names) != num_classes:
-            raise DataError(f"{shown(folder)} has {len(files.class_names)} class folders, "
-                            f"{num_classes} are expected")
+            raise DataError(f"{shown(folder)} has {len(files.class_names)} class folders, CIFAR "
+                            f"has {num_classes}; for your own images: --dataset folder")
     if train.class_names != test.class_names:
         unpaired = sorted(set(train.class_names) ^ set(test.class_names), key=natural)
         raise DataError(f"train and test under {shown(root)} have different classes: "

@@ -93,7 +93,7 @@ class EarlyWarnings:
         args = self.args
         if total < FEWEST_STEPS:
             longer = FEWEST_STEPS / total
-            advice = f"--epochs {math.ceil(longer * args.epochs)}"
+            advice = f"--epochs {math.ceil(FEWEST_STEPS / self.steps)}"
             if args.minutes is not None:            # of a student's teacher they are a share
                 advice = f"{longer:.1f} times the --minutes"
             self.say("budget", 0, f"{total} steps of the optimizer (--epochs {args.epochs}, "

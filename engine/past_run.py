@@ -21,7 +21,7 @@ from engine.lock import Lock, held
 from engine.networks import check_origin, teacher_files
 from engine.records import is_like, read_json, read_log_lines
 from engine.runtime import PRECISIONS, UserError, all_max, exit_together
-from engine.settings import NOT_RESUMED, defaults, flag, set_epochs
+from engine.settings import DATA_SETTINGS, NOT_RESUMED, defaults, flag, set_epochs
 from engine.training import check_compiler
 
 FORMAT = 2          # of a run folder's settings: runs of another one are not resumed or shown
@@ -290,9 +290,12 @@ class PastRun:
     def check_force(self, args, changes):
         """UserError for changed settings, unless --force."""
         if not args.force:
-            raise UserError(f"{self.folder} was begun with other settings: {changes}; " +
-                            (REMOVE if self.wait else "repeat them, start another run, or go on "
-                             "all the same with --force"))
+            images = any(f"{flag(name)} " in changes for name in DATA_SETTINGS if name != "groups")
+            ways = "repeat them, or start another run"
+            if not images:                                          # which --force would refuse
+                ways += ", or go on all the same with --force"
+            raise UserError(f"{self.folder} was begun with other settings: {changes}; "
+                            f"{REMOVE if self.wait else ways}")
 
     def force(self, args, changes):
         """UserError for changed settings, or, with --force, a line about them."""

@@ -294,6 +294,8 @@ def setup(device="auto", amp=None):
     try:
         rank, world, local = (int(os.environ.get(name, default)) for name, default in
                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if not 0 <= rank < world:
+            raise ValueError
     except ValueError:
         raise UserError("RANK, WORLD_SIZE and LOCAL_RANK of the environment are numbers that "
                         "torchrun sets: unset them") from None

@@ -215,6 +215,7 @@ def check_ranges(args, **ranges):
 def resolve_data(args):
     """Fill --imb where it has a default. UserError for flags that the data set does not have."""
     check_ranges(args, seed=(0, 2 ** 62))
+    args.holdout = args.holdout or None                         # 0: nothing is held out
     by_list = ("folder", *data_lt.LISTS)                        # or, folder, by its folders
     if args.imb is None and args.dataset not in by_list:
         args.imb = 100.0
@@ -329,12 +330,12 @@ def schedule_text(args):
     return f"{args.epochs} epoch{'s' if args.epochs > 1 else ''} ({parts})"
 
 
-def fit_to_folder(row, survey, largest_size):
+def fit_to_folder(row, survey, largest_size, given_size=None):
     """A recipe's row for a user's own folder: image size, patch size and length follow from it.
 
     Image size: the largest of 32, 64, 128, 224 px up to `largest_size` that is not above 1.25
-    times the median shorter side. Epochs: as many samples as on CIFAR-10-LT (12,406 images), but
-    from a quarter to three times the row's epochs.
+    times the median shorter side. Patch size: of the given size, or this one. Epochs: as many
+    samples as on CIFAR-10-LT (12,406 images), but from a quarter to three times the row's epochs.
     """
     limit = min(1.25 * survey.side, largest_size)
     size = max([32, *(size for size in (64, 128, 224) if size <= limit)])
@@ -344,7 +345,7 @@ def fit_to_folder(row, survey, largest_size):
     fitted = in_proportion(row, share, share * survey.images / 12406)
     fitted |= dict(img_size=size, epochs=epochs)
     if "patch_size" in row:
-        fitted["patch_size"] = 8 if size < 128 else 16
+        fitted["patch_size"] = 8 if (given_size or size) < 128 else 16
     return fitted
 
 

@@ -191,7 +191,7 @@ class FiniteScaler:
                 f"epoch {epoch + 1}, step {step + 1}: loss or gradients were not finite in {n} "
                 f"steps in a row, at learning rate {now:.3g}; the last checkpoint is from before "
                 f"them. Try a lower --lr than {lr:g}, more --warmup-epochs or --amp none, from the "
-                "start or with --resume --force"), self.rt)
+                "start, or with --resume --force and this run's folder as --out"), self.rt)
 
     @property
     def in_a_row(self):

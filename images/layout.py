@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from images.files import DataError, shown, some, subfolders, walk
+from images.files import DataError, ignored_text, shown, some, subfolders, walk
 
 SPLIT = re.compile(r"(?:(?P<train>train|training|trn)|(?P<val>val|valid|validation|dev)|"
                    r"(?P<test>test|testing|tst|eval|evaluation))"
@@ -105,7 +105,11 @@ def check_classes(root, train_root):
     classes = with_images(train_root)
     place = shown(train_root)
     if len(classes) < 2:
-        found = "only one folder of images" if classes else "no folders of images"
+        found, ignored = "only one folder of images", Counter()
+        if not classes:
+            found = "no folders of images"
+            if not any(True for _ in walk(train_root, [], ignored)) and ignored:
+                found += f" ({ignored_text(ignored).lower()})"
         below = better_root(train_root)
         if below and train_root == root:
             advice = f"Use --data-dir {shown(below)}"

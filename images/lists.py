@@ -13,6 +13,7 @@ import codecs
 import csv
 import io
 import os
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -89,7 +90,7 @@ def read_list(path, root, whole, columns=None, by=None):
     base = base_folder(path, root, rows)
     problems, good, first = [], {}, {}              # first: {name: (line, its split, class)}
     for row in rows:
-        name, label = relative(row.image, base), class_name(row.label)
+        name, label = relative(row.image, base), class_name(in_unicode(row.label))
         split = whole if row.split is None else split_of(row.split)
         if split is not None:
             good.setdefault(split, {})              # there, also if none of its rows can be used
@@ -97,7 +98,8 @@ def read_list(path, root, whole, columns=None, by=None):
         if not wrong and split is None:
             wrong = f"split {shown(row.split)!r} is none of train, val and test"
         elif not wrong and name is None:
-            wrong = f"{shown(row.image)} is not a path below {shown(base)}"
+            wrong = (f"{shown(row.image)} is not a path below {shown(base)}; --data-dir names the "
+                     "folder that all are below")
         elif not wrong and name in first:
             line, its_split, its_label = first[name]
             wrong = f"{shown(row.image)} is listed in line {line} already"
@@ -108,7 +110,7 @@ def read_list(path, root, whole, columns=None, by=None):
             problems.append(f"{shown(path)}, line {row.line}: {wrong}")
         else:
             first[name] = row.line, split, label
-            path_of_image = os.fsencode(os.path.join(base, row.image))
+            path_of_image = os.fsencode(as_on_disk(os.path.join(base, row.image)))
             good[split][name] = path_of_image, label, row.group
     if not rows:
         raise DataError(f"the list {shown(path)} is empty: a header image,label and rows, or lines "
@@ -122,6 +124,23 @@ def read_list(path, root, whole, columns=None, by=None):
              for split, images in good.items()}
     parts = parts or {whole: as_files([], base, header, by)}
     return parts, base, problems
+
+
+def in_unicode(label):
+    """A class's name; one that is not UTF-8 is in the code page 1252, as Excel writes it."""
+    try:
+        label.encode()
+        return label
+    except UnicodeEncodeError:                      # bytes that os.fsdecode has kept
+        return os.fsencode(label).decode("cp1252", "replace")
+
+
+def as_on_disk(path):
+    """A path in the Unicode form of its file: archives of a Mac and lists may differ in it."""
+    if path.isascii() or os.path.exists(path):
+        return path
+    forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+    return next((form for form in forms if os.path.exists(form)), path)
 
 
 def as_files(images, base, header, by):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from types import SimpleNamespace
 
@@ -91,8 +92,8 @@ def test_heads_are_those_of_the_run(runs, tmp_path, monkeypatch, capsys):
     assert "balanced CLS" in rows[0]
     network, args, data = loading.load(str(runs["deit-lt"]), RT)
     balanced = accuracy.head_combinations(network, args, data, RT)["balanced CLS"]
-    data.counts = [1] * 10                  # images of other frequencies than those of its training
-    assert accuracy.head_combinations(network, args, data, RT)["balanced CLS"] == balanced
+    others = replace(data, counts=[1] * 10)     # of other frequencies than those of its training
+    assert accuracy.head_combinations(network, args, others, RT)["balanced CLS"] == balanced
     args.logit_adjustment = True                                # its CLS is balanced by its loss
     assert "balanced CLS" not in accuracy.head_combinations(network, args, data, RT)
     with pytest.raises(SystemExit):

@@ -314,6 +314,18 @@ def test_classes_without_train_are_not_passed_over(cifar, monkeypatch):
     assert text.endswith(f"name its place with --data-dir {cifar / 'in'}")
 
 
+def test_cifar_is_not_downloaded_among_photographs(tmp_path, monkeypatch):
+    """--dataset folder forgotten: hours of CIFAR; a folder data/ of several sets refused."""
+    def downloaded(*args, **kwargs):
+        raise OSError("downloaded")
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", downloaded)
+    write_files(tmp_path / "photos", {"ant": 3, "bee": 3, "fly": 3})
+    text = message("cifar10", tmp_path / "photos")
+    assert "3 folders of images, and CIFAR is not there" in text and "--dataset folder" in text
+    (tmp_path / "photos").rename(tmp_path / "data")
+    assert "downloaded" in message("cifar10", tmp_path / "data")
+
+
 def test_a_folder_without_classes_is_named(tmp_path):
     (tmp_path / "train").mkdir()
     assert f"{tmp_path / 'train'} has no class folders" in message("cifar10", tmp_path)
@@ -328,8 +340,8 @@ def test_an_empty_class_is_named(cifar):
 def test_a_wrong_number_of_classes_is_named(cifar):
     for split in ("train", "test"):
         shutil.rmtree(cifar / split / "kind10")
-    expected = f"{cifar / 'train'} has 9 class folders, 10 are expected"
-    assert message("cifar10", cifar) == expected
+    expected = f"{cifar / 'train'} has 9 class folders, CIFAR has 10; for your own"
+    assert message("cifar10", cifar).startswith(expected)
 
 
 def test_classes_that_differ_between_train_and_test_are_named(cifar):

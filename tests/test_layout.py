@@ -30,6 +30,15 @@ def refusal(root, holdout=None):
     return str(error.value)
 
 
+def test_pictures_of_an_unknown_format_are_named(tmp_path):
+    """A telephone's .heic files in the right layout: "no folders of images", and nobody knows why.
+    """
+    write_files(tmp_path, folders(""))
+    for file in list(tmp_path.rglob("*.jpg")):
+        file.rename(file.with_suffix(".HEIC"))
+    assert "no folders of images (ignored, not images: 8 .heic)" in refusal(tmp_path, 0.2)
+
+
 @pytest.mark.parametrize("train, test", [
     ("train", "test"), ("Train", "Test"), ("TRAIN", "VAL"), ("training", "validation"),
     ("Training Set", "valid"), ("train_images", "Testing"), ("trainset", "test-set"),

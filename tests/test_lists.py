@@ -78,6 +78,20 @@ def test_a_table_of_excel_under_windows():
     assert from_windows("image,Bär".encode()) == "image,Bär".encode()
 
 
+def test_a_class_in_the_code_page_of_excel_is_text(tmp_path):
+    """K\\xe4fer for Käfer, in every table and prediction."""
+    content = "image;label\na/0.jpg;K\u00e4fer\na/1.jpg;Fliege\n".encode("cp1252")
+    assert listed(tmp_path, content)[2].class_names == ["Fliege", "K\u00e4fer"]
+
+
+def test_a_path_in_another_unicode_form_is_found(tmp_path):
+    """An archive of a Mac, a list of Excel: "No such file", where ls shows exactly that name."""
+    path = write(tmp_path, "image,label\nK\u00e4fer.jpg,x\na/1.jpg,y\n")
+    (tmp_path / "a" / "0.jpg").rename(tmp_path / "Ka\u0308fer.jpg")
+    train, _, _ = find_listed(path, None, str(tmp_path))
+    assert all(map(os.path.exists, train.paths)) and len(train) == 2
+
+
 def test_a_column_of_splits(tmp_path):
     """A val row that is trained on; classes of the test rows numbered by themselves."""
     rows = ["image,label,fold", "a/0.jpg,dog,Train", "a/1.jpg,cat,TRAINING", "b/0.jpg,dog,Test"]

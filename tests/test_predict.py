@@ -224,6 +224,15 @@ def test_a_prediction_of_nothing_says_why(flags, message, runs, tmp_path, monkey
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [("--topk", 3), ("--min-probability", 0.6),
+                                   ("--min-probability", 0)])
+def test_flags_of_predict_are_refused_elsewhere(flags, runs, monkeypatch, capsys):
+    """A program exported in the belief that it says "unsure"."""
+    with pytest.raises(SystemExit):
+        script(analyze, monkeypatch, "export", runs["vit"], *flags)
+    assert f"{flags[0]} is for predict, not for export" in capsys.readouterr().err
+
+
 # ---- Mirror images -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["teacher", "deit-lt"])

@@ -65,6 +65,15 @@ def test_a_clusters_variables_without_a_group(world, words, monkeypatch):
         runtime.setup("cpu")
 
 
+@pytest.mark.parametrize("rank, world", [("1", "1"), ("0", "0"), ("-1", "2")])
+def test_a_process_that_no_group_has(rank, world, monkeypatch):
+    """A stray RANK: a training that prints and writes nothing; a division by a world of 0."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UserError, match="unset them"):
+        runtime.setup("cpu")
+
+
 # ---- Seeds ---------------------------------------------------------------------------------------
 
 def test_step_seeds_replay_and_differ_in_every_part_of_the_key():

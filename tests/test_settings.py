@@ -125,6 +125,15 @@ def test_the_printed_command_of_a_student_has_the_flags_that_it_needs():
                                "--data-dir x --recipe ours --amp none".split())
     assert sorted(train_teacher.flags_for_student(args)) == [
         "--data-dir=x", "--dataset=folder", "--imb=50.0", "--recipe=ours", "--seed=2", "--skip-bad"]
+    larger = train_teacher.parse("--dataset folder --data-dir x --img-size 64".split())
+    assert "--img-size=64" in train_teacher.flags_for_student(larger)       # or it sees 32 px
+
+
+def test_a_share_of_0_holds_nothing_out():
+    """The advice to say --holdout 0, refused because 0 is not from 0.01 to 0.9."""
+    args = train_student.parse("--dataset cifar10 --holdout 0".split())
+    settings.resolve_data(args)
+    assert args.holdout is None
 
 
 def data_args(**changes):
@@ -188,6 +197,9 @@ def test_image_and_patch_size_follow_from_the_images():
     assert sizes == {10: 32, 40: 32, 51: 32, 52: 64, 103: 128, 180: 224, 1000: 224}
     assert [fitted(1000, side)["patch_size"] for side in (40, 60, 130, 300)] == [8, 8, 16, 16]
     assert fitted(1000, 1000, largest=64)["img_size"] == 64
+    survey = argparse.Namespace(images=1000, side=60)           # 784 patches for --img-size 224
+    row = dict(epochs=60, drw_epoch=40, warmup_epochs=5, patch_size=8)
+    assert settings.fit_to_folder(row, survey, 64, given_size=224)["patch_size"] == 16
 
 
 def test_epochs_follow_from_the_number_of_images():
