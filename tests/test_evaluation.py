@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import augment
@@ -507,3 +508,12 @@ def test_a_network_without_a_teacher_is_named_alone():
     line = evaluation.advice({"avg": dict(overall=52.04)}, "runs/vit", None, dict(epochs=30))
     assert line == ("Use the network: python analyze.py predict --checkpoint runs/vit PICTURES "
                     "(accuracy 52.0 % on the test images)")
+
+
+def test_a_teachers_smaller_images_are_smoothed():
+    """Pixels left out instead: a teacher tested on other images than it was trained on."""
+    x = torch.rand(2, 3, 32, 32)
+    expected = F.interpolate(x, (16, 16), mode="bicubic", antialias=True).clamp(0, 1)
+    torch.testing.assert_close(evaluation.teacher_input(x, 16), expected, rtol=0, atol=1e-2)
+    jagged = F.interpolate(x, (16, 16), mode="bicubic").clamp(0, 1)
+    assert (evaluation.teacher_input(x, 16) - jagged).abs().mean() > 0.05

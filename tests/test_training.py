@@ -5,7 +5,7 @@ from torch import nn
 
 from engine import training
 from engine.runtime import Runtime, UserError
-from engine.training import EMA, FiniteScaler, cosine_lr
+from engine.training import EMA, FiniteScaler, cosine_lr, micro_batches
 from sam import SAM, frozen_batchnorm_statistics
 
 CPU = Runtime(torch.device("cpu"))
@@ -292,3 +292,10 @@ def test_a_lost_run_ends_after_ten_bad_steps_in_a_row():
     lost = train("adamw", bad + bad)[2]
     with pytest.raises(UserError, match="epoch 3, step 18.* 18 .*learning rate 0.01.*--lr"):
         lost.stop_if_lost(2, 17, 0.01)
+
+
+def test_micro_batches_fit_and_none_is_empty():
+    """More pieces than the shortest batch has images: a loss of NaN, and a step undone in silence;
+    as many for each of two processes as for one."""
+    assert micro_batches(23, 3, 1, 1) == 7              # batches of 8, 8 and 7 images
+    assert micro_batches(90, 3, 2, 8) == 2              # 15 images for each process

@@ -42,6 +42,8 @@ def nothing_random():
         return without_batchnorm(new_network(*given))
 
     def as_they_are(images, args):
+        most = 30 // int(os.environ.get("WORLD_SIZE", 1))           # this process's part of a batch
+        assert len(images) <= getattr(args, "micro_batch", most)
         return augment.resize(augment.to_float(images), args.img_size)
     train_teacher.new_network = new_network_without_batchnorm
     train_teacher.view = train_student.strong_augment = as_they_are
@@ -59,7 +61,7 @@ ALIKE = {       # 90 images: 3 steps of 30, of which each process has as many
 @pytest.mark.parametrize("module", ALIKE)
 def test_two_processes_give_the_losses_of_one(module, tiny_cifar, tmp_path):
     """Gradients summed, not averaged; processes that average too early in an accumulation; SAM that
-    climbs on the gradient of a part; an order that shows images twice."""
+    climbs on the gradient of a part; an order that shows images twice; the whole batch in each."""
     for n in (1, 2):
         flags = [*ALIKE[module], *FLOAT32, "--data-dir", tiny_cifar, "--out", tmp_path / str(n)]
         code, printed = run(n, tmp_path / "log", module, *flags, prepare=nothing_random)
