@@ -12,12 +12,17 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+PHOTOMETRIC_INTERPRETATION = 262            # a TIFF tag; 0: its lowest level is white
+
 
 def read(path, size, white):
-    """A picture -> float32 (3,size,size) in [0,1]: turned as EXIF says, on white, its center."""
+    """A picture's central square, turned as EXIF says, on white -> float32 (3,size,size) in [0,1].
+
+    white: the level of 16-bit gray that is white. A file of floating-point pixels ends the program.
+    """
     image = Image.open(path)
-    image.filename = ""         # else PIL 12 reads some uncompressed TIFF files, turned, wrongly
-    zero_is_white = image.format == "TIFF" and image.tag_v2.get(262) == 0
+    image.filename = ""         # else PIL maps TIFF files into memory, and some are turned wrongly
+    zero_is_white = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         sys.exit(f"{path} holds floating-point pixels; save it with 8 or 16 bits")

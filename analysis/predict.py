@@ -100,9 +100,10 @@ def predict(network, names, rt, topk=5, batch=64, temperature=1.0, min_probabili
     """Rows {"image", "class", "probability", "class 2", "probability 2", ...}, one for each image.
 
     network: an engine.networks.Network on rt.device. names: files, folders and patterns.
-    temperature: of the probabilities. With min_probability also "answer": the class, or "unsure" if
-    its probability is lower. Images that cannot be read, or of which the network says nothing
-    finite, are named on stderr and left out; UserError if none is left.
+    How 16-bit images are read is said on stderr. temperature: of the probabilities. With
+    min_probability also "answer": the class, or "unsure" if its probability is lower. Images that
+    cannot be read, or of which the network says nothing finite, are named on stderr and left out;
+    UserError if none is left.
     """
     model, rows, paths = Predictor(network).eval(), [], find_images(names)
     decode.say_levels(*decode.all_extremes([os.fsencode(path) for path in paths]), network.white,
@@ -156,10 +157,10 @@ def prediction_text(row):
 # ---- Export --------------------------------------------------------------------------------------
 
 def export(network, stem, temperature=1.0):
-    """Write stem.pt2 (torch.export), stem.json and, with the package onnx, stem.onnx and
-    stem_predict.py, a program that predicts with it.
+    """Write stem.pt2 (torch.export), stem.json and, with the package onnx, stem.onnx.
 
-    Both networks take float images (B,3,S,S) in [0,1], any B, and give logits (B,K). Each is read
+    Beside stem.onnx also stem_predict.py, a copy of onnx_client.py, which predicts with it. Both
+    networks take float images (B,3,S,S) in [0,1], any B, and give logits (B,K). Each is read
     again and must give the network's own logits on random images; UserError if it does not. What
     makes a picture such an image, and logits probabilities, is in stem.json: see `preprocessing`.
     Returns lines of text.
@@ -195,7 +196,7 @@ def export(network, stem, temperature=1.0):
     with open(ONNX_CLIENT, "rb") as client:
         text = client.read()
     write_atomically(f"{stem}_predict.py", lambda file: file.write(text))
-    lines.append(f"{stem}_predict.py: predicts with these two files, without this project")
+    lines.append(f"{stem}_predict.py: predicts with .onnx and .json, without this project")
     return lines
 
 

@@ -151,10 +151,10 @@ def prior_text(spec, p, configs, counts, logits, labels, data):
     rows = {"unadjusted": weighted_accuracies(predicted(logits), labels, weights, data.groups)}
     exponent, words = joint_prior(configs)
     if exponent and counts is None:
-        exponent, words = None, "the networks were not trained with the same class frequencies"
+        exponent, words = None, "the training frequencies are not known, or not the same for all"
     text = f"not adjusted: {words}"
     if exponent is not None:
-        classes = adjusted(logits, p, counts or data.counts, exponent)
+        classes = adjusted(logits, p, counts or data.counts, exponent)      # exponent 0: any counts
         rows["adjusted"] = weighted_accuracies(classes, labels, weights, data.groups)
         text = f"adjusted: logits + ln(test prior) - ln(prior implied by training: {words})"
     if share < 1 - 1e-9:

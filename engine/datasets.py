@@ -268,7 +268,7 @@ def load_cifar(root, num_classes, imb=100, kind="exp", holdout=None):
             refuse_layout(root, f"{place} has {num_classes} folders of images but no train/",
                           f"Move them into {place}/train and images to test on into "
                           f"{place}/test/<class>; or use --dataset folder --holdout 0.2")
-        if n > 1 and os.path.basename(os.path.abspath(root)) != "data":     # may hold several sets
+        if n > 1 and os.path.basename(os.path.abspath(root)) != "data":     # of several data sets
             refuse_layout(root, f"{place} has {n} folders of images, and CIFAR is not there",
                           "For your own images: --dataset folder. CIFAR is downloaded into a "
                           "folder without images.")

@@ -20,10 +20,10 @@ pixel statistics of iNaturalist.
 `match_classes` puts outputs into the order of the data at hand: by class names where the file has
 them ("class_names") or a text file beside it (x.pth -> x.classes.txt, a name a line), else by
 numbers. A published teacher of ImageNet-LT or iNaturalist numbers classes as the data set does
-(PaCo) or by descending training count (LDAM), DeiT-LT's students by descending count. There classes
-of equal counts may be in any order (NumPy's argsort), so names are needed. Of a user's own folders
-nothing is published: where torchvision's ImageFolder would sort them otherwise than here (1, 10,
-2), names are needed, too.
+(PaCo) or by descending training count (LDAM), DeiT-LT's students by descending count, in which
+classes of equal counts may be in any order (NumPy's argsort): then names are needed. Of a user's
+own folders nothing is published: where torchvision's ImageFolder would sort them otherwise than
+here (1, 10, 2), names are needed, too.
 """
 import hashlib
 import os
@@ -582,8 +582,8 @@ def check_order_is_known(data, network, what):
                   "most frequent one")
     elif (data.name in ("folder", *data_lt.LISTS) and network.numbering == "count"
           and len(set(data.counts)) < data.num_classes):
-        reason = ("its outputs are in the order of its training images per class, whose order "
-                  "among classes of equally many is not known")
+        reason = ("its outputs are sorted by the training images of their classes, of which some "
+                  "have equally many: their order is not known")
     else:
         return
     raise UserError(f"{what} has no class names, and {reason}: put their names beside it, one a "

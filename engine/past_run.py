@@ -290,9 +290,9 @@ class PastRun:
     def check_force(self, args, changes):
         """UserError for changed settings, unless --force."""
         if not args.force:
-            images = any(f"{flag(name)} " in changes for name in DATA_SETTINGS if name != "groups")
             ways = "repeat them, or start another run"
-            if not images:                                          # which --force would refuse
+            # With other images --force is refused, too.
+            if not any(f"{flag(name)} " in changes for name in DATA_SETTINGS if name != "groups"):
                 ways += ", or go on all the same with --force"
             raise UserError(f"{self.folder} was begun with other settings: {changes}; "
                             f"{REMOVE if self.wait else ways}")

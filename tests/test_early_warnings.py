@@ -88,6 +88,7 @@ def test_the_loss_of_one_answer(settings, expected):
 @pytest.mark.parametrize("changes, words", [
     (dict(steps=40, epochs=3), "120 steps of the optimizer (--epochs 3, 40 steps each) are too "
                                "few to learn much; --epochs 13 makes 500"),
+    (dict(steps=1, epochs=120), "--epochs 500 makes 500"),
     (dict(steps=40, epochs=3, minutes=10.0), "4.2 times the --minutes makes 500"),
     (dict(epochs=6, warmup_epochs=6), "the warm-up, 6 epochs, does not end in 6")])
 def test_a_budget_too_short_for_the_schedule(changes, words, capsys):

@@ -639,7 +639,7 @@ def test_an_order_by_counts_that_are_equal_is_not_known(tmp_path, counts, name, 
     data = own_folder("abc")
     data.counts, data.name = counts, name
     if refused:
-        with pytest.raises(UserError, match="equally many is not known"):
+        with pytest.raises(UserError, match="equally many: their order is not known"):
             networks.match_classes(networks.load_network(path), data, "it")
         Path(path).with_suffix(".classes.txt").write_text("b\na\nc\n")
     found = networks.match_classes(networks.load_network(path), data, "it")

@@ -150,7 +150,7 @@ def test_the_training_is_the_networks_not_that_of_the_images_at_hand():
     assert first.split()[3:6] == ["0.0", "0.0", "100.0"]
     assert second.split()[3:6] == ["100.0", "0.0", "0.0"]
     text = priors.prior_text("uniform", p, [config] * 2, None, logits, labels, DATA)
-    assert "not trained with the same class frequencies" in text and "\nadjusted" not in text
+    assert "not the same for all" in text and "\nadjusted" not in text
 
 
 @pytest.mark.parametrize("configs, text", [

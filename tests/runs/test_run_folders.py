@@ -245,6 +245,15 @@ def test_another_result_without_checkpoints_is_not_overwritten(flags, words, sha
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.parametrize("flags, forced", [("--lr 0.05", True), ("--imb 6", False)])
+def test_force_is_named_only_where_it_helps(flags, forced, shared_run, tmp_path, refused):
+    """--force advised for other images, which it refuses in its turn."""
+    module, given, finished = shared_run("teacher")
+    shutil.copytree(finished, tmp_path / "run")
+    message = refused(module, *given, "--out", tmp_path / "run", "--resume", *flags.split())
+    assert "other settings" in message and ("--force" in message) == forced
+
+
 def test_a_finished_teacher_that_is_only_read_may_be_anybodys(waiting_student, teacher_run, owner,
                                                               monkeypatch, capsys):
     """Refused: a teacher of another owner, in a read-only folder, of other processes or --amp,

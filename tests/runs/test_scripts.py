@@ -1,4 +1,6 @@
 """The training scripts from flags to a finished run: what is written, used, found and drawn."""
+import re
+
 import pytest
 import torch
 
@@ -157,7 +159,10 @@ def test_a_missing_teacher_is_trained_first(tiny_cifar, tmp_path, tiny_teachers,
     """A teacher of other data or seed, one that is trained twice, or one of another recipe."""
     flags = [*STUDENT, "--epochs", "1", "--seed", "3", "--data-dir", tiny_cifar]
     train(train_student, *flags)
-    assert "Teacher (cpu recipe): resnet32" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Teacher (cpu recipe): resnet32" in out
+    command, = re.findall("First its teacher: python train_teacher.py (.*)", out)
+    assert {"--imb=12.0", "--seed=3"} < set(command.split())
     teacher = read("runs/teacher_cifar10_imb12_cpu_s3", "config.json")
     assert (teacher["imb"], teacher["seed"], teacher["device"]) == (12, 3, "cpu")
     student, = tmp_path.glob("runs/deit-lt_*")
