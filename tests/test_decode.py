@@ -518,6 +518,20 @@ def test_boxes_follow_from_seed_epoch_and_step_alone(stream_files):
     assert not torch.equal(first, second)
 
 
+def test_half_of_the_images_of_a_batch_are_mirrored(stream_files, monkeypatch):
+    """None, all, or in a mirrored batch all; one that is upside down."""
+    monkeypatch.setattr(decode, "random_box", lambda rng: lambda W, H: (0, 0, W, H))
+    stream = decode.Stream(stream_files, 32)
+    (_, _, images), = stream.batches([(0, torch.full((200,), 3))], (0, 0, 0))
+    plain, mirrored = images[0], images[0].flip(2)
+    assert not torch.equal(plain, mirrored)
+    same = [torch.equal(x, plain) for x in images]
+    assert all(s or torch.equal(x, mirrored) for s, x in zip(same, images))
+    assert 60 < sum(same) < 140
+    assert any(torch.equal(decode.read_square(stream.files.paths[3], 32, lambda W, H: (0, 0, W, H),
+                                              stream.files.white), x) for x in (plain, mirrored))
+
+
 def test_the_boxes_have_the_published_distribution():
     """Against torchvision's RandomResizedCrop, decile by decile; and the box where nothing fits."""
     torch.manual_seed(0)

@@ -227,6 +227,25 @@ def test_the_cosine_of_cls_and_dist():
     assert evaluation.token_cosine(net, small_data(), 32, 1.0, CPU) is None
 
 
+def test_the_cosine_is_of_images_of_all_classes_as_they_are_tested():
+    """The first images only, which are of one class where files are sorted; another crop."""
+    data = small_data(side=4, counts=(400, 300, 200, 100))
+    data.test_images[:] = data.test_labels.to(torch.uint8)[:, None, None, None]
+    sizes = []
+
+    class Tokens(nn.Module):
+        distilled = True
+
+        def forward_features(self, x):
+            sizes.append(x.shape[-1])
+            of_class_0 = (x[:, 0, 0, 0] == 0).float()
+            tokens = torch.zeros(len(x), 2, 2)
+            tokens[:, 0, 0], tokens[:, 1, 0], tokens[:, 1, 1] = 1, of_class_0, 1 - of_class_0
+            return tokens, []
+    found = evaluation.token_cosine(Tokens(), data, 2, 0.5, CPU)
+    assert found == pytest.approx(0.4, abs=0.01) and sizes == [2]
+
+
 def test_a_teacher_is_described_by_what_it_says_of_training_images():
     """Accuracy of the clean images under the mixed ones' name; entropy in other units."""
     data = small_data(counts=(8, 4, 2, 2))
@@ -237,6 +256,22 @@ def test_a_teacher_is_described_by_what_it_says_of_training_images():
     assert list(summary) == ["clean", "mixed"]
     assert summary["clean"] == {"accuracy": 50.0, "entropy": 0.5623}
     assert "50.0 % right, entropy 0.56 nats" in evaluation.teacher_summary_text(summary)
+
+
+def test_images_of_different_classes_are_mixed_although_their_files_are_sorted(monkeypatch):
+    """Batches of one class, whose mixtures are easier than those that a student asks about; the
+    first images only, of which all are of the most frequent classes."""
+    batches, mixup_cutmix = [], augment.mixup_cutmix
+
+    def recorded(x, y, K):
+        batches.append(y)
+        return mixup_cutmix(x, y, K)
+    monkeypatch.setattr(augment, "mixup_cutmix", recorded)
+    data = small_data(side=8, counts=(100, 60, 30, 10))
+    teacher = Teacher(torch.eye(4)[:1], 8)
+    evaluation.teacher_on_training_images(teacher, data, CPU, limit=100, batch=20)
+    assert [len(set(y.tolist())) > 1 for y in batches] == [True] * 5
+    assert torch.bincount(torch.cat(batches)).tolist() == pytest.approx([50, 30, 15, 5], abs=1)
 
 
 def test_a_mixed_images_label_is_that_of_its_larger_part(monkeypatch):
@@ -423,12 +458,30 @@ def test_the_teacher_and_both_together_are_measured_on_the_students_test_images(
     assert list(rows) == ["teacher_avg", "cls", "dist", "avg", "avg+teacher"]
     assert rows["avg"] is found["avg"]
     assert teacher.images[0].shape == (16, 3, 16, 16)
+    evaluation.with_teacher(found, student, teacher, data, 28, 0.875, CPU)
+    assert torch.equal(student.images[-1], data.test_images[:, :, 2:30, 2:30] / 255)
     assert rows["teacher_avg"]["per_class"] == rows["avg+teacher"]["per_class"] == [0, 100, 0, 0]
     # By hand: class 0 (8 images): 0 only the teacher right, 8 only the student; class 1: 4 and 0.
     cells = [(0.5, 8.5, 10), (4.5, 0.5, 6), (0.5, 0.5, 4), (0.5, 0.5, 4)]
     variance = sum((b + c - (b - c) ** 2 / n) / n ** 2 for b, c, n in cells)
     expected = 100 * 1.96 * variance ** 0.5 / 4
     assert rows["teacher_avg"]["margin"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_two_processes_compare_student_and_teacher_on_all_images(monkeypatch):
+    """An interval from one process's part of the images."""
+    data, asked = small_data(), []
+    data.test_labels = data.test_labels.roll(3)                 # no class is one process's alone
+    student, teacher = Student(torch.eye(4)[:1], None), Teacher(torch.eye(4)[1:2], 32)
+    expected = evaluation.with_teacher({}, student, teacher, data, 32, 1.0, CPU)
+
+    def compare(rank):
+        return evaluation.with_teacher({}, student, teacher, data, 32, 1.0,
+                                       Runtime(torch.device("cpu"), rank=rank, world=2))
+    monkeypatch.setattr(evaluation, "all_sum", lambda x, rt: (asked.append(x), x)[1])
+    compare(1)                                                  # what the other one contributes
+    monkeypatch.setattr(evaluation, "all_sum", lambda x, rt: x + asked.pop(0))
+    assert compare(0) == expected and not asked
 
 
 def test_both_together_are_compared_with_the_better_of_the_two():

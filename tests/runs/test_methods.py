@@ -88,7 +88,7 @@ def test_crt_trains_a_new_classifier_and_nothing_else(own_runs, tmp_path, monkey
         orders.append(balanced(args, data, epoch))
         return orders[-1]
     monkeypatch.setattr(crt, "class_balanced", recorded)
-    flags = [*SMALL, *own_runs, "--drop-path", "0.1"]
+    flags = [*SMALL, *own_runs, "--stem", "conv"]       # its BatchNorm would learn in training mode
     train(crt, *flags, "--out", "run")
     first, = tmp_path.glob("runs/vit_*")
     before, after = checkpoint(first)["model"], checkpoint("run")["model"]
@@ -139,6 +139,18 @@ def test_deit3s_images_are_gray_solarized_or_blurred():
     rest = made[~gray & ~solarized][:, 0].float()
     assert all(60 < n < 140 for n in (gray.sum(), solarized.sum(), len(rest)))
     assert (rest.std(dim=-1) < image[0].float().std(dim=-1).mean()).all()       # blurred
+
+
+def test_student_and_teacher_are_compared_on_the_images_that_are_reported(teach, monkeypatch):
+    """The student on whole images in the teacher's row and in the tokens' cosine."""
+    crops, student_input = set(), evaluation.student_input
+
+    def recorded(x, img_size, eval_crop):
+        crops.add((img_size, eval_crop))
+        return student_input(x, img_size, eval_crop)
+    monkeypatch.setattr(evaluation, "student_input", recorded)
+    teach(OneClass(), "--eval-crop", "0.5")
+    assert crops == {(16, 0.5)} and read("run", "result.json")["teacher_avg"]
 
 
 def test_a_fast_stem_begins_with_the_teachers_blocks(own_runs, monkeypatch):

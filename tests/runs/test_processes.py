@@ -71,8 +71,12 @@ def test_two_processes_give_the_losses_of_one(module, tiny_cifar, tmp_path):
     assert losses[0][0] != pytest.approx(losses[0][1], rel=1e-2)        # something is learned
     one, two = (checkpoint(tmp_path / n) for n in "12")
     assert (one["world"], two["world"]) == (1, 2)
-    for part in ("model", "ema"):
-        torch.testing.assert_close(one.get(part), two.get(part), rtol=5e-2, atol=5e-3)
+    for part in ("model", "ema"):           # AdamW moves a weight without gradient by its noise
+        torch.testing.assert_close(one.get(part), two.get(part), rtol=1e-3, atol=1e-3)
+    if module == "train_student":           # it divides by the gradient's size: compare that too
+        for mine, theirs in zip(*(run["optimizer"]["state"].values() for run in (one, two))):
+            a, b = mine["exp_avg"], theirs["exp_avg"]
+            assert (a - b).norm() < 1e-3 * a.norm()
 
 
 def two_epochs():
