@@ -143,13 +143,17 @@ class PretendedGPU(TorchFunctionMode):
         return named[0] if named else None, args, kwargs
 
     def move(self, func, name, target, args, kwargs):
-        """.to and .cpu: between devices always a copy."""
+        """.to and .cpu: between devices always a copy, which blocks unless it is asked not to.
+
+        Module.to, at the start of a run, is not noted: its call has a fourth argument.
+        """
         was_here = self.has(args[0])
         goes_here = target == "cuda"
         if target is None and name == "to":         # to another type only
             goes_here = was_here
         result = func(*args, **kwargs)
-        if was_here and not goes_here:
+        blocks = was_here or not (kwargs.get("non_blocking") or len(args) == 4)
+        if was_here != goes_here and blocks:
             self.wait(name)
         same = result.untyped_storage()._cdata == args[0].untyped_storage()._cdata
         if was_here != goes_here and same:
@@ -181,16 +185,21 @@ class PretendedGPU(TorchFunctionMode):
 
     def must_wait(self, name, args, kwargs):
         if name == "__getitem__":
-            return self.has_mask(args[1])
+            return self.has_mask(args[1]) or self.is_copied(args[1])
         if name == "__setitem__":
-            return (self.has_mask(args[1]) and isinstance(args[2], torch.Tensor)
-                    and args[2].ndim > 0)
+            masked = self.has_mask(args[1])
+            several = isinstance(args[2], torch.Tensor) and args[2].ndim > 0
+            return (masked and several) or self.is_copied(args[1])
         if name in ("where", "one_hot"):            # of one argument
             return len(args) + len(kwargs) == 1
         if name == "repeat_interleave":
             counted = any(isinstance(a, torch.Tensor) for a in args[1:])
             return counted and "output_size" not in kwargs
         return name in WAITS
+
+    def is_copied(self, index):
+        """Are there indices on the CPU? They are copied by a call that blocks."""
+        return any(t.ndim > 0 and not self.has(t) for t in tensors_in(index))
 
     def has_mask(self, index):
         return any(t.dtype in (torch.bool, torch.uint8) and self.has(t) for t in tensors_in(index))
