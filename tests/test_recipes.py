@@ -189,6 +189,17 @@ def test_teachers(recipe, flags, dataset):
     assert {name: got[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("images, flags, expected", [
+    (5000, (), dict(batch=32)), (5001, (), dict(batch=64)),
+    (5000, ("--batch", "48"), dict(batch=48)), (5000, PACO, dict(batch=32, alpha=0.003))])
+def test_a_teacher_of_few_images_has_smaller_batches(images, flags, expected, monkeypatch):
+    """Too few steps for a few thousand images; a batch that was given, halved; CIFAR's alpha."""
+    monkeypatch.setattr(train_teacher, "survey", lambda args: argparse.Namespace(
+        images=images, classes=30, side=300))
+    args = resolved(train_teacher, "--recipe", "cpu", "--dataset", "folder", *flags)
+    assert {name: getattr(args, name) for name in expected} == pytest.approx(expected)
+
+
 def test_pixel_statistics():
     """Another data set's mean, or mean and standard deviation that have changed places."""
     assert NORMALISATIONS == {
