@@ -425,3 +425,31 @@ def test_crt_is_not_begun_beside_the_vit_that_it_trains_first(ablation, monkeypa
     ablation("table1", "--jobs", 3, "--dataset", "shapes", "--recipe", "cpu")
     kinds = [[Path(folder).name.split("_")[0] for folder in each] for each in together]
     assert kinds == [["vit"], ["vit", "deit"], ["vit-crt"]]
+
+
+# Table 1: of CIFAR-10; the others also of CIFAR-10 at imbalance 50, CIFAR-100 at 100 and at 50.
+PUBLISHED = {
+    "table1": {"--method deit --teacher strong": (70.2,),
+               "--beta 0 --teacher-view weak --mixup 0 --cutmix 0": (54.2,),
+               "--beta 0 --mixup 0 --cutmix 0": (69.6,), "--beta 0": (79.4,)},
+    "table5": {"--method deit --teacher strong": (70.2, None, 31.3),
+               "--beta 0 --teacher-rho 0": (84.5, None, 48.9),
+               "--teacher-rho 0": (87.3, None, 54.5), "": (87.5, None, 55.6)},
+    "table6": {"--model tiny": (80.8, None, 49.3), "--model small": (85.5, None, 54.3),
+               "--model base": (87.5, None, 55.6)},
+}
+
+
+@pytest.mark.parametrize("table", PUBLISHED)
+def test_rows_are_the_papers(table):
+    """A number under another title, or another command's number: CutMix that goes on, SAM."""
+    rows = {row.command.removeprefix("train_student.py").strip(): row.published
+            for row in ablate.TABLES[table]}
+    assert rows == PUBLISHED[table]
+
+
+@pytest.mark.parametrize("table", ["table1", "table2", "table5", "table6"])
+def test_a_folders_table_on_a_cpu_is_of_the_papers_method(table):
+    """Soft labels and logit adjustment, by ours, the default there, under the paper's titles."""
+    _, rows = ablate.plan(table, ["--dataset", "folder", "--data-dir", "fish"], [0], CPU)
+    assert all("--recipe cpu" in command for _, commands in rows for command in commands)

@@ -338,3 +338,10 @@ def test_fastnet_takes_a_cosine_classifier_and_a_name():
     assert features.shape == (2, 256) and isinstance(net.classifier, CosineClassifier)
     cosine = F.normalize(features) @ F.normalize(net.fc.weight, dim=0)
     torch.testing.assert_close(logits, 30 * cosine)
+
+
+@pytest.mark.parametrize("network", [resnet32, FastNet])
+def test_batchnorms_statistics_follow_in_about_ten_steps(network):
+    """Statistics of a network that is long gone, in short runs."""
+    layers = [m for m in network(10).modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert layers and all((m.momentum, m.eps) == (0.1, 1e-5) for m in layers)

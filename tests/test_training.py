@@ -299,3 +299,15 @@ def test_micro_batches_fit_and_none_is_empty():
     as many for each of two processes as for one."""
     assert micro_batches(23, 3, 1, 1) == 7              # batches of 8, 8 and 7 images
     assert micro_batches(90, 3, 2, 8) == 2              # 15 images for each process
+
+
+def test_a_bad_loss_in_another_process_counts_here(monkeypatch):
+    """A step that one process undoes and the others take: their weights differ from then on."""
+    monkeypatch.setattr(training, "all_sum", lambda tensor, rt: tensor.add_(1))
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
+    scaler, before = FiniteScaler(net, optimizer, CPU), net.weight.detach().clone()
+    scaler.scale(net(torch.ones(1, 2)).sum()).backward()
+    scaler.unscale_()
+    scaler.step(optimizer)
+    assert scaler.update() == 0 and torch.equal(net.weight, before)

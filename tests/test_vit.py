@@ -520,3 +520,10 @@ def test_positions_that_are_no_square_are_refused():
     """Forgetting the number of leading tokens: 2 + 16 positions read as 1 + 17."""
     with pytest.raises(ValueError, match="17"):
         resize_pos_embed(torch.zeros(1, 18, 4), 1, 8)
+
+
+def test_micro_has_three_heads():
+    """Another network on shapes."""
+    with torch.device("meta"):
+        blocks = vit.MODELS["micro"]().blocks
+    assert {block.attn.num_heads for block in blocks} == {3}

@@ -23,6 +23,7 @@ from engine.networks import build_student, build_teacher
 from engine.run_folder import Run
 from engine.runtime import Runtime
 from engine.training import FiniteScaler, parameter_groups
+from experiments import resnet18
 from sam import SAM
 
 CPU = Runtime(torch.device("cpu"))
@@ -812,9 +813,10 @@ def test_another_loss_and_order_replace_the_recipes():
     def augment_images(images, args):
         shown.append(indices_of(images).tolist())
         return as_they_are(images, args)
-    train_a_student(student_settings("--method", "vit"), label_loss=label_loss, order_of=order_of,
-                    augment_images=augment_images)
+    _, run, _ = train_a_student(student_settings("--method", "vit"), label_loss=label_loss,
+                                order_of=order_of, augment_images=augment_images)
     assert shown == [[1, 0, 5, 5], [2, 0, 5, 5]] and len(calls) == 2
+    assert run.images == 4                              # not the 23 that there are
 
 
 def test_the_logs_numbers_are_as_they_have_been():
@@ -1313,3 +1315,120 @@ def spoiled(scale):
     def scale_nan(self, loss):
         return scale(self, loss * math.nan)
     return scale_nan
+
+
+# ---- Several micro-batches, epochs and processes -------------------------------------------------
+
+def test_a_steps_micro_batches_have_draws_of_their_own():
+    """The same crops, operations and boxes in each of the eight micro-batches of a step."""
+    draws = []
+
+    def augment_images(images, args):
+        draws.append(torch.rand(1).item())
+        return as_they_are(images, args)
+    args = student_settings("--method", "vit", micro_batch=2, epochs=1)
+    train_a_student(args, augment_images=augment_images)
+    assert len(draws) > 6 and len(set(draws)) == len(draws)
+
+
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_crops_of_the_loader_are_drawn_anew_in_every_epoch_and_process(kind):
+    """The same random crops of ImageNet-LT's images in every epoch, or in every process."""
+    data, keys = small_data(), []
+    batches = data.batches
+
+    def recorded(steps, key):
+        keys.append(key)
+        return batches(steps, key)
+    data.batches = recorded
+    second = Runtime(torch.device("cpu"), rank=1)
+    if kind == "student":
+        args = student_settings("--method", "vit", "--seed", 5)
+        train_student.train(args, data, Vit(False), None, second, RecordingRun())
+    else:
+        args = teacher_settings("--rho", 0, "--seed", 5)
+        train_teacher.train(args, data, Cnn(), second, RecordingRun())
+    assert keys == [(5, 0, 1), (5, 1, 1)]
+
+
+def test_the_teachers_prior_is_that_of_all_processes(monkeypatch):
+    """Each process with a prior, and so a loss, of its own images."""
+    monkeypatch.setattr(runtime, "all_sum", lambda x, rt: x + torch.tensor([0, 0, 0, 1.0]))
+    prior, two = torch.full((4,), 0.25), Runtime(torch.device("cpu"), world=2)
+    train_student.update_prior(prior, torch.zeros(8).long(), 1.0, 1, two)
+    torch.testing.assert_close(prior, torch.tensor([0.2525, 0.2475, 0.2475, 0.2525]))
+
+
+def test_a_class_that_the_teacher_never_names_has_a_finite_prior():
+    """ln 0, which takes the class out of DIST's softmax for good."""
+    found = train_student.log_prior_of(torch.tensor([1.0, 0, 0, 0]))
+    assert found.tolist() == pytest.approx([0] + [math.log(1e-3 / 4)] * 3)
+
+
+def test_weak_views_are_shifted_by_up_to_an_eighth_and_mirrored():
+    """Views that are shifted only, mirrored only, or further than teachers see them."""
+    torch.manual_seed(0)
+    views = train_student.weak_augment(small_data().train_images[:1].expand(500, -1, -1, -1))
+    assert len({view.numpy().tobytes() for view in views}) == 3 * 3 * 2     # of 8 px: by 1 at most
+
+
+def test_pacos_keys_are_of_the_runs_image_size(watch):
+    """Keys of the images' own size, which a CNN takes without a word."""
+    views = watch(augment, "simclr_view")
+    train_a_teacher(teacher_settings("--loss", "paco", "--queue", 16, epochs=1, img_size=4))
+    assert {call["size"] for call, _ in views} == {4}
+
+
+# ---- The plain ResNet-18 -------------------------------------------------------------------------
+
+def train_a_resnet18(**changes):
+    """Train a Cnn as the plain ResNet-18 is: (settings, network, orders, labels, run)."""
+    args = resnet18.resolved(train_teacher.parse(["--dataset", "cifar10"]), CPU)
+    small = dict(img_size=8, batch=8, epochs=2, warmup_epochs=0, eval_every=100)
+    vars(args).update(small | changes)
+    torch.manual_seed(0)
+    net, run, data, orders, labels = Cnn(), RecordingRun(), small_data(), [], []
+    batches = data.batches
+
+    def recorded(steps, key):
+        steps = list(steps)
+        orders.append(torch.cat([index for _, index in steps]).tolist())
+        for step, images, y in batches(steps, key):
+            labels.append(y)
+            yield step, images, y
+    data.batches = recorded
+    net.register_forward_hook(lambda net, x, out: run.seen.append((x[0], out)))
+    run.seen = []
+    resnet18.train(args, data, net, CPU, run)
+    return net, run, orders, labels
+
+
+def test_the_plain_resnet18_written_out_again(steps_of, watch):
+    """A log prior subtracted; one order, or the same draws, in every epoch; no crop; no decay."""
+    steps, crops = steps_of(torch.optim.AdamW), watch(augment, "random_crop_flip")
+    seeds = watch(runtime, "seed_step")
+    _, run, orders, labels = train_a_resnet18()
+    for i, y in enumerate(labels):
+        loss = cross_entropy(run.seen[i][1].double() + PI.log(), y)
+        assert run.values[i]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert steps[i]["groups"][0]["weight_decay"] == 0.05
+    assert len(labels) == 6 and orders[0] != orders[1]
+    assert [call["padding"] for call, _ in crops] == [1] * 6
+    assert [call["key"] for call, _ in seeds] == [(0, e, s, 0) for e in range(2) for s in range(3)]
+
+
+def test_the_plain_resnet18_clears_its_gradients(steps_of):
+    """Gradients of all earlier steps in each. At a rate of 0 the weights stay as they are."""
+    steps = steps_of(torch.optim.AdamW)
+    net, run, _, labels = train_a_resnet18(lr=0.0)
+    net.train()
+    loss = F.cross_entropy(net(run.seen[5][0]) + PI.log().float(), labels[5])
+    expected = torch.autograd.grad(loss, list(net.parameters()))
+    torch.testing.assert_close(steps[5]["grads"], list(expected))
+
+
+def test_the_plain_resnet18s_settings():
+    """Another baseline than the table's."""
+    a = resnet18.resolved(train_teacher.parse(["--dataset", "cifar10"]), CPU)
+    assert (a.arch, a.img_size, a.norm, a.loss, a.beta, a.rho, a.lr, a.weight_decay) == (
+        "resnet18", 64, "imagenet", "la", 0, 0, 1e-3, 0.05)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import analyze
+import augment
 import resnet
 import train_student
 import train_teacher
@@ -123,6 +124,46 @@ def test_deit3s_loss_asks_of_each_class_whether_it_is_there():
     expected = -(sigmoid[0, 0].log() + sigmoid[0, 1].log() + (1 - sigmoid[0, 2]).log()) / 3
     found = deit3.binary_cross_entropy(logits, torch.tensor([[0.7, 0.3, 0.0]]))
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_deit3_trains_with_its_own_loss_and_images(monkeypatch):
+    """A ViT with LayerScale, cross-entropy and the student's augmentation under DeiT-III's name."""
+    given = {}
+    monkeypatch.setattr(deit3, "parse", lambda: argparse.Namespace(device="cpu", amp="none"))
+    monkeypatch.setattr(train_student, "run_student", lambda args, rt, **more: given.update(more))
+    deit3.main()
+    assert given == dict(augment_images=deit3.augment_images, label_loss=deit3.binary_cross_entropy)
+
+
+@pytest.mark.parametrize("crop, cropped", [
+    ("padded", [("random_crop_flip", 4), ("resize", 64)]),
+    ("resized", [("random_resized_crop", 64)]), ("loader", [])])
+def test_deit3s_images_are_cropped_augmented_and_erased(crop, cropped, monkeypatch):
+    """DeiT-III without 3-Augment, or with another crop than its recipe's."""
+    calls = []
+
+    def step(name):
+        def replaced(images, *args, **more):
+            calls.append((name, *args, *more.values()))
+            return images
+        return replaced
+    for name in ("random_crop_flip", "random_resized_crop", "resize", "random_erasing"):
+        monkeypatch.setattr(augment, name, step(name))
+    monkeypatch.setattr(deit3, "three_augment", step("three_augment"))
+    args = argparse.Namespace(crop=crop, img_size=64, erasing=0.3)
+    deit3.augment_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), args)
+    assert calls == [*cropped, ("three_augment",), ("random_erasing", 0.3)]
+
+
+def test_deit3_solarizes_from_128_and_jitters_by_0_3(monkeypatch):
+    """Another threshold, or colours that stay as they are."""
+    seen = []
+    monkeypatch.setattr(deit3, "color_jitter", lambda images, *s: (seen.append(s), images)[1])
+    torch.manual_seed(0)
+    image = torch.tensor([127, 128], dtype=torch.uint8).repeat(8).expand(300, 3, 16, 16)
+    made = deit3.three_augment(image)
+    assert seen == [(0.3, 0.3, 0.3)]
+    assert (made == 127).flatten(1).all(dim=1).sum() > 60           # 128 becomes 127
 
 
 def test_deit3s_images_are_gray_solarized_or_blurred():
