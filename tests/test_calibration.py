@@ -323,3 +323,24 @@ def test_both_are_exported_together(runs, tiny_cifar, tmp_path, monkeypatch, cap
     with torch.no_grad():
         torch.testing.assert_close(program(x), model(x), rtol=1e-3, atol=1e-3)
     assert json.loads((tmp_path / "m.json").read_text())["size"] == model.size
+
+
+def test_a_network_that_is_far_too_sure_is_calibrated_although_it_knows_its_images():
+    """T = 1 kept for every network that has its training images right, whatever it says."""
+    class Sure(Constant):
+        def forward(self, x):
+            return torch.tensor([9.0, 0.0]).expand(len(x), 2)           # 99.99 %
+    data = SimpleNamespace(train_images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
+                           train_labels=torch.tensor([0, 0, 0, 1]), num_classes=2,
+                           test_labels=torch.tensor([0] * 99 + [1]))
+    network = SimpleNamespace(net=Sure(), teacher=None, kind="teacher")
+    temperature, _ = calibration.fit_on_training_images(network, data, RT)
+    assert temperature == pytest.approx(9 / math.log(99), rel=1e-3)
+
+
+@pytest.mark.parametrize("before, after, worse", [(0.5, 1.0, True), (1.0, 0.5, False)])
+def test_a_temperature_that_does_not_help_is_called_so(before, after, worse):
+    """"No better on the test set" of one that is better."""
+    right, two = torch.tensor([True, False]), torch.ones(2)
+    found = calibration.Calibration(1.0, "2 held-out images", before * two, after * two, right)
+    assert ("no better" in found.text) == worse

@@ -369,3 +369,12 @@ def test_weights_that_do_not_fit_are_refused_in_one_line():
         with pytest.raises(UserError, match="^run.pt does not fit the network: ") as error:
             checkpoints.load_weights(net, weights, "run.pt")
         one_line(error)
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """An empty last.pt after a power failure."""
+    done, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("sync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), rename(*names))[1])
+    write_atomically(str(tmp_path / "x"), lambda file: file.write(b"x"))
+    assert done == ["sync", "rename", "sync"]

@@ -837,3 +837,43 @@ def test_near_duplicates_of_a_hold_out_are_said(on_disk, tmp_path, monkeypatch):
     rt = Recorder()
     load("folder", tmp_path, rt, holdout=0.25, holdout_by=r"(\d)\.png", skip_bad=True)
     assert "another pattern may be needed" in rt.printed[-1]
+
+
+def test_files_that_stay_on_disk_are_read_to_their_ends(tmp_path, monkeypatch):
+    """Files damaged in the middle, for which gray images would be trained."""
+    make_folder(tmp_path)
+    path = tmp_path / "train" / "c,3" / "0.png"
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle:middle + 40] = bytes(40)                 # it begins and ends as before
+    path.write_bytes(content)
+    monkeypatch.setattr(datasets, "total_memory", lambda: 0)
+    datasets.last_loaded.clear()
+    with pytest.raises(DataError, match="0.png"):
+        load("folder", tmp_path)
+
+
+@pytest.mark.parametrize("changes", [dict(holdout=0.25), dict(imb_type="step"), dict(imb=3)])
+def test_other_settings_are_other_data(changes, tmp_path, monkeypatch):
+    """The images that the last run of the same process had loaded."""
+    asked, x, y = [], torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([0])
+    data = data_lt.LongTailData("a", "a", x, y, x, y, ["a"], [1], dict(head=[0], mid=[], tail=[]))
+
+    def load_cifar(*given):
+        asked.append(given)
+        return data
+    monkeypatch.setattr(datasets, "load_cifar", load_cifar)
+    monkeypatch.setattr(datasets, "last_loaded", {})
+    for each in ({}, changes):
+        load("cifar10", tmp_path, **({"imb": 2} | each))
+    assert len(asked) == 2
+
+
+def test_images_are_held_only_if_three_times_their_bytes_fit(tmp_path, monkeypatch):
+    """Memory that is filled to the last byte: the system kills the run."""
+    make_folder(tmp_path)                                   # 15 and 6 images
+    needed = 3 * 32 ** 2 * 21
+    for budget, on_disk in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(datasets, "memory_budget", lambda rt: budget)
+        datasets.last_loaded.clear()
+        assert isinstance(load("folder", tmp_path).train_images, Stream) == on_disk

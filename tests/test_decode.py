@@ -567,3 +567,19 @@ def test_files_that_are_gone_end_it(tmp_path):
     assert (decode.Stream(files_of(*gone[:10], *damaged), 16)[:] == 128).all()
     with pytest.raises(files.DataError, match="^11 images can no longer be read, .* --resume$"):
         decode.Stream(files_of(*gone), 16)[:]
+
+
+def test_a_hundredth_of_the_images_may_be_gone(tmp_path):
+    """A run on a million files that ends at the eleventh unreadable one."""
+    picture(8, 8).save(tmp_path / "x.png")
+    gone = [tmp_path / f"{i}.png" for i in range(12)]
+    stream = decode.Stream(files_of(*gone, *[tmp_path / "x.png"] * 1200), 8)
+    assert (stream[:12] == 128).all()
+
+
+def test_sides_are_of_all_classes(tmp_path):
+    """Those of the first files, which are of one class."""
+    for i in range(8):
+        picture(*((20, 20) if i < 4 else (90, 80))).save(tmp_path / f"{i}.png")
+    found = decode.sides(files_of(*(tmp_path / f"{i}.png" for i in range(8))), limit=4)
+    assert sorted(found) == [20, 20, 80, 80]

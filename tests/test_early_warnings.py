@@ -211,3 +211,12 @@ def test_the_network_is_looked_at_in_its_evaluation_and_goes_on_training(capsys)
     for _ in range(300):
         watch.after_step(0, torch.ones(1), torch.ones(()), net.train())
     assert modes == [False] and net.training and net[1].num_batches_tracked == 0
+
+
+def test_a_students_loss_of_labels_is_watched():
+    """Its total loss, compared with the entropy of its labels."""
+    args = argparse.Namespace(epochs=20, warmup_epochs=1, drw_epoch=20, beta=0.0, lr=0.1,
+                              minutes=None, recipe="cpu", loss="ce", augment="weak", batch=64)
+    watch = EarlyWarnings(args, data_with((10,) * K), ("loss", "loss_cls"), 100, CPU, resumed=False)
+    watch.after_step(0, torch.tensor([9.0, 2.0]), torch.tensor(1.0), Answers(K))
+    assert watch.sum.tolist() == [2.0, 1.0]

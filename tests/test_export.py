@@ -122,3 +122,12 @@ def test_a_student_of_our_recipe_is_exported(tmp_path):
     network = Network(net, "student", "", config, list("abcd"))
     lines = predict.export(network, str(tmp_path / "m"))
     assert sum("logits agree" in line for line in lines) == 2
+
+
+def test_the_exported_white_is_the_networks(runs, tmp_path, monkeypatch):
+    """65535 for a network of 12-bit images, which it would see sixteen times too dark."""
+    monkeypatch.setattr(predict, "ONNX", ("no_such_package",))
+    network = loading.load_alone(str(runs["vit"]), RT)
+    network.white = 4095
+    predict.export(network, str(tmp_path / "m"))
+    assert json.loads((tmp_path / "m.json").read_text())["white"] == 4095

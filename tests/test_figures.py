@@ -601,3 +601,15 @@ def test_numbers_of_a_logarithmic_axis_are_plain():
 def test_short_names_keep_both_ends():
     assert drawing.short("cat") == "cat" and drawing.short("n" * 24) == "n" * 24
     assert drawing.short("beginning" + "." * 50 + "end", 12) == "beginni….end"
+
+
+def test_the_summarys_classes_may_be_in_another_order(runs):
+    """Accuracies under other classes' names."""
+    deit = loading.load_networks("student", [str(runs["deit-lt"])], RT)[0]
+    result, log = read_result(runs["deit-lt"]), read_lines(runs["deit-lt"])
+    names, order = deit.data.class_names, [3, 0, 7, 1, 9, 2, 5, 8, 4, 6]    # no inverse of itself
+    other = result | {"per_class": {head: [recalls[k] for k in order]
+                                    for head, recalls in result["per_class"].items()}}
+    figure = run_figures.summary(deit, other, log, [names[k] for k in order])
+    line, = [x for x in figure.axes[0].lines if x.get_label() == "average"]
+    assert list(line.get_ydata()) == result["per_class"]["avg"]

@@ -1,4 +1,7 @@
 """images/files.py: which files there are, and how names are shown."""
+import os
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -67,3 +70,14 @@ def test_classes_have_one_form(tmp_path):
     assert files.class_name("cafe\u0301\n") == files.class_name("café\\x0a") == "café\\x0a"
     (tmp_path / "a\tb" / "deeper").mkdir(parents=True)
     assert files.list_folder(tmp_path).class_names == [r"a\x09b"]
+
+
+def test_a_fingerprint_is_of_names_classes_and_sizes(tmp_path):
+    """Corrected labels, or pictures replaced under their names, that count as the same data."""
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"1")
+    one = files.Files(np.array([os.fsencode(path)]), np.array([0]), ["x", "y"])
+    before = one.fingerprint(tmp_path)
+    assert replace(one, labels=np.array([1])).fingerprint(tmp_path) != before
+    path.write_bytes(b"22")
+    assert one.fingerprint(tmp_path) != before

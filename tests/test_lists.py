@@ -356,3 +356,12 @@ def test_no_test_image_at_all_is_counted_as_none(tmp_path):
     path = write(tmp_path, "a/0.png 0\nb/0.png 1\n", "train.txt")
     _, test, _ = find_listed(path, other, str(tmp_path / "data"))
     assert test.counts().tolist() == [0, 0] and len(test.problems) == 1
+
+
+def test_a_test_lists_rows_of_the_split_test_are_the_test_set(tmp_path):
+    """Accuracies of the rows called val."""
+    write_files(tmp_path, {"a": 5})
+    (tmp_path / "train.csv").write_text("image,label\na/0.jpg,x\na/1.jpg,y\n")
+    (tmp_path / "t.csv").write_text("image,label,split\na/2.jpg,x,val\na/3.jpg,x,test\n")
+    _, test, _ = find_listed(str(tmp_path / "train.csv"), str(tmp_path / "t.csv"), str(tmp_path))
+    assert [path.decode()[-7:] for path in test.paths.tolist()] == ["a/3.jpg"]

@@ -1109,3 +1109,12 @@ def test_a_hidden_width_that_is_no_multiple_is_kept(tmp_path):
     """448 hidden units of a width of 122 for 447, by rounding down."""
     block = networks.vit.Block(122, 2, mlp_ratio=448 / 122)
     assert block.mlp.fc1.out_features == 448
+
+
+def test_counts_follow_their_classes_into_another_order(tmp_path):
+    """--test-prior with another class's frequency."""
+    content = {"model": resnet32_state(3), "class_names": list("bca")}
+    found = networks.load_network(save(tmp_path, content))
+    found.counts = [5, 9, 1]                                # of b, c, a
+    networks.match_classes(found, long_tail("abc"), "it")
+    assert found.counts == [1, 5, 9]

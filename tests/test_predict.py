@@ -1,6 +1,7 @@
 """From a trained network to predictions of pictures, and to files for other programs."""
 import csv
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import analyze
 from analysis import accuracy, loading, predict
 from conftest import script
 from engine.evaluation import predicted, student_heads
-from engine.networks import Mirrored, Network, load_network
+from engine.networks import Mirrored, Network, joined, load_network
 from engine.runtime import UserError
 from finished_runs import RT, runs  # noqa: F401: a fixture
 from images import files
@@ -273,3 +274,37 @@ def test_an_export_that_differs_is_refused():
         with pytest.raises(UserError, match="other logits"):
             predict.agreement(logits, expected, "x")
     assert predict.agreement(expected, expected, "x") == "logits agree to within 0 of the largest"
+
+
+def test_norm_and_size_reach_the_network(runs, tiny_cifar, tmp_path, monkeypatch):
+    """Flags that are taken and not used: every prediction from other pixel statistics."""
+    asked, load_alone = [], loading.load_alone
+
+    def recorded(*given, **more):
+        asked.append(given[2:4])
+        return load_alone(*given, **more)
+    monkeypatch.setattr(loading, "load_alone", recorded)
+    monkeypatch.setattr(predict, "ONNX", ("no_such_package",))
+    flags = ["--norm", "half", "--size", 32]
+    script(analyze, monkeypatch, "predict", "--checkpoint", runs["file.pth"],
+           tiny_cifar / "test" / "class1" / "0.png", *flags)
+    script(analyze, monkeypatch, "export", runs["file.pth"], *flags, "--out", tmp_path / "m")
+    assert asked == [("half", 32)] * 2
+    options = SimpleNamespace(norm="half", size=24, mirror=True,
+                              **dict.fromkeys(loading.DATA_FLAGS))
+    assert analyze.load_flags(options) == dict(data_flags={}, norm="half", size=24, mirror=True)
+
+
+def test_student_and_teacher_are_both_mirrored(runs):
+    """--mirror of RUN,TEACHER for the student alone."""
+    both = loading.load_alone(f"{runs['vit']},{runs['teacher']}", RT, mirror=True)
+    x = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(both.teacher(x), both.teacher(x.flip(3)))
+
+
+def test_networks_of_different_data_have_no_counts_together(runs):
+    """The first one's class frequencies, or data, for all of them."""
+    one, two = (loading.load_alone(str(runs[name]), RT) for name in ("vit", "teacher"))
+    two.counts, two.data = [1] * 10, "others"
+    together = joined([one, two], "p")
+    assert together.counts is None and together.data == "+".join(sorted([one.data, "others"]))

@@ -13,6 +13,7 @@ import train_teacher
 from conftest import script
 from engine.networks import NORMALISATIONS
 from engine.runtime import Runtime, UserError
+from engine.settings import flags_of_teacher
 from experiments import crt, deit3
 
 CPU, GPU = Runtime(torch.device("cpu")), Runtime(torch.device("cuda"))
@@ -330,3 +331,9 @@ def test_a_students_own_teacher_of_another_radius():
     teacher = resolved(train_teacher, *flags)
     assert teacher.rho == 0.2 and teacher.out == args.teacher != usual.teacher
     assert args.out != usual.out
+
+
+def test_the_teacher_has_the_students_images():
+    """A student of the step tail whose teacher is trained on the exponential one."""
+    args = resolved(train_student, "--imb-type", "step", "--imb", "50")
+    assert {"--imb-type=step", "--imb=50.0"} <= set(flags_of_teacher(args))

@@ -91,3 +91,8 @@ def test_rows_are_added_and_replaced_by_name(runs, tmp_path, capsys):
     runs_table.main([str(table), runs[0]])
     row = rows_of(table)["earlier"]
     assert (row["overall"], row["note"]) == ("51.5", "on another machine")
+
+
+def test_every_heads_columns_are_its_own():
+    """CLS's numbers in DIST's columns."""
+    assert runs_table.HEADS == {"cls": "cls", "dist": "dist", "ema": "ema", "both": "avg+teacher"}

@@ -456,3 +456,15 @@ def test_nothing_to_resume_is_said(kind, shared_run, tmp_path, capsys):
     with killed_at(0, 0):
         train(module, *flags, "--out", tmp_path / "elsewhere", "--resume")
     assert "nothing to resume in" in capsys.readouterr().out
+
+
+def test_the_time_of_half_an_epoch_is_counted(monkeypatch):
+    """Minutes too few, and images/s too many, of a run that was resumed."""
+    run = Run.__new__(Run)
+    vars(run).update(rt=runtime.setup("cpu", "none"), metrics=("loss",), start_epoch=1,
+                     start_step=2, timer=None, timed=0,
+                     half_epoch=(torch.tensor([[3.0, 2.0]]), 100.0))
+    run.begin_epoch(1)
+    assert time.monotonic() - run.started >= 100 and run.sums.tolist() == [3.0, 2.0]
+    run.begin_epoch(2)
+    assert time.monotonic() - run.started < 50 and run.sums.tolist() == [0.0, 0.0]
