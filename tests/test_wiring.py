@@ -1382,7 +1382,8 @@ def test_pacos_keys_are_of_the_runs_image_size(watch):
 # ---- The plain ResNet-18 -------------------------------------------------------------------------
 
 def train_a_resnet18(**changes):
-    """Train a Cnn as the plain ResNet-18 is: (settings, network, orders, labels, run)."""
+    """Train a Cnn as the plain ResNet-18 is. Returns it, its run, each epoch's order of images and
+    each step's labels; run.seen: each step's images and logits, then those of the evaluation."""
     args = resnet18.resolved(train_teacher.parse(["--dataset", "cifar10"]), CPU)
     small = dict(img_size=8, batch=8, epochs=2, warmup_epochs=0, eval_every=100)
     vars(args).update(small | changes)
@@ -1397,8 +1398,8 @@ def train_a_resnet18(**changes):
             labels.append(y)
             yield step, images, y
     data.batches = recorded
-    net.register_forward_hook(lambda net, x, out: run.seen.append((x[0], out)))
     run.seen = []
+    net.register_forward_hook(lambda net, x, out: run.seen.append((x[0], out)))
     resnet18.train(args, data, net, CPU, run)
     return net, run, orders, labels
 
