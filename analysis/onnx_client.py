@@ -12,24 +12,34 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-PHOTOMETRIC_INTERPRETATION = 262            # a TIFF tag; 0: its lowest level is white
+PHOTOMETRIC, SAMPLE_FORMAT = 262, 339       # TIFF tags
 
 
 def read(path, size, white):
     """A picture's central square, turned as EXIF says, on white -> float32 (3,size,size) in [0,1].
 
-    white: the level of 16-bit gray that is white. A file of floating-point pixels ends the program.
+    white: the level of 16-bit gray that is white, where the file does not say it. A file of
+    floating-point or signed 8-bit pixels ends the program.
     """
     image = Image.open(path)
     image.filename = ""         # else PIL maps TIFF files into memory, and some are turned wrongly
-    zero_is_white = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    signed = 2 in tags.get(SAMPLE_FORMAT, ())
+    if image.mode == "F" or signed and image.mode == "L":
+        sys.exit(f"{path} holds floating-point or signed pixels; save it with 8 or 16 bits")
+    decoder_args = image.tile[0][3] if image.format == "PPM" else None
+    if isinstance(decoder_args, tuple) and decoder_args[-1] != 65535:
+        white = 65535                           # PIL has scaled the file's own white level to it
     image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        sys.exit(f"{path} holds floating-point pixels; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):                          # 16 bits of gray: the upper 8
-        levels = np.asarray(image).astype(np.int64).clip(0, white)
-        levels = white - levels if zero_is_white else levels
-        image = Image.fromarray((levels * 256 // (white + 1)).astype(np.uint8))
+    if image.mode.startswith("I"):                          # 16 or 32 bits of gray: the upper 8
+        deep = np.asarray(image)
+        if tags and image.mode == "I" and not signed:
+            deep = deep.view(np.uint32)                     # which PIL reads as signed
+        levels = deep.astype(np.int64).clip(0, white)
+        levels = white - levels if tags.get(PHOTOMETRIC) == 0 else levels    # its 0 is white
+        levels = levels * 256 // (white + 1)
+        levels[deep == image.info.get("transparency", -1)] = 255            # a level of PNG files
+        image = Image.fromarray(levels.astype(np.uint8))
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     (W, H), side = image.size, min(image.size)

@@ -55,17 +55,21 @@ def find_listed(train_list, test_list, root, columns=None, by=None, otherwise=No
         test = part_of(test_parts, test_list, "test", "val")
         said = set(problems)                                    # it may be the same list
         test.problems.extend(problem for problem in test_problems if problem not in said)
-        unused = [] if os.path.samefile(test_list, train_list) else tested
+        same = os.path.samefile(test_list, train_list)
+        unused = [] if same else [(train_list, split) for split in tested]
+        unused += [(test_list, split) for split, files in test_parts.items()
+                   if files is not test and not (same and split == "train")]
     elif tested:
-        test, unused, test_list = parts[tested[0]], tested[1:], f"{train_list} ({tested[0]})"
+        test, unused = parts[tested[0]], [(train_list, split) for split in tested[1:]]
+        test_list = f"{train_list} ({tested[0]})"
     else:
         column = find_column(train.columns, column_names(columns)["group"])
         if by is None and column is not None:
             train.remarks.append(f"The column {shown(train.columns[column])} is not used: "
                                  "--holdout-by group keeps its groups on one side.")
         return train, None, base
-    for split in unused:
-        train.remarks.append(f"Rows of {shown(train_list)} whose split is {split} are not used.")
+    for path, split in unused:
+        train.remarks.append(f"Rows of {shown(path)} whose split is {split} are not used.")
     return train, renumber(test, train.class_names, test_list, train_list), base
 
 

@@ -17,6 +17,7 @@ from conftest import script
 from engine import runtime
 from engine.networks import Network, build_student
 from finished_runs import RT, runs  # noqa: F401: a fixture
+from image_folders import write_pgm, write_tiff
 from images import decode
 
 needs_onnx = pytest.mark.skipif(
@@ -50,7 +51,13 @@ def save_pictures(folder):
     picture(60, 45).convert("L").save(folder / "turned.tif", exif=exif)
     picture(60, 45).convert("CMYK").save(folder / "turned_cmyk.tif", exif=exif)
     pictures["deep.png"].save(folder / "x_ray.tif", tiffinfo={262: 0})      # 0 is white
-    return [*pictures, "turned.jpg", "turned.tif", "turned_cmyk.tif", "x_ray.tif"]
+    deep = np.kron(rng.randint(0, 65536, (5, 6)), np.ones((8, 8), int)).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "level.png", transparency=int(deep[9, 9]))
+    write_pgm(folder / "states_white.pgm", deep % 1024, 1023)
+    write_tiff(folder / "signed.tif", deep.astype(np.int32) - 9000, orientation=3)
+    write_tiff(folder / "unsigned.tif", deep.astype(np.uint32) * 60000)
+    return [*pictures, "turned.jpg", "turned.tif", "turned_cmyk.tif", "x_ray.tif", "level.png",
+            "states_white.pgm", "signed.tif", "unsigned.tif"]
 
 
 def test_what_a_program_needs_is_beside_the_network(runs, tmp_path, monkeypatch):
@@ -75,16 +82,19 @@ def test_the_program_makes_the_same_images(runs, tmp_path, monkeypatch):
     rows = predict.predict(loading.load_alone(str(runs["vit"]), RT),
                            [str(tmp_path / name) for name in names], RT, topk=1)
     for name, row in zip(names, rows, strict=True):
-        x = torch.from_numpy(client.read(str(tmp_path / name), model.size, 65535))
-        ours = decode.read_square(str(tmp_path / name), model.size) / 255
-        assert (x - ours).abs().max() < 2.5 / 255, name
+        for white in (4095, 65535):
+            x = torch.from_numpy(client.read(str(tmp_path / name), model.size, white))
+            ours = decode.read_square(str(tmp_path / name), model.size, white=white) / 255
+            assert (x - ours).abs().max() < 2.5 / 255, (name, white)
         with torch.no_grad():
             p = model(x[None]).softmax(dim=1)[0]
         assert f"class{int(p.argmax())}" == row["class"], name
         assert float(p.max()) == pytest.approx(row["probability"], abs=0.02), name
     Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(SystemExit, match="floating-point"):
-        client.read(str(tmp_path / "float.tif"), 32, 65535)
+    write_tiff(tmp_path / "signed_8.tif", np.zeros((9, 9), np.int8))
+    for name in ("float.tif", "signed_8.tif"):
+        with pytest.raises(SystemExit, match=f"{name} holds floating-point or signed"):
+            client.read(str(tmp_path / name), 32, 65535)
     gray = Image.fromarray(np.full((9, 9), 4095, np.uint16))            # white, of 12 bits
     gray.save(tmp_path / "white.png")
     assert client.read(str(tmp_path / "white.png"), 32, 4095).min() == 1

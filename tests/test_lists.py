@@ -116,7 +116,20 @@ def test_two_lists(tmp_path):
     assert test.problems == [f"class owl of {test_list} is not in {train_list}"]
     assert "whose split is test are not used" in train.remarks[0]
     same, test, base = find_listed(train_list, train_list, str(tmp_path))
-    assert len(same) == 2 and names(test, base) == [("b/1.jpg", "cat")]
+    assert len(same) == 2 and names(test, base) == [("b/1.jpg", "cat")] and not same.remarks
+
+
+def test_rows_of_a_test_list_that_are_left_out(tmp_path):
+    """Its rows to train on and its val rows, which vanish without a word."""
+    content = "image,label,split\na/0.jpg,cat,train\na/1.jpg,dog,val\nb/0.jpg,cat,test\n"
+    both = write(tmp_path, content, "both.csv")
+    alone = write(tmp_path, "b/1.jpg cat\nb/2.jpg dog\n", "alone.txt")
+    for train_list, test_list, left_out in [
+            (alone, both, [(both, "train"), (both, "val")]), (both, both, [(both, "val")]),
+            (both, alone, [(both, "test"), (both, "val")]), (alone, alone, [])]:
+        train, test, base = find_listed(train_list, test_list, str(tmp_path))
+        assert train.remarks == [f"Rows of {path} whose split is {split} are not used."
+                                 for path, split in left_out]
 
 
 @pytest.mark.parametrize("by, groups", [
