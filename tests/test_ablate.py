@@ -429,6 +429,11 @@ def test_crt_is_not_begun_beside_the_vit_that_it_trains_first(ablation, monkeypa
 
 # Table 1: of CIFAR-10; the others also of CIFAR-10 at imbalance 50, CIFAR-100 at 100 and at 50.
 PUBLISHED = {
+    "table2": {"--method vit": (62.6, 70.1, 35.0, 39.0),
+               "-m experiments.crt": (68.9, 74.5, 38.9, 42.2),
+               "--method deit --teacher strong": (70.2, 77.5, 31.3, 39.1),
+               "-m experiments.deit3": (59.1, 68.2, 38.1, 44.1),
+               "": (84.8, 87.5, 52.0, 54.1), "--teacher paco": (87.5, 89.8, 55.6, 60.5)},
     "table1": {"--method deit --teacher strong": (70.2,),
                "--beta 0 --teacher-view weak --mixup 0 --cutmix 0": (54.2,),
                "--beta 0 --mixup 0 --cutmix 0": (69.6,), "--beta 0": (79.4,)},
@@ -446,6 +451,37 @@ def test_rows_are_the_papers(table):
     rows = {row.command.removeprefix("train_student.py").strip(): row.published
             for row in ablate.TABLES[table]}
     assert rows == PUBLISHED[table]
+
+
+def test_rows_of_the_modes_are_what_their_titles_say():
+    """The report's number under another mode; a student with labels that are mixed; a teacher with
+    a loss or a flat minimum of its own."""
+    rows = {row.title: (row.head, row.published) for row in ablate.modes("runs/t")}
+    assert rows == {
+        "none": ("avg", (67.69,)), "usual: soft, one token": ("avg", (68.85,)),
+        "hard, one token": ("avg", (40.19,)),
+        "hard, two tokens: class embedding": ("cls", (61.69,)),
+        "hard, two tokens: distil embedding": ("dist", (8.07,)),
+        "hard, two tokens: both": ("avg", (46.11,)),
+        "soft, two tokens: class embedding": ("cls", ()),
+        "soft, two tokens: distil embedding": ("dist", ()),
+        "soft, two tokens: both": ("avg", (69.19,))}
+    for row in ablate.modes("runs/t"):
+        args = ablate.resolved(row.command, CPU)
+        distilled = row.title != "none"
+        assert (args.imb, args.mixup, args.cutmix, args.epochs) == (1, 0, 0, 20)
+        assert args.method == ("deit" if distilled else "vit")
+        if distilled:
+            assert args.teacher == "runs/t"
+            assert args.tokens == (1 if "one token" in row.title else 2)
+            assert args.distill == ("soft" if "soft" in row.title else "hard")
+        if args.distill == "soft":          # 0.9 CE + 0.1 KL / 10: 0.91 times what is trained here
+            usual = "usual" in row.title
+            assert args.tau == (3 if usual else 2)
+            assert args.alpha == pytest.approx(0.01 / 0.91 if usual else 0.5, abs=2e-4)
+    teacher = ablate.resolved(ablate.MODES_TEACHER, CPU)
+    assert (teacher.imb, teacher.loss, teacher.rho) == (1, "ce", 0)
+    assert teacher.epochs == teacher.drw_epoch == 10
 
 
 @pytest.mark.parametrize("table", ["table1", "table2", "table5", "table6"])

@@ -5,8 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from analysis import priors
+import analyze
+from analysis import loading, priors
+from conftest import script
 from engine.runtime import UserError
+from finished_runs import RT, runs  # noqa: F401: a fixture
 
 GROUPS = {"head": [0], "mid": [1], "tail": [2]}
 DATA = SimpleNamespace(num_classes=3, class_names=["cat", "c,3", "Bär"], counts=[70, 20, 10],
@@ -113,6 +116,21 @@ def test_what_a_network_expects_follows_from_its_training(config, exponent):
     """A prior that is taken out twice, or not at all; DRW that the run never reached."""
     found, words = priors.assumed_prior(config)
     assert found == exponent and words
+
+
+@pytest.mark.parametrize("name", ["deit-lt", "file.pth"])
+def test_the_prior_of_training_is_the_networks_own(name, runs, tiny_cifar, tmp_path, monkeypatch):
+    """That of other images which --imb names; none for a file that knows no counts."""
+    given = []
+    real = priors.test_prior
+    monkeypatch.setattr(priors, "test_prior",
+                        lambda text, data, counts: given.append(counts) or real(text, data, counts))
+    network, _, data = loading.load(str(runs[name]), RT,
+                                    data_flags={"imb": 2.0, "data_dir": str(tiny_cifar)})
+    script(analyze, monkeypatch, "eval", runs[name], "--out", tmp_path / "x.csv", "--imb", 2,
+           "--data-dir", tiny_cifar, "--test-prior", "train")
+    assert (network.counts is None) == (name == "file.pth") and network.counts != data.counts
+    assert given == [network.counts or data.counts]
 
 
 def test_both_rows_are_shown():

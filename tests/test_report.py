@@ -3,12 +3,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 import analyze
-from analysis import drawing, figures, report, run_figures, tables
+from analysis import drawing, figures, loading, report, run_figures, tables
+from analysis.calibration import Calibration
 from conftest import script
 from engine.runtime import UserError
-from finished_runs import read_result, runs  # noqa: F401: a fixture
+from finished_runs import RT, read_result, runs  # noqa: F401: a fixture
 from images.files import DataError
 
 ANSWERS = ["Confusion matrix", "What the probabilities mean", "The most confident mistakes"]
@@ -119,6 +121,20 @@ def test_a_report_holds_what_applies(name, sections, runs, tiny_cifar, quick_fig
         assert float(row["recall low"]) < float(row["recall high"])
         assert {"precision", "F1"} < set(row)
     assert ["seed", "0"] in page.tables["Settings"]
+
+
+def test_the_page_says_which_probabilities_are_as_trained(runs, monkeypatch):
+    """Those with the temperature under that title."""
+    panels = {}
+    monkeypatch.setattr(run_figures, "reliability", lambda given: panels.update(given))
+    monkeypatch.setattr(drawing, "as_png", lambda figure: PNG)
+    data = loading.load(str(runs["vit"]), RT)[2]
+    labels, n = data.test_labels, len(data.test_labels)
+    found = Calibration(2.0, "some images", torch.full((n,), 0.9), torch.full((n,), 0.6),
+                        torch.ones(n, dtype=torch.bool))
+    report.answer_sections(labels, found, data)
+    mean = {title: rows[0][1] for title, rows in panels.items()}
+    assert mean == {"as trained": pytest.approx(0.9), "temperature 2": pytest.approx(0.6)}
 
 
 def test_a_report_of_a_student_with_its_teacher_shows_the_students_training(
