@@ -311,7 +311,8 @@ def cifar_folder(root, num_classes, imb, kind, holdout, skip_bad):
         test = list_folder(test_root)
     elif not holdout:
         raise DataError(". ".join([f"there are no folders of images in "
-                                   f"{shown(os.path.join(root, 'test'))}", *remarks]))
+                                   f"{shown(os.path.join(root, 'test'))}",
+                                   *(remark.removesuffix(".") for remark in remarks)]))
     for files, folder in ((train, train_root), (test, test_root or train_root)):
         if len(files.class_names) != num_classes:
             raise DataError(f"{shown(folder)} has {len(files.class_names)} class folders, CIFAR "
@@ -425,7 +426,8 @@ def split_folder(root, holdout, holdout_by):
     else:
         raise DataError(f"{shown(root)} has no images to test on: put some into train/<class>/ and "
                         "some into test/<class>/ (or val/), or keep a part of each class for that "
-                        "with --holdout 0.2" + "".join(f". {remark}" for remark in remarks))
+                        "with --holdout 0.2"
+                        + "".join(f". {remark.removesuffix('.')}" for remark in remarks))
     train, test = without_copies(train, test)
     if holdout:
         groups = group_names(train, holdout_by, root) if holdout_by else None

@@ -122,7 +122,9 @@ def states_white(image):
 
 def is_deep_color(image):
     """Is an open image's color stored in 16 bits, of which PIL reads the upper 8?"""
-    return image.mode[0] != "I" and any(";16" in str(tile[3]) for tile in image.tile)
+    # BMP files have BGR;16, three colors in 16 bits.
+    return image.mode[0] != "I" and any(";16" in str(tile[3]) and "BGR;16" not in str(tile[3])
+                                        for tile in image.tile)
 
 
 def levels(image):
@@ -329,7 +331,8 @@ def cropped(image, box, side):
     for y in range(0, h, factor):
         band = image.crop((left, top + y, right, min(top + y + factor, bottom)))
         small.paste(rgb(band).reduce(factor), (0, y // factor))
-    return small
+    # The last column and row may be of fewer pixels.
+    return small.resize(small.size, Image.BICUBIC, box=(0, 0, w / factor, h / factor))
 
 
 def draft(image, size, box):
@@ -406,7 +409,10 @@ def read_all(files, size, exact=False):
     results = map_by_threads(read_one, range(len(files)))
     good = np.array([result is None for result in results], dtype=bool)
     if not good.all():
-        images = images[torch.from_numpy(good)]
+        kept = np.flatnonzero(good)
+        for k, i in enumerate(kept):            # in place: there may be no memory for a copy
+            images[k] = images[i]
+        images = images[:len(kept)]
     return images, good, [result for result in results if result is not None]
 
 

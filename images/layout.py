@@ -157,7 +157,7 @@ def renumber(test, class_names, test_root, train_root):
         if name not in known:
             line = f"class {name} of {shown(test_root)} is not in {shown(train_root)}"
             if plain(name) in alike:
-                line += f"; if it is {alike[plain(name)]}, rename one of the two folders"
+                line += f"; if it is {alike[plain(name)]}, rename one of the two"
             problems.append(line)
     number = np.array([known.get(name, -1) for name in test.class_names], dtype=np.int64)
     labels = number[test.labels]

@@ -13,6 +13,7 @@ import codecs
 import csv
 import io
 import os
+import re
 import unicodedata
 from typing import NamedTuple
 
@@ -70,7 +71,20 @@ def find_listed(train_list, test_list, root, columns=None, by=None, otherwise=No
         return train, None, base
     for path, split in unused:
         train.remarks.append(f"Rows of {shown(path)} whose split is {split} are not used.")
+    train.remarks.extend(shared_groups(train, test))
     return train, renumber(test, train.class_names, test_list, train_list), base
+
+
+def shared_groups(train, test):
+    """A remark, in a list, on groups with images to train on and to test on, by a list's column."""
+    if train.group is None or test.group is None:
+        return []
+    tested = set(test.group) - {""}
+    both = sorted(tested & set(train.group), key=natural)
+    if not both:
+        return []
+    return [f"{len(both)} of the {len(tested)} groups of the test images have training images, "
+            f"too, such as {shown(both[0])}: new pictures will do worse than these."]
 
 
 def part_of(parts, path, *splits):
@@ -114,7 +128,7 @@ def read_list(path, root, whole, columns=None, by=None):
             problems.append(f"{shown(path)}, line {row.line}: {wrong}")
         else:
             first[name] = row.line, split, label
-            path_of_image = os.fsencode(as_on_disk(os.path.join(base, row.image)))
+            path_of_image = os.fsencode(path_on_disk(base, row.image))
             good[split][name] = path_of_image, label, row.group
     if not rows:
         raise DataError(f"the list {shown(path)} is empty: a header image,label and rows, or lines "
@@ -124,9 +138,9 @@ def read_list(path, root, whole, columns=None, by=None):
         raise DataError(f"the list {shown(path)}: its column of splits never says train, val or "
                         f"test, but {some(dict.fromkeys(splits))}; name another, as in "
                         "--list-columns split=fold, or put these words there")
-    parts = {split: as_files(list(images.values()), base, header, by)
+    parts = {split: as_files(list(images.values()), base, header)
              for split, images in good.items()}
-    parts = parts or {whole: as_files([], base, header, by)}
+    parts = parts or {whole: as_files([], base, header)}
     return parts, base, problems
 
 
@@ -139,22 +153,30 @@ def in_unicode(label):
         return os.fsencode(label).decode("cp1252", "replace")
 
 
-def as_on_disk(path):
-    """A path in the Unicode form of its file: archives of a Mac and lists may differ in it."""
-    if path.isascii() or os.path.exists(path):
+def path_on_disk(base, image):
+    r"""The path of a list's image, as its file has it.
+
+    Archives of a Mac and lists may differ in the Unicode form; lists of Windows may have a\b.jpg,
+    and the code page 1252.
+    """
+    path = os.path.join(base, image)
+    if image.isascii() and "\\" not in image or os.path.exists(path):
         return path
-    forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
-    return next((form for form in forms if os.path.exists(form)), path)
+    for name in (in_unicode(image), in_unicode(image).replace("\\", "/")):
+        for form in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+            if os.path.exists(os.path.join(base, form)):
+                return os.path.join(base, form)
+    return path
 
 
-def as_files(images, base, header, by):
+def as_files(images, base, header):
     """Files of (path, class, group) of each image; paths begin with the folder `base`."""
     names = sorted({name for _, name, _ in images}, key=natural)
     number = {name: k for k, name in enumerate(names)}
     files = Files(np.array([path for path, _, _ in images], dtype=np.bytes_),
                   np.array([number[name] for _, name, _ in images], dtype=np.int64), names,
                   columns=tuple(header), base=base)
-    if by and header:
+    if header:
         groups = np.array([group for _, _, group in images], dtype=np.str_)
         files.group = groups if (groups != "").any() else None
     return files
@@ -167,8 +189,8 @@ def base_folder(path, root, rows):
     """
     images = [row.image for row in rows[:100] if row.image]
     for folder in (root, os.path.dirname(path) or "."):
-        if any(relative(image, folder) is not None and os.path.exists(os.path.join(folder, image))
-               for image in images):
+        if any(relative(image, folder) is not None
+               and os.path.exists(path_on_disk(folder, image)) for image in images):
             return folder
     return root
 
@@ -204,6 +226,7 @@ def read_rows(path, columns, by):
     elif os.name == "nt":
         content = from_windows(content)
     content = content.removeprefix(codecs.BOM_UTF8)
+    content = re.sub(rb"\Asep=.(?=\r?\n)", b"", content)      # Excel's own line, left empty
     first = next((line for line in content.splitlines() if line.strip()), b"")
     names = column_names(columns)
     delimiter, header = header_of(os.fsdecode(first), names)
@@ -306,9 +329,7 @@ def find_column(header, name):
 
 def group_column(header, names, by):
     """The number of the column that --holdout-by names, by its name or as "group", or None."""
-    if by is None:
-        return None
-    return find_column(header, names["group"] if by == "group" else by)
+    return find_column(header, names["group"] if by in (None, "group") else by)
 
 
 def missing_columns(header, names):

@@ -22,9 +22,12 @@ MOST = 200_000      # images; more are not compared
 WORTH_SAYING = 0.005        # share of the test images
 
 
-def thumbnails(images, chunk=1024):
-    """uint8 (N,3,H,W), a tensor or a Stream -> gray thumbnails, float16 (N,SIDE,SIDE)."""
-    parts = []
+def thumbnails(images, chunk=None):
+    """uint8 (N,3,H,W), a tensor or a Stream -> gray thumbnails, float16 (N,SIDE,SIDE).
+
+    chunk: images at a time; by itself 256 MiB of float32.
+    """
+    parts, chunk = [], chunk or max(1, 2 ** 26 // max(1, images[:1].numel()))
     for start in range(0, len(images), chunk):
         colors = F.adaptive_avg_pool2d(images[start:start + chunk].float(), SIDE).cpu()
         parts.append((colors * LUMA).sum(1).half())
@@ -81,7 +84,8 @@ def remark_on(train_files, test_files, pairs, root, held_out, by=None):
             "pictures will do worse than these.")
     if not held_out:
         return line + " Keep what was taken together (a video, a plate, a patient) in one part."
-    pattern = guess_pattern(train_files.names(root), test_files.names(root), pairs)
+    pattern = guess_pattern(train_files.names(root), test_files.names(root), pairs,
+                            len(train_files.class_names))
     if by:
         other = f", such as '{pattern}'" if pattern not in (None, by) else ""
         return (f"{line} --holdout-by '{shown(by)}' does not keep these together: if they were "
@@ -92,16 +96,17 @@ def remark_on(train_files, test_files, pairs, root, held_out, by=None):
             "taken together (a video, a plate, a patient).")
 
 
-def guess_pattern(train_names, test_names, pairs):
+def guess_pattern(train_names, test_names, pairs, num_classes):
     """A regular expression for --holdout-by that puts images alike into one group, or None.
 
     Tried are each number of the file's name, its beginning before the last number, and the folder
-    it lies in; wanted is the one with the most groups that has nine of ten pairs together, and on
-    average two images in a group.
+    it lies in; wanted is the one with the most groups that has nine of ten pairs together, more
+    groups than classes (pairs are of one class, so classes have all together), and on average two
+    images in a group.
     """
     train_names, test_names = ([os.fsdecode(name) for name in names]
                                for names in (train_names, test_names))
-    best, most = None, 1
+    best, most = None, num_classes
     for pattern in candidates(train_names[0]):
         def group(name):
             match = re.search(pattern, name)

@@ -448,6 +448,30 @@ def test_links_in_a_circle_end(tmp_path):
     assert load("folder", tmp_path).counts == [6, 5, 4]
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_whose_folder_is_gone_is_a_problem(split, tmp_path):
+    """A disk that is not mounted: classes that are lost, or never tested, without a word."""
+    make_folder(tmp_path)
+    os.rename(tmp_path / split / "Bär", tmp_path / "elsewhere")
+    os.symlink(tmp_path / "nowhere", tmp_path / split / "Bär")
+    with pytest.raises(DataError, match="class folder .*Bär is a link to nothing"):
+        load("folder", tmp_path)
+
+
+def test_what_is_passed_over_is_counted(tmp_path):
+    """A class in an archive, or in a folder that is taken for a run's, without a word."""
+    root = make_folder(tmp_path)
+    (root / "train" / "owl.zip").touch()
+    for folder in ("owl", "Bär/more"):
+        (root / "train" / folder).mkdir()
+        for name in ("config.json", "result.json", "0.jpg"):
+            (root / "train" / folder / name).touch()
+    rt = Recorder()
+    load("folder", root, rt)
+    assert rt.printed == ["Ignored, not images: 1 .zip, 1 folder more of runs, "
+                          "1 folder owl of runs"]
+
+
 @pytest.mark.parametrize("to", ["", "apple pie"])
 def test_a_link_out_of_its_class_is_a_problem(to, tmp_path):
     """Images of one class that are trained as another's."""

@@ -291,6 +291,11 @@ def test_color_of_16_bits_is_said(tmp_path):
     color, said = files_of(tmp_path / "x.png"), []
     assert decode.white_level(color, color, said.append) == 65535
     assert said == ["2 images have 16-bit color; 0 to 65535 becomes 0 to 255"]
+    (tmp_path / "x.bmp").write_bytes(           # 5 bits of each color, all of them in 16 bits
+        b"BM" + struct.pack("<IIIIiiHHIIiiII", 70, 0, 54, 40, 2, 2, 1, 16, 0, 8, 0, 0, 0, 0)
+        + struct.pack("<4H", 0, 31, 992, 31744))
+    assert np.asarray(decode.read_image(tmp_path / "x.bmp"))[0].max() == 255
+    assert decode.all_extremes(files_of(tmp_path / "x.bmp").paths) == ([], 0)
 
 
 def test_a_deep_tiff_whose_0_is_white_is_no_negative(tmp_path):
@@ -477,7 +482,7 @@ def test_a_large_picture_is_shrunk_band_by_band(mode, tmp_path, monkeypatch):
     """Bands in the wrong places, or the last one lost; a palette averaged."""
     source = picture(317, 251).convert(mode)
     source.save(tmp_path / "x.png")
-    for box in (None, lambda W, H: (40, 30, 291, 201)):
+    for box in (None, lambda W, H: (40, 30, 291, 201), lambda W, H: (3, 3, 250, 250)):
         expected = read(tmp_path / "x.png", 20, box)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decode, "LARGE", 1000)

@@ -77,7 +77,7 @@ def test_a_folder_of_other_names_to_test_on_is_not_used_and_that_is_said(tmp_pat
     """Tiny-ImageNet's test/images/*: refused with advice that is refused in its turn."""
     remark = f"{tmp_path / 'test'} has none of the classes of {tmp_path / 'train'}: it is not used."
     write_files(tmp_path, folders("train") | {"test/images": 5})
-    assert refusal(tmp_path).endswith(f"--holdout 0.2. {remark}")
+    assert refusal(tmp_path).endswith(f"--holdout 0.2. {remark[:-1]}")
     assert load(tmp_path, 0.25) == (["cat", "dog"], 6, 2, [remark])
     write_files(tmp_path, folders("val", n=3))
     assert load(tmp_path) == (["cat", "dog"], 8, 6, [remark])
@@ -278,7 +278,7 @@ def test_names_that_differ_in_case_or_blanks_are_named(other, tmp_path):
     _, test = own_folder(str(tmp_path), None, "exp", None)
     problem, = test.problems
     assert problem.startswith(f"class {shown(other)} of {tmp_path / 'test'} is not in ")
-    assert problem.endswith("; if it is cat, rename one of the two folders")
+    assert problem.endswith("; if it is cat, rename one of the two")
     os.rename(tmp_path / "test" / other, tmp_path / "test" / "cat")
     assert load(tmp_path)[1:] == (6, 4, [])
     write_files(tmp_path, {f"train/{other}": 3, f"test/{other}": 1})

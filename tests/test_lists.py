@@ -132,9 +132,36 @@ def test_rows_of_a_test_list_that_are_left_out(tmp_path):
                                  for path, split in left_out]
 
 
+@pytest.mark.parametrize("two_lists", [False, True])
+def test_groups_with_images_to_train_and_to_test_on_are_named(two_lists, tmp_path):
+    """A patient on both sides, without a word; images of no group taken for one."""
+    content = ("image,label,split,patient\na/0.jpg,cat,train,p2\na/1.jpg,dog,train,\n"
+               "b/0.jpg,cat,test,{}\nb/1.jpg,cat,test,p10\nb/2.jpg,cat,test,\n")
+    for patient, said in (("p2", ["1 of the 2 groups of the test images have training images, too, "
+                                  "such as p2: new pictures will do worse than these."]),
+                          ("p3", [])):
+        path = write(tmp_path, content.format(patient))
+        other = path if two_lists else None
+        train, _, _ = find_listed(path, other, str(tmp_path), "group=patient")
+        assert train.remarks == said
+
+
+def test_lists_of_windows_find_their_images(tmp_path):
+    """Backslashes, the code page 1252, Excel's first line: every row as "no such file"."""
+    write_files(tmp_path, {"a": 1, "Bär": 2})
+    rows = "sep=;\r\nimage;label\r\na\\0.jpg;cat\r\n.\\Bär\\1.jpg;Käfer\r\nA\\9.jpg;cat\r\n"
+    for encoding in ("utf-8", "cp1252"):
+        path = write(tmp_path / "lists", rows.encode(encoding))
+        for root in (tmp_path, tmp_path / "nowhere"):           # by --data-dir; beside the list
+            place = path if root == tmp_path else write(tmp_path, rows.encode(encoding))
+            train, _, base = find_listed(place, None, str(root))
+            assert names(train, base)[:2] == [("a/0.jpg", "cat"), ("Bär/1.jpg", "Käfer")]
+            assert os.path.realpath(base) == os.path.realpath(tmp_path) and len(train) == 3
+
+
 @pytest.mark.parametrize("by, groups", [
     ("group", ["p1", "", "p2"]), ("Group", ["p1", "", "p2"]), ("plate", ["7", "7", "8"]),
-    ("(.)/", None), (None, None)])
+    ("(.)/", None), (None, ["p1", "", "p2"])])
 def test_a_column_of_groups(by, groups, tmp_path):
     """A column that is taken for a pattern; the group of another row."""
     content = ("group,plate,image,label\np1,7,a/0.jpg,cat\n,7,a/1.jpg,dog\np2,8,b/0.jpg,cat\n")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from image_folders import picture
 from images.files import Files
-from images.near_copies import guess_pattern, nearly_the_same, remark_on
+from images.near_copies import guess_pattern, nearly_the_same, remark_on, thumbnails
 
 
 def tensors(pictures):
@@ -99,7 +99,7 @@ def test_the_part_of_the_name_that_pairs_share_is_advised(name, pattern):
     names = [name.format(g=g, i=i, w="qwertyuiop"[g]) for g, i in places]
     train, test = listed(names[0::2]), listed(names[1::2])
     pairs = np.array([(i, i) for i in range(0, 20, 3)])
-    assert guess_pattern(train.names("/d"), test.names("/d"), pairs) == pattern
+    assert guess_pattern(train.names("/d"), test.names("/d"), pairs, 1) == pattern
     line = remark_on(train, test, pairs, "/d", held_out=True)
     advice = f"--holdout-by '{pattern}', if" if pattern else "--holdout-by PATTERN, whose first"
     assert line.startswith("7 of 20 test images look nearly the same as a training image, such as ")
@@ -125,7 +125,34 @@ def test_pairs_that_share_nothing_lead_to_no_pattern():
     names = [f"a/t{g}_{i}.jpg" for g in range(10) for i in range(4)]
     train, test = listed(names[0::2]), listed(names[1::2])
     pairs = np.array([(i, (i + 7) % 20) for i in range(12)])
-    assert guess_pattern(train.names("/d"), test.names("/d"), pairs) is None
+    assert guess_pattern(train.names("/d"), test.names("/d"), pairs, 1) is None
+
+
+@pytest.mark.parametrize("name", ["{c}/IMG_{i:04}.png", "{c}/{c}_{i:03}.png", "{c}/{c}.{i}.png"])
+def test_a_class_is_not_what_was_taken_together(name):
+    """Advice to keep a class on one side, which is refused: pairs are always of one class."""
+    names = [name.format(c=c, i=i) for c in ("cat", "dog", "owl") for i in range(20)]
+    train, test = listed(names[0::2]), listed(names[1::2])
+    train.class_names = test.class_names = ["cat", "dog", "owl"]
+    pairs = np.array([(i, i) for i in range(0, 30, 3)])
+    assert "--holdout-by PATTERN" in remark_on(train, test, pairs, "/d", held_out=True)
+
+
+@pytest.mark.parametrize("size", [(20, 20), (600, 600)])
+def test_thumbnails_are_made_of_a_bounded_number_of_images_at_a_time(size, monkeypatch):
+    """Gigabytes of float32 for a thousand images of 448 px."""
+    asked = []
+
+    class Images:
+        def __len__(self):
+            return 300
+
+        def __getitem__(self, chosen):
+            n = len(range(300)[chosen])
+            asked.append(n * 3 * size[0] * size[1])
+            return torch.zeros(1, 3, *size, dtype=torch.uint8).expand(n, 3, *size)
+    assert len(thumbnails(Images())) == 300
+    assert max(asked) <= 2 ** 26 and len(asked) == (2 if size == (20, 20) else 6)
 
 
 def test_a_few_pairs_among_thousands_are_not_said():
