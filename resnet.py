@@ -206,7 +206,7 @@ class FastNet(Teacher):
     """Wide blocks without shortcuts behind a stem that is computed from the data, not trained.
 
     After Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498. Blocks halve the image down
-    to 2 to 4 pixels: 3 blocks at 32 px, 5 at 128. A training step of a 32 px image takes 0.39
+    to 2 to 5 pixels: 3 blocks at 32 px, 5 at 128. A training step of a 32 px image takes 0.39
     GFLOP (ResNet-32: 0.41), but in few large convolutions, which a CPU computes at nearly its full
     rate. Features are halved, so that a linear classifier learns more slowly than they do.
     """
@@ -228,8 +228,8 @@ class FastNet(Teacher):
     def whiten(self, images):
         """Compute the stem from images (n,3,S,S) in [0,1].
 
-        Its channels are the principal components of the 2x2 patches, each of mean square 1, and
-        their negatives: uncorrelated numbers of one size, whatever colors and contrasts there are.
+        Its channels are the principal components of the 2x2 patches and their negatives, scaled to
+        a mean square of 1 (below it where there is hardly any contrast): uncorrelated numbers.
         """
         patches = F.unfold((images - self.mean) / self.std, 2)          # (n,12,(S-1)^2)
         patches = patches.transpose(1, 2).flatten(0, 1)                 # (n (S-1)^2, 12)

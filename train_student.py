@@ -41,8 +41,8 @@ from vit import MODELS
 # only, 5e-4 x 256 / 512; their EMA decays by 0.99996 each micro-batch, so by 0.99996^4 each step.
 SETTINGS = [
     Setting("model", "base", tuple(MODELS), "network: micro, mini, tiny, small or base"),
-    Setting("img_size", 224, Interval(1), "side of the student's images, pixels"),
-    Setting("patch_size", 16, Interval(1), "side of a patch, pixels"),
+    Setting("img_size", 224, Interval(1, 4096), "side of the student's images, pixels"),
+    Setting("patch_size", 16, Interval(1, 4096), "side of a patch, pixels"),
     Setting("stem", "patch", tuple(STEMS), "patch, conv, or fast: the teacher's FastNet"),
     Setting("tokens", 2, (1, 2), "2: CLS and DIST; 1: CLS learns from the teacher too"),
     Setting("layer_scale", 0.0, Interval(0), "initial value of LayerScale; 0: off"),
@@ -147,7 +147,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                                         args.warmup_epochs))
             metrics = torch.zeros(len(run.metrics), device=rt.device)
             for i in range(accumulation_steps):
-                # Strided, so that an image's copies (--repeats) are in different micro-batches.
+                # Strided: an image's copies (--repeats) are in different micro-batches if possible.
                 part = images[i::accumulation_steps]                    # uint8 (b,3,H,W)
                 target = labels[i::accumulation_steps]                  # (b,)
                 fraction = len(part) / len(labels)          # micro-batches need not be equal
@@ -257,8 +257,8 @@ def evaluate(net, ema, data, args, rt):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-def parse(argv=None):
-    parser = Parser(__doc__)
+def parse(argv=None, doc=__doc__):
+    parser = Parser(doc)
     flags = add_run_flags(parser)
     flags.add_argument("--method", default="deit-lt", choices=METHODS, metavar="NAME",
                        help=f"{', '.join(METHODS)} [deit-lt]")

@@ -42,7 +42,7 @@ SETTINGS = [
     Setting("arch", "resnet32", None, "resnet32, resnet50, fast or a torchvision network's name"),
     Setting("loss", "ldam", ("ce", "focal", "la", "vs", "ldam", "paco"),
             "ldam, paco, ce, focal, la (logit adjustment), vs (vector scaling)"),
-    Setting("img_size", 32, Interval(1), "side of the network's images, pixels"),
+    Setting("img_size", 32, Interval(1, 4096), "side of the network's images, pixels"),
     Setting("norm", "cifar", tuple(NORMALISATIONS),
             "pixel statistics to normalise with: cifar, imagenet, inat, half, none"),
     Setting("augment", "weak", ("weak", "padded", "resized", "loader"),
@@ -204,7 +204,7 @@ def make_criterion(args, counts, device):
         criterion = losses.PaCoLoss(counts, args.alpha, temperature=args.temperature)
     elif args.loss == "vs":
         criterion = losses.VSLoss(counts)
-    else:                                           # la, logit adjustment
+    elif args.loss == "la":                         # logit adjustment
         criterion = losses.VSLoss(counts, gamma=0)
     return criterion.to(device)
 
@@ -265,8 +265,8 @@ def to_network(images):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-def parse(argv=None):
-    parser = Parser(__doc__)
+def parse(argv=None, doc=__doc__):
+    parser = Parser(doc)
     add_run_flags(parser)
     add_settings(parser, SETTINGS)
     return parser.parse_args(argv)

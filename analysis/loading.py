@@ -239,8 +239,9 @@ def load(path, rt, data_flags=None, norm=None, size=None, mirror=False):
         match_classes(network, data, file)
         changed = network.data and network.data != data.fingerprint
         if changed and not names_other_data(network, data_flags, but=HELD_OUT):
-            print(f"{shown(file)}: its images, or those that are held out, have changed since it "
-                  "was trained; some of the test images may have been training images",
+            print(f"{shown(file)}: its images, or those that are held out, are others than these "
+                  "or have changed since it was trained; some of the test images may have been "
+                  "training images",
                   file=sys.stderr)
     return ready(networks, path, rt, mirror), args, data
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
-PHOTOMETRIC, SAMPLE_FORMAT = 262, 339       # TIFF tags
+ORIENTATION, PHOTOMETRIC, SAMPLE_FORMAT = 274, 262, 339     # tags of EXIF and TIFF
 
 
 def read(path, size, white):
@@ -30,6 +30,12 @@ def read(path, size, white):
     decoder_args = image.tile[0][3] if image.format == "PPM" else None
     if isinstance(decoder_args, tuple) and decoder_args[-1] != 65535:
         white = 65535                           # PIL has scaled the file's own white level to it
+    whole = None
+    if image.format in ("JPEG", "MPO"):         # decoded smaller, at no less than twice the size
+        on_its_side = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+        whole = image.size[::-1] if on_its_side else image.size
+        scale = 2 * size / min(whole)
+        image.draft(image.mode, [max(1, int(side * scale)) for side in image.size])
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                          # 16 or 32 bits of gray: the upper 8
         deep = np.asarray(image)
@@ -38,12 +44,15 @@ def read(path, size, white):
         levels = deep.astype(np.int64).clip(0, white)
         levels = white - levels if tags.get(PHOTOMETRIC) == 0 else levels    # its 0 is white
         levels = levels * 256 // (white + 1)
-        levels[deep == image.info.get("transparency", -1)] = 255            # a level of PNG files
+        if "transparency" in image.info:                    # a level of PNG files
+            levels[deep == image.info["transparency"]] = 255
         image = Image.fromarray(levels.astype(np.uint8))
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    (W, H), side = image.size, min(image.size)
-    box = (W - side) // 2, (H - side) // 2, (W + side) // 2, (H + side) // 2
+    (W, H), (w, h) = whole or image.size, image.size
+    left, top, side = (W - min(W, H)) // 2, (H - min(W, H)) // 2, min(W, H)
+    x, y = w / W, h / H                         # 1, or a file's that was decoded smaller
+    box = round(x * left), round(y * top), round(x * (left + side)), round(y * (top + side))
     image = image.crop(box).resize((size, size), Image.BICUBIC)
     return np.asarray(image, np.float32).transpose(2, 0, 1) / 255
 

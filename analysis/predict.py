@@ -206,7 +206,8 @@ def preprocessing(size, class_names, temperature, white):
         "size": size, "class_names": class_names, "temperature": temperature, "white": white,
         "input": "images: float32 (B, 3, size, size), RGB / 255: the picture turned as its EXIF "
                  "orientation says, on white where it is transparent; its largest central square, "
-                 "resized to size x size (PIL's bicubic)",
+                 "resized to size x size (PIL's bicubic); JPEG files are decoded at an eighth, "
+                 "quarter or half where that is at least twice the size (PIL's draft mode)",
         "output": "logits: float32 (B, classes); probabilities = softmax(logits / temperature)",
         "16 bits": "levels of gray from 0 to white become 0 to 255: the upper 8 bits",
     }

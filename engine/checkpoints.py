@@ -249,7 +249,8 @@ def load_weights(model, weights, what):
     except (RuntimeError, ValueError, TypeError) as error:      # TypeError: there are none
         raise UserError(f"{what} does not fit the network: {one_line(error)}") from None
     for key, own in model.state_dict().items():
-        if key not in weights:                                  # old files lack BatchNorm's counts
+        # Old files lack BatchNorm's counts; in averages of several networks they are no integers.
+        if key not in weights or key.endswith("num_batches_tracked"):
             continue
         tensor, dtype = weights[key], own.dtype
         if tensor.is_floating_point() != dtype.is_floating_point:

@@ -226,7 +226,7 @@ def memory_budget(rt):
 
     On a GPU also at most 40 % of what is free there.
     """
-    memory = total_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    memory = total_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", rt.world))
     if rt.device.type == "cuda":
         memory = min(memory, torch.cuda.mem_get_info(rt.device)[0])
     return 0.4 * memory

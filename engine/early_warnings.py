@@ -34,7 +34,8 @@ def constant_answer(tests, class_names):
 def commonest(tests, class_names):
     """(percent of the test images, name) of their commonest class; how many classes have some."""
     k = int(tests.argmax())
-    return 100 * tests[k].item() / tests.sum().item(), class_names[k], int((tests > 0).sum())
+    share = round(100 * tests[k].item() / tests.sum().item(), 3)       # as accuracies are
+    return share, class_names[k], int((tests > 0).sum())
 
 
 def constant_loss(args, counts):

@@ -37,7 +37,10 @@ class Lock:
         if fcntl is None:
             return self.go_without()
         # Not through a link; closed by the programs that this process starts.
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:           # the owner before has just removed the folder
+            return self.take()
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -182,7 +182,7 @@ class Costs:
 
     def seconds(self, epochs, every):
         """Of so many epochs, with an evaluation every so many and at the end."""
-        late = epochs // 3
+        late = max(1, epochs // 3)
         return ((epochs - late) * self.epoch + late * self.late
                 + math.ceil(epochs / every) * self.evaluation)
 

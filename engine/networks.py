@@ -52,7 +52,7 @@ NORMALISATIONS = {  # mean and standard deviation of the pixels that a network w
 }
 STEMS = {"patch": vit.PatchEmbed, "conv": vit.ConvStem, "fast": resnet.FastStem}    # of students
 LARGEST = 4096      # side of a network's images, pixels
-WRAPPERS = ("model", "state_dict", "model_state_dict", "net")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "model_ema", "state_dict_ema")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 
 
@@ -262,7 +262,8 @@ def foreign_names(state, path, num_classes):
 
     UserError for names that are not those of num_classes classes.
     """
-    names, beside = state.get("class_names"), os.path.splitext(path)[0] + ".classes.txt"
+    names = state.get("class_names")
+    beside = os.path.splitext(path.removesuffix(".tar"))[0] + ".classes.txt"    # of x.pth.tar, too
     if not isinstance(names, (list, tuple)):        # another project's meaning of the word
         names = None
     where = f"class_names in {path}"
@@ -289,11 +290,11 @@ def read_names(path):
 
 def bare_weights(state):
     """The tensors of a checkpoint by their names in the network, without WRAPPERS and PREFIXES."""
-    for wrapper in WRAPPERS:
-        if isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-            break
-    weights = {str(k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    def tensors(values):                            # n_averaged: of torch's AveragedModel
+        return {str(k): v for k, v in values.items()
+                if isinstance(v, torch.Tensor) and k != "n_averaged"}
+    wrapped = [state[wrapper] for wrapper in WRAPPERS if isinstance(state.get(wrapper), dict)]
+    weights = next(filter(None, map(tensors, wrapped)), tensors(state))
     while weights:
         common = [p for p in PREFIXES if all(k.startswith(p) for k in weights)]
         if not common:

@@ -275,8 +275,10 @@ class PastRun:
         """
         new = vars(args) | {"processes": self.rt.world, "amp": self.precision, "format": FORMAT}
         names = []
+        if self.wait:                                   # a student's groups are not its teacher's
+            free = (*free, "groups")
         for name in sorted((old.keys() | new.keys()) - set(free)):
-            if name in ("teacher", "finetune"):         # "runs/t/" is "runs/t"
+            if name in ("teacher", "finetune", "train_list", "test_list"):  # "runs/t/" is "runs/t"
                 same = real_paths(old.get(name)) == real_paths(new.get(name))
             elif name in old:
                 same = old[name] == new.get(name)
@@ -290,12 +292,17 @@ class PastRun:
     def check_force(self, args, changes):
         """UserError for changed settings, unless --force."""
         if not args.force:
-            ways = "repeat them, or start another run"
             # With other images --force is refused, too.
-            if not any(f"{flag(name)} " in changes for name in DATA_SETTINGS if name != "groups"):
+            same_images = not any(f"{flag(name)} " in changes for name in DATA_SETTINGS
+                                  if name != "groups")
+            ways = "repeat them, or start another run"
+            if same_images:
                 ways += ", or go on all the same with --force"
-            raise UserError(f"{self.folder} was begun with other settings: {changes}; "
-                            f"{REMOVE if self.wait else ways}")
+            if self.wait:
+                ways = REMOVE
+                if same_images:
+                    ways = f"train_teacher.py --resume --force finishes it; or {REMOVE}"
+            raise UserError(f"{self.folder} was begun with other settings: {changes}; {ways}")
 
     def force(self, args, changes):
         """UserError for changed settings, or, with --force, a line about them."""

@@ -151,8 +151,11 @@ def read_bytes(path):
     """A JSON file's bytes. UserError for what cannot be one."""
     if not os.path.isfile(path) or os.path.getsize(path) > LARGEST_JSON:
         raise UserError(f"{path} is no file of a run: not a regular file, or too large for one")
-    with open(path, "rb") as file:
-        return file.read()
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def parse(text, path):

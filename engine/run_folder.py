@@ -18,7 +18,6 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import suppress
 from itertools import islice
 
 import numpy as np
@@ -108,15 +107,20 @@ class Run(PastRun):
             self.remove_files()
         versions = {"python": platform.python_version(), "torch": torch.__version__,
                     "numpy": np.__version__}
-        save_json(os.path.join(self.folder, "config.json"), self.config() | {
+        self.settings = self.config() | {
             "classes": self.data.class_names, "counts": self.data.counts,
             "class_groups": self.data.groups, "versions": versions,
             "hardware": self.hardware, "amp_dtype": str(self.rt.amp),
             "teachers": self.teachers, "forced": self.forced,
-            "fingerprint": self.data.fingerprint})
+            "fingerprint": self.data.fingerprint}
+        if not self.finished:               # else --force extends it: its files stay as they are
+            self.write_settings()           # until there is a checkpoint
         self.seconds = sum(record["seconds"] for record in self.log)
         text = "".join(map(as_line, self.log))
         write_atomically(self.log_path, lambda file: file.write(text.encode()))
+
+    def write_settings(self):
+        save_json(os.path.join(self.folder, "config.json"), self.settings)
 
     def config(self):
         return vars(self.args) | {"format": FORMAT}
@@ -249,8 +253,9 @@ class Run(PastRun):
                      forced=self.forced, amp=self.precision, hardware=self.hardware)
 
         def write():
-            with suppress(FileNotFoundError):   # of a shorter run, which --force has extended
+            if self.finished:                   # a shorter run, which --force has extended
                 os.remove(os.path.join(self.folder, "result.json"))
+                self.write_settings()
             previous = None if self.fallback else self.previous     # keep the good one
             save_checkpoint(self.checkpoint, previous, **state, **place, **about)
         self.write(write)

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 
 import data_lt
@@ -67,8 +68,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         def formatter(prog):
             return argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=100)
-        super().__init__(usage="python %(prog)s [--flag value ...]", description=description,
-                         formatter_class=formatter, allow_abbrev=False)
+        spec = sys.modules["__main__"].__spec__             # of python -m
+        super().__init__(prog=f"-m {spec.name}" if spec else None, description=description,
+                         usage="python %(prog)s [--flag value ...]", formatter_class=formatter,
+                         allow_abbrev=False)
 
     def parse_known_args(self, *args, **kwargs):
         return self.expanded(*super().parse_known_args(*args, **kwargs))
@@ -85,7 +88,8 @@ class Parser(argparse.ArgumentParser):
             if isinstance(value, list):
                 return [expand(name, each) for each in value]
             if isinstance(value, str):
-                return ",".join(map(os.path.expanduser, value.split(",")))
+                return ",".join(os.path.expanduser(part.lstrip()) if part.lstrip()[:1] == "~"
+                                else part for part in value.split(","))
             return value
         for name, value in vars(options).items():
             setattr(options, name, expand(name, value))

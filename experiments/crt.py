@@ -3,7 +3,9 @@ r"""Classifier re-training, cRT (Kang et al., ICLR 2020, arXiv 1910.09217), of a
     python -m experiments.crt --dataset cifar10 --imb 100            flags as of train_student.py
 
 Trains `--method vit` first if it is missing. Then its classifier is trained anew, everything else
-frozen, for a tenth of the epochs on class-balanced samples: a class, then one of its images.
+frozen, for a tenth of the epochs on class-balanced samples: a class, then one of its images. The
+second run has no logit adjustment (the first has it where its recipe does), and mixes images only
+where the recipe does to the end, as those for the large sets do.
 DeiT-LT's authors do not say for how long, nor with which learning rate and augmentation.
 """
 import argparse
@@ -41,7 +43,9 @@ def parse(argv=None):
 
     The second run's epochs, a part of its name, would not be known before the first.
     """
-    args = train_student.parse(argv)
+    args = train_student.parse(argv, __doc__)
+    if args.method != "deit-lt":                    # the default: none was given
+        raise UserError(f"--method {args.method} is not cRT: python train_student.py has it")
     if args.minutes is not None:
         raise UserError("cRT is two runs: give --epochs instead of --minutes")
     if args.distill not in (None, "none"):

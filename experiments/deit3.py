@@ -3,10 +3,10 @@ r"""DeiT-III (Touvron et al., ECCV 2022, arXiv 2204.07118): a ViT without a teac
     python -m experiments.deit3 --dataset cifar10 --imb 100          flags as of train_student.py
 
 Changes to the recipe: 3-Augment instead of RandAugment and erasing, LayerScale, binary
-cross-entropy without label smoothing. Optimizer, crop, sizes, epochs and stochastic depth stay the
-recipe's (published: LAMB, a simple random crop, 192 px for 800 epochs and 224 px for 20, tests on
-the whole image, stronger stochastic depth; DeiT-LT's copy of it has no LayerScale, and pads before
-it crops).
+cross-entropy without label smoothing and logit adjustment, always mixup and CutMix. Optimizer,
+crop, sizes, epochs and stochastic depth stay the recipe's (published: LAMB, a simple random crop,
+192 px for 800 epochs and 224 px for 20, tests on the whole image, stronger stochastic depth;
+DeiT-LT's copy of it has no LayerScale, and pads before it crops).
 """
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,9 @@ def binary_cross_entropy(logits, target):
 
 def parse(argv=None):
     """The settings of train_student.py. UserError for those that DeiT-III does not have."""
-    args = train_student.parse(argv)
+    args = train_student.parse(argv, __doc__)
+    if args.method != "deit-lt":                    # the default: none was given
+        raise UserError(f"--method {args.method} is not DeiT-III: python train_student.py has it")
     args.method = "deit-iii"
     for name in ("smoothing", "rand_ops", "magnitude"):
         if getattr(args, name):

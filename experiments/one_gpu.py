@@ -412,7 +412,8 @@ def result_rows(name, folder):
     except UserError as error:                  # a damaged file
         return [f"| {name} | {one_line(error)} |{' - |' * 6}"]
     seconds = sum(epoch["seconds"] for epoch in log)
-    speed = statistics.median(epoch["images_per_second"] for epoch in log)
+    unevaluated = [epoch for epoch in log if "avg" not in epoch]        # the clock goes on there
+    speed = statistics.median(epoch["images_per_second"] for epoch in unevaluated or log)
     rows = []
     for head, title in (("avg", name), ("ema", f"{name}, averaged weights")):
         evaluations = [each[head] for each in (*log, result) if head in each]

@@ -19,7 +19,7 @@ from engine.training import FiniteScaler, cosine_lr, set_lr
 
 # Instead of train_teacher's values, where no flag gives another.
 PLAIN = dict(recipe="cpu", arch="resnet18", img_size=64, norm="imagenet", loss="la", beta=0.0,
-             rho=0.0, lr=1e-3, weight_decay=0.05)
+             rho=0.0, lr=1e-3, weight_decay=0.05, mixing=0.0, schedule="cosine")
 
 USED = ("arch", "img_size", "norm", "epochs", "batch", "lr", "weight_decay", "warmup_epochs",
         "eval_every")               # flags of train_teacher.py that have an effect here
@@ -82,7 +82,7 @@ def resolved(args, rt):
 
 
 def main():
-    args = train_teacher.parse()
+    args = train_teacher.parse(doc=__doc__)
     rt = runtime.setup(args.device, args.amp)
     if rt.world > 1:
         raise UserError("the plain ResNet-18 trains in one process")

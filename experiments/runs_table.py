@@ -49,6 +49,9 @@ def settings(config, command, kind):
     names |= {name.removeprefix("no_") for name in names}
     if kind == "teacher" and "train_student" in command:    # most of the flags are the student's
         names = {name.removeprefix("teacher_") for name in names if name in OF_ITS_TEACHER}
+        # Only these get theirs from the student (flags_of_teacher).
+        if (config.get("dataset"), config.get("recipe")) != ("folder", "ours"):
+            names.discard("img_size")
     if config.get("finetune"):
         names |= SET_BY_FINETUNE
     return {name: value for name, value in config.items()

@@ -66,6 +66,8 @@ class Meter(Probe):
     def after_step(self, epoch, step, images, values, finite):
         if step < self.count:                                   # to warm up
             self.started = self.rt.now()
+            if self.rt.device.type == "cuda":                   # cuDNN has tried its algorithms
+                torch.cuda.reset_peak_memory_stats()
             if step + 1 >= TIMED and self.started - self.times[0] > self.seconds:
                 self.count = step + 1                           # slow steps: no more of them
         elif not self.profiler:                                 # the host runs ahead, as in a run

@@ -182,7 +182,7 @@ def test_growth_of_listing_reads_every_file(monkeypatch, capsys):
 
 
 def test_growth_of_processes_is_the_logs(no_pictures, monkeypatch, capsys):
-    """Flags that a script refuses; images/s of another epoch than the last, or of another run."""
+    """Flags that a script refuses; images/s of an epoch with an evaluation, or of another run."""
     launched = []
 
     def in_this_process(command, **more):
@@ -191,9 +191,9 @@ def test_growth_of_processes_is_the_logs(no_pictures, monkeypatch, capsys):
         script(train_student, monkeypatch, *command[at + 1:])
     monkeypatch.setattr(bench.subprocess, "run", in_this_process)
     monkeypatch.setattr(bench, "read_log", lambda folder: read_log(folder)[:1]
-                        + [{"images_per_second": 100 * len(launched)}])
+                        + [{"images_per_second": 10 ** 6 * len(launched)}])
     flags = "--img-size 16 --imb 1000 --epochs 1 --warmup-epochs 0 --drw-epoch 1".split()
     bench.growth_of_processes((1, 2), flags)
     assert [command[3] for command in launched] == ["--nproc_per_node=1", "--nproc_per_node=2"]
-    assert rows(capsys)[-2:] == [["1 process(es)", "100 images/s", "1.00 x"],
-                                 ["2 process(es)", "200 images/s", "2.00 x"]]
+    assert rows(capsys)[-2:] == [["1 process(es)", "1000000 images/s", "1.00 x"],
+                                 ["2 process(es)", "2000000 images/s", "2.00 x"]]

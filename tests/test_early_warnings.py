@@ -170,6 +170,13 @@ def test_an_accuracy_below_that_of_one_answer(capsys):
     assert "judge by the balanced accuracy, 45.0 %" in line
 
 
+def test_an_accuracy_that_is_that_of_one_answer_is_not_below_it(capsys):
+    """33.333 as fewer than 33.3333."""
+    tests = (4, 4, 4, *[0] * 7)
+    equal = {"avg": {"overall": 33.333, "per_class": [33.333] * 3 + [math.nan] * 7}}
+    assert watched(capsys, falling(2.3, 1.0), tests=tests, results={19: equal}) == []
+
+
 def test_a_warning_comes_once_or_when_it_is_much_worse(capsys):
     """The same line after every evaluation."""
     args = argparse.Namespace(epochs=20, warmup_epochs=1, drw_epoch=20, beta=0.0, minutes=None,

@@ -47,6 +47,10 @@ def save_pictures(folder):
     for name, image in pictures.items():
         image.save(folder / name)
     picture(60, 45).save(folder / "turned.jpg", exif=exif, quality=95)
+    # Decoded at an eighth and a quarter, where the edges of the square are no whole pixels.
+    noise = Image.fromarray(rng.randint(0, 256, (90, 75, 3)).astype(np.uint8))
+    noise.resize((501, 607), Image.BICUBIC).save(folder / "large.jpg", exif=exif, quality=95)
+    noise.resize((203, 167), Image.BICUBIC).save(folder / "larger.jpg", quality=95)
     # On their side and not compressed, which PIL 12 reads wrongly from a file that it maps.
     picture(60, 45).convert("L").save(folder / "turned.tif", exif=exif)
     picture(60, 45).convert("CMYK").save(folder / "turned_cmyk.tif", exif=exif)
@@ -54,10 +58,12 @@ def save_pictures(folder):
     deep = np.kron(rng.randint(0, 65536, (5, 6)), np.ones((8, 8), int)).astype(np.uint16)
     Image.fromarray(deep).save(folder / "level.png", transparency=int(deep[9, 9]))
     write_pgm(folder / "states_white.pgm", deep % 1024, 1023)
-    write_tiff(folder / "signed.tif", deep.astype(np.int32) - 9000, orientation=3)
+    signed = deep.astype(np.int32) - 9000
+    signed[9:20] = -1
+    write_tiff(folder / "signed.tif", signed, orientation=3)
     write_tiff(folder / "unsigned.tif", deep.astype(np.uint32) * 60000)
     return [*pictures, "turned.jpg", "turned.tif", "turned_cmyk.tif", "x_ray.tif", "level.png",
-            "states_white.pgm", "signed.tif", "unsigned.tif"]
+            "large.jpg", "larger.jpg", "states_white.pgm", "signed.tif", "unsigned.tif"]
 
 
 def test_what_a_program_needs_is_beside_the_network(runs, tmp_path, monkeypatch):

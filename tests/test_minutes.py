@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data_lt
+import train_teacher
 from engine import minutes, runtime, settings
 from engine.runtime import Runtime, UserError
 from engine.settings import Interval, Setting
@@ -105,6 +106,16 @@ def test_the_whole_run_takes_the_minutes(costs, minutes_asked, began, monkeypatc
     assert abs(taken - 60 * minutes_asked) < slack
     evaluations = math.ceil(args.epochs / args.eval_every)
     assert evaluations == 1 or evaluations * TESTS * costs.get("evaluation", 0) < 0.1 * taken
+
+
+@pytest.mark.parametrize("epochs, seconds", [(1, 60), (2, 90), (3, 120), (4, 150), (6, 240)])
+def test_one_epoch_of_a_short_run_is_a_late_one(epochs, seconds):
+    """SAM's second pass forgotten where a third of the epochs is less than one."""
+    costs = minutes.Costs(epoch=30.0, late=60.0, evaluation=0.0)
+    assert costs.seconds(epochs, 1) == seconds
+    args = argparse.Namespace(epochs=epochs, rho_schedule="late", rho=0.1)
+    late = sum(train_teacher.radius(args, epoch) > 0 for epoch in range(epochs))
+    assert seconds == 30 * (epochs + late)
 
 
 def test_the_schedule_is_that_of_the_epochs_it_became(monkeypatch):

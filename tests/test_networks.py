@@ -626,6 +626,12 @@ def test_a_plain_resnet50_may_be_in_two_orders(tmp_path):
         networks.match_classes(networks.load_network(path), data, "it")
     (tmp_path / "published.classes.txt").write_text("c\nb\na\n")
     networks.match_classes(networks.load_network(path), data, "it")
+    other = tmp_path / "ckpt.best.pth.tar"                  # as LDAM-DRW and Saddle-LongTail do
+    os.rename(path, other)
+    with pytest.raises(UserError, match="as Saddle-LongTail numbers them"):
+        networks.match_classes(networks.load_network(str(other)), data, "it")
+    (tmp_path / "ckpt.best.classes.txt").write_text("c\nb\na\n")
+    networks.match_classes(networks.load_network(str(other)), data, "it")
 
 
 @pytest.mark.parametrize("counts, name, refused", [
@@ -950,7 +956,8 @@ def test_missing_files_and_unknown_normalisations_are_refused(tmp_path):
         networks.load_network(save(tmp_path, resnet32_state(3)), norm="caltech")
 
 
-@pytest.mark.parametrize("wrapper", ["", "model", "state_dict", "model_state_dict", "net"])
+@pytest.mark.parametrize("wrapper", ["", "model", "state_dict", "model_state_dict", "net",
+                                     "model_ema", "state_dict_ema"])
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "model."])
 def test_what_training_scripts_put_around_weights_is_seen_through(tmp_path, wrapper, prefix):
     """A compiled, parallel or wrapped network; settings and class names of another project's
@@ -964,6 +971,19 @@ def test_what_training_scripts_put_around_weights_is_seen_through(tmp_path, wrap
     assert found.what.startswith("torchvision's mnasnet0_5, 4 classes")
     assert found.class_names is None
     assert torch.equal(found.net.classifier.weight, weights[prefix + "classifier.1.weight"])
+
+
+def test_averages_of_networks_are_read(tmp_path):
+    """torch's AveragedModel, whose count of networks is no weight; the mean of state dicts, whose
+    counts of batches are no integers; a wrapper that holds no tensor."""
+    weights = torchvision_state("mnasnet0_5")
+    averaged = {"n_averaged": torch.tensor(3)} | in_module(weights, "module.")
+    mean = {k: v.float() / 2 + v.float() / 2 for k, v in weights.items()}
+    for state in (averaged, {"model_ema": averaged}, mean,
+                  {"model": {"arch": "mnasnet"}, "state_dict": weights}):
+        torch.save(state, tmp_path / "x.pth")
+        found = networks.load_network(str(tmp_path / "x.pth"))
+        assert torch.equal(found.net.classifier.weight, weights["classifier.1.weight"])
 
 
 @pytest.mark.parametrize("arch, size", [("shufflenet_v2_x0_5", -1), ("shufflenet_v2_x0_5", 0),

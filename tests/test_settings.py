@@ -29,6 +29,7 @@ def test_paths_of_flags_are_those_that_were_meant(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     args = train_student.parse(["--out=~/run", "--teacher=a,~/b", "--finetune", "x~"])
     assert (args.out, args.teacher, args.finetune) == ("/home/me/run", "a,/home/me/b", "x~")
+    assert train_student.parse(["--teacher=~/a, ~/b"]).teacher == "/home/me/a,/home/me/b"
     parser = settings.Parser("")
     parser.add_argument("runs", nargs="*")
     parser.add_argument("--out")

@@ -1429,7 +1429,11 @@ def test_the_plain_resnet18_clears_its_gradients(steps_of):
 
 
 def test_the_plain_resnet18s_settings():
-    """Another baseline than the table's."""
+    """Another baseline than the table's; settings of a recipe that its loop does not have."""
+    for recipe in ("ours", "paper"):
+        b = resnet18.resolved(train_teacher.parse(["--dataset", "cifar10", "--recipe", recipe]),
+                              CPU)
+        assert (b.mixing, b.schedule, b.rho, b.beta, b.loss) == (0, "cosine", 0, 0, "la")
     a = resnet18.resolved(train_teacher.parse(["--dataset", "cifar10"]), CPU)
     assert (a.arch, a.img_size, a.norm, a.loss, a.beta, a.rho, a.lr, a.weight_decay) == (
         "resnet18", 64, "imagenet", "la", 0, 0, 1e-3, 0.05)

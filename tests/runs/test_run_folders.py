@@ -20,8 +20,9 @@ from engine.lock import Lock
 from engine.records import read_log
 from engine.run_folder import Run
 from engine.training import FiniteScaler
+from image_folders import make_folder
 from several_processes import run
-from tiny_runs import (PLAIN, WITHOUT_SAM, assert_same_run, checkpoint, killed_at, read,
+from tiny_runs import (LENGTH, PLAIN, WITHOUT_SAM, assert_same_run, checkpoint, killed_at, read,
                        records, train)
 
 pytest_plugins = ["tiny_runs", "several_processes"]
@@ -252,6 +253,57 @@ def test_force_is_named_only_where_it_helps(flags, forced, shared_run, tmp_path,
     shutil.copytree(finished, tmp_path / "run")
     message = refused(module, *given, "--out", tmp_path / "run", "--resume", *flags.split())
     assert "other settings" in message and ("--force" in message) == forced
+
+
+def test_an_extended_run_that_dies_before_its_checkpoint_is_the_old_one(shared_run, tmp_path,
+                                                                        capsys):
+    """The new settings beside the old result: neither command goes on, and a student is told to
+    remove its teacher."""
+    module, given, finished = shared_run("teacher")
+    shutil.copytree(finished, tmp_path / "run")
+    own, before = [*given, "--out", tmp_path / "run"], contents(tmp_path / "run")
+    longer = [*own, "--epochs", "3", "--resume", "--force"]
+    with killed_at(2, 1):
+        train(module, *longer)
+    after = contents(tmp_path / "run")
+    assert all(after[name] == before[name] for name in ("config.json", "result.json", "last.pt"))
+    train(module, *own)
+    assert "is finished" in capsys.readouterr().out
+    train(module, *longer)
+    for name in ("config.json", "result.json"):
+        assert read(tmp_path / "run", name)["epochs"] == 3
+
+
+def test_a_list_is_the_same_by_another_path(tmp_path, monkeypatch, refused, capsys):
+    """A finished run refused for ./list.csv, with the advice to remove it."""
+    make_folder(tmp_path, n=6)
+    files = [*tmp_path.glob("t*/*/*.png"), *tmp_path.glob("t*/*/*.jpg")]
+    (tmp_path / "list.csv").write_text("image,label,split\n" + "".join(
+        f'"{file.relative_to(tmp_path)}","{file.parent.name}",{file.parts[-3]}\n'
+        for file in files))
+    monkeypatch.chdir(tmp_path)
+    flags = [*LENGTH, *WITHOUT_SAM, *"--dataset folder --data-dir . --recipe cpu --device cpu "
+             "--img-size 8 --drw-epoch 1 --batch 8 --out run --train-list".split()]
+    train(train_teacher, *flags, "list.csv")
+    capsys.readouterr()
+    train(train_teacher, *flags, "./list.csv")
+    assert "is finished" in capsys.readouterr().out
+    shutil.copy("list.csv", "copy.csv")
+    assert "--train-list" in refused(train_teacher, *flags, "copy.csv", "--resume")
+
+
+def test_what_a_student_can_do_about_a_teacher_with_other_settings(
+        waiting_student, teacher_run, refused):
+    """A finished teacher refused for --groups, which are the student's own; the advice to remove
+    one that was trained in another precision and only has to be resumed."""
+    flags, folder = waiting_student
+    shutil.copytree(teacher_run, folder)
+    train(train_student, *flags, "--groups", "15,5")
+    (folder / "result.json").unlink()
+    state = checkpoint(folder) | {"amp": "fp16"}
+    torch.save(state, folder / "last.pt")
+    message = refused(train_student, *flags[:-1], "again")
+    assert "--amp fp16" in message and "train_teacher.py --resume --force finishes it" in message
 
 
 def test_a_finished_teacher_that_is_only_read_may_be_anybodys(waiting_student, teacher_run, owner,
