@@ -78,7 +78,7 @@ def published_groups(dataset):
 # ---- The order of an epoch -----------------------------------------------------------------------
 
 def epoch_generator(seed, epoch):
-    """The generator of an epoch's order; by spawn_key no step (runtime.seed_step) has its seed."""
+    """The generator of an epoch's order. spawn_key: its seed is no step's (runtime.seed_step)."""
     key = np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(key) >> 1)             # 63 bits, as much as it takes
 
@@ -131,7 +131,7 @@ class LongTailData:
     groups: dict                    # of class numbers: head, mid, tail
     class_ids: list = None          # the data set's own number of each class; None: 0..K-1
     fingerprint: str = ""           # changes with the data
-    white: int = 65535              # level of white in deep images, see images/decode.py
+    white: int = 65535              # of 16-bit images: the level that becomes 255
 
     def __post_init__(self):
         if self.class_ids is None:
@@ -154,7 +154,7 @@ class LongTailData:
     def batches(self, steps, key):
         """steps, pairs (step, index (b,)) -> (step, images (b,3,H,W), labels (b,)) on the device.
 
-        Images on disk are decoded ahead, those of LISTS also cropped, by draws from (*key, step).
+        Files are decoded ahead; of LISTS also cropped, by (*key, step). key: seed, epoch, rank.
         """
         device = self.train_labels.device
         if isinstance(self.train_images, Stream):

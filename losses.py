@@ -15,7 +15,7 @@ f_d = f_c. A batch's mean divides by its sum of w[y_t], as published, so (2)'s s
 Logit adjustment instead of weights (Menon et al., ICLR 2021, arXiv 2007.07314): if class k is the
 label with frequency pi_k, train with CE(f + ln pi, y) and predict with f. By Bayes' rule softmax(f)
 is then p(y|x) for equally frequent classes. For DIST, pi is the distribution of the teacher's
-labels, which is not the data's; for soft labels tau ln pi is added, before the division by tau.
+labels, which is not the data's; soft labels: (f_d + tau ln pi) / tau = f_d / tau + ln pi.
 
 Teachers: LDAM (Cao et al., NeurIPS 2019, arXiv 1906.07413), on logits z_k = s cos(theta_k); vector
 scaling (Kini et al., NeurIPS 2021, arXiv 2103.01550); focal loss (Lin et al., arXiv 1708.02002):

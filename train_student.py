@@ -75,7 +75,7 @@ SETTINGS = [
     Setting("eval_every", 10, Interval(1), "epochs between evaluations on the test set"),
 ]
 # Recipes change some of them. cpu: the same method, small and short. ours: cpu with what was better
-# on held-out images (results/README.md); for photographs crop and flip only. gpu: ours, larger.
+# on held-out images (results/jpeg_copy.md); photographs: crop and flip only. gpu: ours, larger.
 CPU = dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4,
            drop_path=0.0, drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0,
            eval_every=5)
@@ -113,7 +113,7 @@ METRICS = ("loss", "loss_cls", "loss_dist", "teacher_accuracy")
 def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=None, order_of=None):
     """The training loop. Returns {"cls", "dist", "avg" and, with --ema, "ema": accuracies}.
 
-    rt: device and processes; run: a Run or a Probe. The last three are replaced in experiments/."""
+    run: a Run, or engine/minutes.py's Probe. The last three are replaced in experiments/."""
     augment_images = augment_images or strong_augment
     label_loss = label_loss or losses.cross_entropy
     order_of = order_of or epoch_order
@@ -123,7 +123,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
     model = DistributedDataParallel(net) if rt.world > 1 else net       # sends rank 0's weights
     ema = EMA(net, args.ema) if args.ema > 0 else None
-    scaler = FiniteScaler(net, optimizer, rt, teacher_prior)            # undoes non-finite steps
+    scaler = FiniteScaler(net, optimizer, rt, teacher_prior)            # undoes bad steps, in both
     n = len(order_of(args, data, 0))                                    # images in an epoch
     steps = data_lt.steps_per_epoch(n, args.batch)
     accumulation_steps = micro_batches(n, steps, rt.world, args.micro_batch)
@@ -394,7 +394,7 @@ def run_student(args, rt, prepare=None, wait=False, **replacements):
                  f"{evaluation.accuracy_on_clean(teacher, data, rt)}")
     if args.stem == "fast" and not args.finetune:
         start_stem(net, teacher, data, rt)
-    fit_epochs(run, train, args, data, net, teacher, rt, **replacements)
+    fit_epochs(run, train, args, data, net, teacher, rt, **replacements)    # with --minutes
     rt.print(f"Student ({args.recipe} recipe): {args.method} {args.model} ({args.img_size} px, "
              f"patch {args.patch_size}), {schedule_text(args)} on {describe(data, args)}")
     results = train(args, data, net, teacher, rt, run, **replacements)

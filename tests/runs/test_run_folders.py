@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -298,7 +299,13 @@ def test_what_a_student_can_do_about_a_teacher_with_other_settings(
     one that was trained in another precision and only has to be resumed."""
     flags, folder = waiting_student
     shutil.copytree(teacher_run, folder)
-    train(train_student, *flags, "--groups", "15,5")
+    for wait in (True, False):                              # --groups: own images only
+        past = SimpleNamespace(wait=wait, rt=runtime.Runtime(torch.device("cpu")),
+                               precision="none", defaults={})
+        old = dict(groups=None, lr=0.1, amp="none", processes=1, format=2)
+        args = SimpleNamespace(groups="15,5", lr=0.2)
+        found = Run.changes(past, old, args, ())
+        assert found == ("" if wait else "--groups None -> 15,5, ") + "--lr 0.1 -> 0.2"
     (folder / "result.json").unlink()
     state = checkpoint(folder) | {"amp": "fp16"}
     torch.save(state, folder / "last.pt")
