@@ -94,7 +94,10 @@ def type_name(rt):
 
 
 def matmul_peak(rt, dtype=None):
-    """FLOP/s of a large matrix product, the best of 9; dtype: see type_name."""
+    """FLOP/s of a large matrix product, the best of 9; dtype: see type_name.
+
+    float32 on a GPU is without TF32, which cuDNN takes for convolutions: they may exceed this.
+    """
     n = 8192 if rt.device.type == "cuda" else 2048
     dtype = dtype or rt.amp or torch.float32
     a, b = torch.randn(2, n, n, device=rt.device).to(dtype)
