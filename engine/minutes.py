@@ -7,7 +7,7 @@ schedule shrinks to three epochs, so the last one has late SAM and, in most reci
 After each of them a part of the test set is evaluated. Nothing of this reaches the run: everything
 random in its steps follows from (seed, epoch, step, rank).
 
-    seconds(E) = steps ((E - E // 3) t_2 + E // 3 t_3) + evaluations(E) t
+    seconds(E) = steps ((E - L) t_2 + L t_3) + evaluations(E) t,        L = max(1, E // 3)
 
 t_2 and t_3: a step of the second and of the last short epoch; t: an evaluation.
 """
@@ -58,7 +58,7 @@ class Probe:
         self.compiled = getattr(args, "compile", False)
 
     def begin_epoch(self, epoch):
-        self.times = [self.rt.now()]
+        self.began = self.last = self.rt.now()      # last: the end of the last step that was noted
 
     def remaining_steps(self, epoch, batches):
         return islice(enumerate(cycle(batches)), self.count)
@@ -68,14 +68,15 @@ class Probe:
         them the host runs ahead of the device as it does in training.
         """
         if epoch == 0 or step in (0, self.count - 1):
-            self.times.append(self.rt.now())
+            before, self.last = self.last, self.rt.now()
+        if step == 0:
+            self.first = self.last                      # its end
         if epoch == 0:
-            self.warm = self.times[-1] - self.times[0]
-            self.warm_step = self.times[-1] - self.times[-2]
+            self.warm, self.warm_step = self.last - self.began, self.last - before
             limit = FIRST_STEP if step == 0 else FIRST_STEPS
             spent = self.warm
             if self.rt.device.type == "cuda":           # its first step loads and chooses kernels
-                spent = self.times[-1] - self.times[1]
+                spent = self.last - self.first
             slow, stop = all_max([int(spent > limit * self.seconds), runtime.stop_signal], self.rt)
             self.stop_if_asked(stop)
             if slow:
@@ -88,13 +89,13 @@ class Probe:
 
     def after_epoch(self, epoch, results, **record):
         self.stop_if_asked(*all_max([runtime.stop_signal], self.rt))
-        self.evaluation = self.rt.now() - self.times[-1]
+        self.evaluation = self.rt.now() - self.last
         if epoch == 0:
             fewest, most = TIMED
             wanted = SHARE * self.seconds / self.warm_step
             self.count, = all_max([max(fewest, min(most, round(wanted)))], self.rt)
         else:
-            self.step.append((self.times[-1] - self.times[1]) / (self.count - 1))
+            self.step.append((self.last - self.first) / (self.count - 1))
 
     def costs(self, share):
         """Costs of the run; share: how many times the test images that were looked at it has."""

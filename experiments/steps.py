@@ -68,7 +68,7 @@ class Meter(Probe):
             self.started = self.rt.now()
             if self.rt.device.type == "cuda":                   # cuDNN has tried its algorithms
                 torch.cuda.reset_peak_memory_stats()
-            if step + 1 >= TIMED and self.started - self.times[0] > self.seconds:
+            if step + 1 >= TIMED and self.started - self.began > self.seconds:
                 self.count = step + 1                           # slow steps: no more of them
         elif not self.profiler:                                 # the host runs ahead, as in a run
             self.images, self.timed = self.images + images, self.timed + 1
