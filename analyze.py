@@ -316,6 +316,7 @@ def check_outputs(options):
 def main():
     options = parse()
     check_outputs(options)
+    torch.backends.cudnn.allow_tf32 = False     # it rounds by as much as `sharpness` moves weights
     COMMANDS[options.command](options, setup(options.device))
 
 

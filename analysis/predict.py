@@ -24,7 +24,7 @@ from torch import nn
 import augment
 from analysis.loading import decoded_size
 from engine.checkpoints import write_atomically
-from engine.evaluation import combined, student_heads, teacher_input
+from engine.evaluation import combined, images_at_a_time, student_heads, teacher_input
 from engine.records import save_json
 from engine.runtime import UserError
 from images import decode, files
@@ -59,10 +59,10 @@ class Predictor(nn.Module):
 
 
 @torch.no_grad()
-def logits_of(network, images, index, rt, batch=500):
+def logits_of(network, images, index, rt, batch=None):
     """Logits (n,K) of a Network's prediction, on the CPU: of images[index], uint8 (n,3,H,W)."""
     model, logits = Predictor(network).eval(), []
-    for part in index.to(rt.device).split(batch):
+    for part in index.to(rt.device).split(batch or images_at_a_time(images)):
         with rt.autocast():
             logits.append(model(augment.to_float(images[part])).float().cpu())
     return torch.cat(logits)

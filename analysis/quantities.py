@@ -129,9 +129,10 @@ def reconstruction_error(features):
         error_m = 1 - sum_{i<=m} s_i^2 / sum_i s_i^2
 
     (n,d) -> (min(n,d)+1,), for m = 0 ... min(n,d). Eckart and Young: no m directions lose less.
-    Features that are all constant have no error.
+    Features that are all constant have no error. On the CPU: GPUs are slow at this in float64.
     """
-    X = features.double() - features.double().mean(dim=1, keepdim=True)
+    X = features.double().cpu()
+    X = X - X.mean(dim=1, keepdim=True)
     squares = torch.linalg.svdvals(X).square()                      # (min(n,d),), descending
     kept = torch.cat([squares.new_zeros(1), squares.cumsum(0)])
     total = squares.sum()

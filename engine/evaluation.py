@@ -101,15 +101,21 @@ def evaluate(predict, images, labels, groups, rt):
             for head, classes in found.items()}
 
 
+def images_at_a_time(images):
+    """How many of uint8 (N,3,H,W) are evaluated together: 500, or as much memory of larger ones."""
+    H, W = images.shape[-2:]
+    return max(1, 500 * 224 ** 2 // max(224 ** 2, H * W))
+
+
 @torch.no_grad()
-def answers(predict, images, labels, rt, batch=500):
+def answers(predict, images, labels, rt):
     """What each head predicts for this process's images: (labels (n,), {head: classes (n,)}).
 
     predict, images, labels: see evaluate. Class -1: see predicted. Both are on the CPU.
     """
     mine = torch.arange(len(labels), device=labels.device)[rt.rank::rt.world]
     found = {}
-    for index in mine.split(batch):
+    for index in mine.split(images_at_a_time(images)):
         with rt.autocast():
             heads = predict(augment.to_float(images[index]))
         for head, logits in heads.items():

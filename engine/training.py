@@ -57,6 +57,7 @@ def compiled(model, mode=None):
     and another one of any size, in each mode of the network (SAM's second pass is one). mode:
     torch.compile's; "reduce-overhead" replays a pass's kernels as one CUDA graph.
     """
+    torch._dynamo.config.optimize_ddp = False       # else it is split at DDP's buckets: not tried
     model = torch.compile(model, mode=mode)
     model.register_forward_pre_hook(any_batch_size)
     return model

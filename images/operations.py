@@ -254,7 +254,7 @@ def equalize_curve(v, x, a):
 
 def posterize_curve(v, x, bits):
     """Keep the upper bits, 0 to 8."""
-    step = 2 ** (8 - bits)
+    step = 1 << (8 - bits).int()            # exact on every device, which ** is not
     return (v / step).floor() * step
 
 

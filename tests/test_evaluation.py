@@ -46,6 +46,13 @@ class Teacher(Student):
 
 # ---- What a network is given ---------------------------------------------------------------------
 
+@pytest.mark.parametrize("side, n", [(32, 500), (224, 500), (384, 170), (1024, 23), (6000, 1)])
+def test_large_images_are_evaluated_fewer_at_a_time(side, n):
+    """500 of 1,024 px, a GPU's memory, whatever --micro-batch says; none at all."""
+    images = torch.zeros(1, dtype=torch.uint8).expand(9, 3, side, side)
+    assert evaluation.images_at_a_time(images) == n
+
+
 def test_a_student_is_tested_on_the_centre_of_a_larger_image():
     """The whole image, a corner of it, or a crop that is resized: 28 / 0.875 = 32, 2 px cut off."""
     x = torch.rand(2, 3, 32, 32)
