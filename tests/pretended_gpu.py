@@ -161,9 +161,11 @@ class PretendedGPU(TorchFunctionMode):
         return self.take(result) if goes_here else result
 
     def check(self, name, args, tensors, here):
-        """Raise RuntimeError where a GPU would: for tensors of both devices."""
+        """Raise what a GPU's tensor would: RuntimeError where tensors are of both devices."""
         if not here:
             return
+        if name in ("numpy", "__array__"):
+            raise TypeError(f"{name}: of a tensor on {GPU}; .cpu() first")
         needed = name in WITHOUT_CPU_NUMBERS or "foreach" in name
         others = [t for t in tensors if not self.has(t) and (t.ndim > 0 or needed)]
         into = args[0] if args and isinstance(args[0], torch.Tensor) else None

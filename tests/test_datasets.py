@@ -575,7 +575,7 @@ def test_an_imbalance_below_that_of_the_folder_is_refused(imb, kind, tmp_path):
         datasets.own_folder(str(tmp_path), imb, kind, None)
     possible = int(re.search(r"use --imb (\d+) or more", str(error.value))[1])
     train, _ = datasets.own_folder(str(tmp_path), possible, kind, None)
-    assert train.counts().tolist() == [160, 17, 2] if kind == "exp" else [160, 2, 2]
+    assert train.counts().tolist() == ([160, 17, 2] if kind == "exp" else [160, 2, 2])
 
 
 def test_advice_for_an_imbalance_that_is_too_large_works(tmp_path):

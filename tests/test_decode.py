@@ -19,6 +19,7 @@ from torchvision.transforms import RandomResizedCrop
 from conftest import ROOT
 from image_folders import close, make_folder, picture, write_pgm, write_tiff
 from images import decode, files
+from pil_reference import same_distribution
 
 
 def read(path, size, box=None):
@@ -458,7 +459,7 @@ def test_all_threads_together_hold_a_bounded_number_of_pixels(tmp_path, monkeypa
     images, good, _ = decode.read_all(files_of(*paths), 8)
     assert good.sum() == 27 and budget.free == 10_000
     assert all(total <= max(10_000, own) for total, own in most)
-    assert max(total for total, own in most) > 4900             # more than one at a time
+    assert any(total > own for total, own in most)              # more than one at a time
 
 
 def test_a_jpeg_counts_as_what_is_decoded_of_it(tmp_path, monkeypatch):
@@ -538,9 +539,10 @@ def test_half_of_the_images_of_a_batch_are_mirrored(stream_files, monkeypatch):
 
 
 def test_the_boxes_have_the_published_distribution():
-    """Against torchvision's RandomResizedCrop, decile by decile; and the box where nothing fits."""
+    """Against torchvision's RandomResizedCrop, decile by decile; aspect ratios that are uniform,
+    not their logarithms; and the box where nothing fits."""
     torch.manual_seed(0)
-    W, H, n, rng, picture_ = 500, 375, 3000, np.random.default_rng(0), torch.empty(3, 375, 500)
+    W, H, n, rng, picture_ = 500, 375, 6000, np.random.default_rng(0), torch.empty(3, 375, 500)
     ours = np.array([decode.random_box(rng)(W, H) for _ in range(n)])
     theirs = np.array([RandomResizedCrop.get_params(picture_, (0.08, 1), (3 / 4, 4 / 3))
                        for _ in range(n)])
@@ -549,6 +551,7 @@ def test_the_boxes_have_the_published_distribution():
     ours = np.stack([top, left, bottom - top, right - left], axis=1)        # torchvision's order
     deciles = [np.quantile(boxes, np.arange(0.1, 1, 0.1), axis=0) for boxes in (ours, theirs)]
     assert np.abs(deciles[0] - deciles[1]).max() < 15
+    assert same_distribution(ours[:, 3] / ours[:, 2], theirs[:, 3] / theirs[:, 2])
     assert decode.random_box(rng)(1000, 10)[1::2] == (0, 10)     # central, of the widest ratio
 
 

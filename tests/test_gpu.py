@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -112,6 +113,9 @@ def test_what_is_pretended():
         # A GPU's tensor takes a CPU's numbers and indices.
         assert (x + torch.tensor(1)).device == x[torch.tensor([0, 1])].device == GPU
         gpu.waits.clear()
+        for of_the_gpu in (x.numpy, lambda: np.asarray(x)):
+            with pytest.raises(TypeError, match="first"):
+                of_the_gpu()
         for mixed in (lambda: x + torch.ones(6),
                       lambda: torch.stack([x[0], torch.tensor(1)]),
                       lambda: torch.ones(6)[x.long()],
@@ -239,6 +243,11 @@ def test_the_same_training_on_both(run, teacher, tmp_path):
     for one, other in zip(*logs, strict=True):
         assert one["loss_cls"] == pytest.approx(other["loss_cls"], rel=0.01)
         assert one["loss_dist"] == pytest.approx(other["loss_dist"], rel=0.01)
+    one, other = (torch.load(tmp_path / name / "last.pt")["optimizer"]["state"].values()
+                  for name in ("gpu", "cpu"))
+    apart = [((mine["exp_avg"] - theirs["exp_avg"]).norm() / theirs["exp_avg"].norm()).item()
+             for mine, theirs in zip(one, other, strict=True)]          # mean gradients
+    assert sorted(apart)[len(apart) // 2] < 0.01          # the stem's BatchNorm makes more of it
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])

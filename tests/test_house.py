@@ -40,7 +40,7 @@ def module_name(file):
 def imports(file):
     """Modules of the project that a file imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -54,7 +54,7 @@ def code_tokens(file):
     """Python tokens without comments and line breaks; a docstring counts as one."""
     skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
                tokenize.ENDMARKER, tokenize.ENCODING}
-    tokens = tokenize.generate_tokens(io.StringIO(file.read_text()).readline)
+    tokens = tokenize.generate_tokens(io.StringIO(file.read_text(encoding="utf-8")).readline)
     return sum(token.type not in skipped for token in tokens)
 
 
@@ -90,13 +90,13 @@ def test_there_are_no_circles():
 def test_the_main_path_stays_short():
     """1,300 lines and 11,000 tokens: an evening's reading. Take away before you add."""
     files = [ROOT / name for name in MAIN_PATH]
-    assert sum(len(f.read_text().splitlines()) for f in files) <= 1300
+    assert sum(len(f.read_text(encoding="utf-8").splitlines()) for f in files) <= 1300
     assert sum(map(code_tokens, files)) <= 11000
 
 
 @pytest.mark.parametrize("name", ["train_student.py", "train_teacher.py"])
 def test_the_loop_begins_before_line_150(name):
-    lines = (ROOT / name).read_text().splitlines()
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     loops = [i for i, line in enumerate(lines, 1) if "for epoch in range(run.start_epoch" in line]
     assert loops[0] < 150
 
@@ -104,5 +104,6 @@ def test_the_loop_begins_before_line_150(name):
 def test_no_line_is_longer_than_100_columns():
     files = [*FILES, *(ROOT / "tests").rglob("*.py")]
     long = [f"{f.relative_to(ROOT)}:{i}" for f in files
-            for i, line in enumerate(f.read_text().splitlines(), 1) if len(line) > 100]
+            for i, line in enumerate(f.read_text(encoding="utf-8").splitlines(), 1)
+            if len(line) > 100]
     assert not long

@@ -599,8 +599,7 @@ def test_a_foreign_teacher_whose_order_is_not_known_is_refused(tmp_path, names):
 @pytest.mark.parametrize("names", ["abc", ["01", "02", "10"], ["1", "2", "3"]])
 def test_a_foreign_teacher_of_one_possible_order_is_taken(tmp_path, names):
     """A needless refusal; or descending count for the order of the folders."""
-    path = save(tmp_path, resnet32_state(3))
-    before, x = outputs(networks.load_network(path), images(32)), images(32)
+    path, x = save(tmp_path, resnet32_state(3)), images(32)
     before, found = outputs(networks.load_network(path), x), networks.load_network(path)
     networks.match_classes(found, own_folder(list(names)), "it")
     torch.testing.assert_close(outputs(found, x)[0], before[0].flip(1), rtol=0, atol=1e-9)

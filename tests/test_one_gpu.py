@@ -291,7 +291,10 @@ def test_a_stage_that_fails_or_hangs_ends_neither_the_report_nor_the_next(monkey
     monkeypatch.setattr(one_gpu, "GRACE", 0.2)
     monkeypatch.setattr(one_gpu, "watched_signals", list)
     monkeypatch.setattr(one_gpu, "agreement_table", lambda *_: 1 / 0)
-    one_gpu.run_stages(options_of("--out", tmp_path, "--minutes", 0.3, "--device", "cpu"))
+    # Seconds for a Python that prints: 12, 12, 4, 16 and 16.
+    shares = {"machine": 0.2, "agree": 0.2, "speed": 0.07, "teachers": 0.27, "students": 0.26}
+    monkeypatch.setattr(one_gpu, "SHARES", shares)
+    one_gpu.run_stages(options_of("--out", tmp_path, "--minutes", 1, "--device", "cpu"))
     rest = (tmp_path / "report.md").read_text()
     expected = ["## machine", "- fine: done", "| CPU |",
                 "## agree", "- dies: killed by SIGKILL", "- after: done", "No table: division by",
@@ -414,8 +417,11 @@ def test_a_machine_without_a_gpu(monkeypatch, capsys):
 # ---- The measured steps --------------------------------------------------------------------------
 
 @pytest.fixture
-def cells(tiny_cifar, short_resnet):
+def cells(tiny_cifar, short_resnet, monkeypatch):
     """cells(*flags) -> the cells of a row of the table of steps, on the CPU, by a peak of 1e12."""
+    for module in (train_teacher, train_student):           # measure_step replaces it
+        monkeypatch.setattr(module, "compiled", module.compiled)
+
     def cells(program, *flags, rt=CPU, **more):
         flags = [*"--dataset cifar10 --imb 12 --recipe cpu --data-dir".split(), str(tiny_cifar),
                  *map(str, flags)]
@@ -477,11 +483,14 @@ def test_steps_of_the_table(device):
         args = module.parse(f"{flags} {on_cpu if device == 'cpu' else ''}".split())
         module.resolve(args, Runtime(torch.device(device)))
         resolved[name] = args
-    if device == "cuda":
-        assert resolved["resnet32"].rho > 0 and resolved["resnet32"].batch == 128
-        assert resolved["fast"].arch == "fast"
-        sizes = [(args.model, args.img_size, args.patch_size, args.batch, args.micro_batch)
-                 for name, args in resolved.items() if name in ("mini", "small", "gpu", "base")]
+    assert resolved["resnet32"].rho > 0 and resolved["fast"].arch == "fast"
+    sizes = [(args.model, args.img_size, args.patch_size, args.batch, args.micro_batch)
+             for name, args in resolved.items() if name in ("mini", "small", "gpu", "base")]
+    if device == "cpu":
+        assert [size[:3] for size in sizes] == [("mini", 32, 8), ("small", 32, 4),
+                                                ("small", 32, 4), ("tiny", 224, 16)]
+    else:
+        assert resolved["resnet32"].batch == 128
         assert sizes == [("mini", 32, 8, 64, 64), ("small", 32, 4, 256, 256),
                          ("small", 32, 4, 256, 256), ("base", 224, 16, 1024, 128)]
 

@@ -287,7 +287,7 @@ def test_a_last_block_without_patches_changes_no_logit_and_no_gradient(training,
 def test_checkpointing_gives_the_same_numbers_with_less_kept():
     """Other random branches dropped in the second computation of a block; nothing saved, or
     checkpoints in evaluation."""
-    results = []
+    results, in_evaluation = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model, kept = small_vit(drop_path=0.5, checkpointing=checkpointing).train(), []
@@ -300,9 +300,13 @@ def test_checkpointing_gives_the_same_numbers_with_less_kept():
             logits = torch.cat(model(torch.rand(8, 3, 8, 8)))
         logits.logsumexp(1).sum().backward()
         results.append((logits.detach(), [p.grad for p in model.parameters()], sum(kept)))
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.eval()(torch.rand(8, 3, 8, 8))
+        in_evaluation.append(sum(kept))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
-    assert results[1][2] < results[0][2] / 2
+    assert results[1][2] < results[0][2] / 2 and in_evaluation[0] == in_evaluation[1]
 
 
 @pytest.mark.parametrize("training", [True, False])

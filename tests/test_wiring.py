@@ -1157,6 +1157,7 @@ def test_weak_images_are_those_of_the_published_teacher(dataset, loss, made_by, 
     x = train_teacher.view(small_data(16 if dataset == "inat18" else 8).train_images, args)
     assert x.shape == (N, 3, 16, 16) and 0 <= x.min() and x.max() <= 1
     assert len(made[made_by]) == 1
+    assert bool(made["paco_query_view"]) == (loss == "paco")
     if made_by == "color_jitter":
         assert list(made[made_by][0][0].values())[1:4] == [0.4, 0.4, 0.4]
         assert not made["random_crop_flip"] and not made["paco_query_view"]

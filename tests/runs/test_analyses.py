@@ -23,7 +23,7 @@ def rows_of(path):
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_eval_repeats_what_the_run_reported(kind, teacher_run, student_run, tmp_path, monkeypatch,
                                             capsys):
-    """A checkpoint of another epoch, other test images, a teacher that is given other images."""
+    """A checkpoint of another epoch, a teacher that is given other images, roughly (bfloat16)."""
     folder = {"teacher": teacher_run, "student": student_run}[kind]
     script(analyze, monkeypatch, "eval", folder, "--out", tmp_path / "per_class.csv")
     result, rows = read(folder, "result.json"), rows_of(tmp_path / "per_class.csv")

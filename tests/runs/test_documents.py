@@ -89,7 +89,7 @@ def normal(command):
 
 
 def commands_of(document):
-    text = (ROOT / document).read_text()
+    text = (ROOT / document).read_text(encoding="utf-8")
     found = [*code_blocks(text), *commands_in_tables(text)]
     return list(dict.fromkeys(normal(command) for command in found if is_command(command)))
 
@@ -99,7 +99,7 @@ def commands_of_docstrings():
     files = [*ROOT.glob("*.py"), *(ROOT / "experiments").glob("*.py")]
     commands = []
     for file in files:
-        text = ast.get_docstring(ast.parse(file.read_text())) or ""
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         for line in text.splitlines():
             if line.startswith("    ") and COMMAND.match(line.strip()):
                 commands.append(normal(re.split(r" {2,}", line.strip())[0]))
@@ -225,13 +225,13 @@ def test_every_flag_of_the_documents_exists(document, monkeypatch, capsys):
              "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}
     for program in [*TRAINING, *SCRIPTS]:
         known |= flags_of(program, monkeypatch, capsys)
-    named = re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / document).read_text())
+    named = re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / document).read_text(encoding="utf-8"))
     assert named and set(named) <= known
 
 
 def test_the_loop_that_readme_shows_is_the_scripts():
     """A function that was renamed, other arguments or results, other logits than the script's."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = re.search(r"```python\n(# the training loop.*?)```", text, re.S)[1]
     torch.manual_seed(0)
     student = vit.MODELS["micro"](img_size=32, patch_size=8, num_classes=4, distilled=True)
@@ -267,7 +267,7 @@ def anchors(text):
 def test_every_link_leads_somewhere(document):
     """A file or a heading that was moved or renamed."""
     path = ROOT / document
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[\w.-]+\]: (\S+)", text, re.M)
     links += re.findall(r'<img [^>]*src="([^"]+)"', text)
     links = [link for link in links if not re.match(r"https?:|mailto:", link)]
@@ -277,7 +277,7 @@ def test_every_link_leads_somewhere(document):
         target = path.parent / file if file else path
         assert target.exists(), link
         if anchor:
-            assert anchor in anchors(target.read_text()), link
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     named = re.findall(r"\]\[([\w.-]+)\]", prose)
     assert set(named) <= set(re.findall(r"^\[([\w.-]+)\]:", text, re.M))
@@ -287,7 +287,7 @@ def test_every_link_leads_somewhere(document):
 
 def test_the_readme_is_short():
     """An explanation that belongs elsewhere: 210 lines and 2,500 words are a few minutes."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 210 and len(text.split()) <= 2500
 
 

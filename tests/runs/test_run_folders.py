@@ -1,10 +1,10 @@
 """Whose a run's folder is, what is finished in it, and what may be there besides."""
 import json
 import os
+import select
 import shutil
 import signal
 import sys
-import time
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -35,19 +35,29 @@ def contents(folder):
 
 @pytest.fixture
 def owner(monkeypatch):
-    """owner(folder, then=None, seconds=0.0): another process trains there for that long, or until
-    the test ends; then it calls then() and is killed. Returns its process id."""
+    """owner(folder, until=None, then=None): another process trains there for a minute, or until
+    this one prints a line that begins so, or the test ends; then it calls then() and is killed.
+    Returns its process id."""
     children = []
 
-    def owner(folder, then=None, seconds=60.0):
-        began, child = os.pipe(), os.fork()
+    def owner(folder, until=None, then=None):
+        began, said = os.pipe(), os.pipe()
+        child = os.fork()
         if child == 0:
             Lock(str(folder)).take()
             os.write(began[1], b"x")
-            time.sleep(seconds)
+            select.select([said[0]], [], [], 60)
             if then:
                 then()
             os.kill(os.getpid(), signal.SIGKILL)
+        if until:
+            show = runtime.Runtime.print
+
+            def show_and_tell(rt, text, *more):
+                show(rt, text, *more)
+                if text.startswith(until):
+                    os.write(said[1], b"x")
+            monkeypatch.setattr(runtime.Runtime, "print", show_and_tell)
         assert os.read(began[0], 1) == b"x"
         children.append(child)
         return child
@@ -116,7 +126,7 @@ def test_a_student_waits_for_the_teacher_that_another_one_trains(
             names.append("result.json")                     # the last one, as in a run
         for name in names:
             shutil.copy(teacher_run / name, folder)
-    child = owner(folder, then=leave, seconds=1)
+    child = owner(folder, "Waiting for", leave)
     train(train_student, *flags)
     out = capsys.readouterr().out
     assert f"Waiting for runs/{folder.name}, which is being trained by process {child}" in out
@@ -182,7 +192,7 @@ def test_a_finished_run_whose_files_were_edited(name, change, shared_run, tmp_pa
 def test_a_restarted_worker_waits_for_the_old_one(unfinished, owner, monkeypatch, capsys):
     """torchrun starts the new workers while the old one is dying: its last restart is lost."""
     module, flags, folder = unfinished
-    owner(folder, seconds=0.7)
+    owner(folder, "Waiting for")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(module, *flags)
     assert "Waiting for" in capsys.readouterr().out and (folder / "result.json").exists()

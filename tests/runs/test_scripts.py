@@ -235,7 +235,7 @@ def test_finetuning_goes_on_when_the_other_run_is_gone(student_run, shared_run, 
 
 @pytest.mark.parametrize("what, words", [
     ("a teacher", "not a student's run"), ("nothing", "no checkpoint"),
-    ("another model", "does not fit"), ("another number of tokens", ""),
+    ("another model", "does not fit"), ("another number of tokens", "does not fit"),
     ("not finished", "epoch 1 of 2"), ("from elsewhere", "not a student's run"),
     ("not finite", "not finite")])
 def test_runs_that_cannot_be_gone_on_from(what, words, student_run, teacher_run, tiny_cifar,
