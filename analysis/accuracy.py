@@ -55,6 +55,7 @@ def class_rows(results, data, answers=None):
     scores = torch.stack(class_scores(right, given, total), dim=1).tolist()             # (K,3)
     for row, n, hits, (recall, precision, f1) in zip(rows, total.tolist(), right.tolist(), scores):
         low, high = quantities.wilson(hits, n)
+        f1 = f1 if n else math.nan
         row |= {"test images": n, "right": hits, "recall": round(recall, 2),
                 "recall low": round(low, 2), "recall high": round(high, 2),
                 "precision": round(precision, 2), "F1": round(f1, 2)}

@@ -19,6 +19,7 @@ than the network's own (loading.names_other_data) is printed only.
 """
 import math
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 
@@ -192,8 +193,11 @@ def load_temperature(path, network):
     entry = entries(where).get(identity(network))
     if entry is None:
         why = "has none for this network" if os.path.exists(where) else "is not there"
-        print(f"probabilities are not calibrated: {shown(where)} {why}; "
-              f"`python analyze.py eval {shown(path)}` writes it", file=sys.stderr)
+        command = f"python analyze.py eval {shown(shlex.quote(path))}"
+        if "mirror image" in network.what:
+            command += " --mirror"
+        print(f"probabilities are not calibrated: {shown(where)} {why}; `{command}` writes it",
+              file=sys.stderr)
         return 1.0
     temperature = entry["temperature"]
     print(f"probabilities are calibrated by temperature {temperature:.3g}, fitted on "

@@ -21,7 +21,7 @@ from engine.networks import (Mirrored, joined, load_network, match_classes, matc
                              short_name, teacher_files)
 from engine.runtime import UserError
 from engine.settings import DATA_SETTINGS, resolve_data
-from images.files import shown
+from images.files import DataError, shown
 
 # Settings that say which data to use; the command line's replace those of a run.
 DATA_FLAGS = (*DATA_SETTINGS, "data_dir")
@@ -234,7 +234,13 @@ def load(path, rt, data_flags=None, norm=None, size=None, mirror=False):
     networks = load_files(files, path, norm, size)
     first = next((network for network in networks if network.kind == "student"), networks[0])
     args = settings_of(first, path, data_flags)
-    data = load_data(args, rt)
+    try:
+        data = load_data(args, rt)
+    except DataError as error:
+        if "data_dir" in data_flags or os.path.isdir(args.data_dir or "."):
+            raise
+        raise UserError(f"{error}, where the images were in training: --data-dir says where they "
+                        "are now") from None
     for file, network in zip(files, networks):
         match_classes(network, data, file)
         changed = network.data and network.data != data.fingerprint

@@ -18,15 +18,15 @@ ORIENTATION, PHOTOMETRIC, SAMPLE_FORMAT = 274, 262, 339     # tags of EXIF and T
 def read(path, size, white):
     """A picture's central square, turned as EXIF says, on white -> float32 (3,size,size) in [0,1].
 
-    white: the level of 16-bit gray that is white, where the file does not say it. A file of
-    floating-point or signed 8-bit pixels ends the program.
+    white: the level of 16-bit gray that is white, where the file does not say it. ValueError for
+    floating-point or signed 8-bit pixels.
     """
     image = Image.open(path)
     image.filename = ""         # else PIL maps TIFF files into memory, and some are turned wrongly
     tags = image.tag_v2 if image.format == "TIFF" else {}
     signed = 2 in tags.get(SAMPLE_FORMAT, ())
     if image.mode == "F" or signed and image.mode == "L":
-        sys.exit(f"{path} holds floating-point or signed pixels; save it with 8 or 16 bits")
+        raise ValueError("it holds floating-point or signed pixels; save it with 8 or 16 bits")
     decoder_args = image.tile[0][3] if image.format == "PPM" else None
     if isinstance(decoder_args, tuple) and decoder_args[-1] != 65535:
         white = 65535                           # PIL has scaled the file's own white level to it
@@ -62,8 +62,14 @@ def main():
     with open(f"{stem}.json", encoding="utf-8") as file:
         model = json.load(file)
     session = onnxruntime.InferenceSession(f"{stem}.onnx")
+    if len(sys.argv) == 1:
+        sys.exit(f"{sys.argv[0]} PICTURE ...")
     for path in sys.argv[1:]:
-        x = read(path, model["size"], model["white"])
+        try:
+            x = read(path, model["size"], model["white"])
+        except (OSError, ValueError) as error:              # no picture, or none that can be read
+            print(f"{path}: {error}", file=sys.stderr)
+            continue
         logits = session.run(None, {"images": x[None]})[0][0] / model["temperature"]    # (K,)
         p = np.exp(logits - logits.max())
         p /= p.sum()

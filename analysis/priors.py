@@ -159,5 +159,7 @@ def prior_text(spec, p, configs, counts, logits, labels, data):
         text = f"adjusted: logits + ln(test prior) - ln(prior implied by training: {words})"
     if share < 1 - 1e-9:
         text += f"; {100 * (1 - share):.1f} % of the prior is of classes without test images"
+    if left_out := int((weights[labels.unique()] == 0).sum()):
+        text += f"; classes left out, for their frequency is 0: {left_out}"
     return (f"test images weighted to the class frequencies --test-prior {shown(spec)}\n"
             f"{table(rows, 'prior')}\n{text}")

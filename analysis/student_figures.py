@@ -3,6 +3,8 @@ r"""Figures of students: where the tokens look, how far, what they span, what st
 attention, distance, rank: (subjects, rt, flags of analyze.py) -> drawing.Figure. subjects: a list
 of loading.Subject. Images are test images of the tail classes unless `classes` names others.
 """
+import os
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,8 @@ import augment
 from analysis import drawing, quantities
 from analysis.drawing import NAMES, TOKENS, Figure, plt
 from engine.evaluation import student_heads, teacher_logits
-from engine.networks import load_teacher, short_name
+from engine.networks import load_teacher, short_name, teacher_files
+from engine.records import read_json
 from engine.runtime import UserError
 
 
@@ -280,6 +283,8 @@ def training_images(subjects, rt, columns=8, seed=0):
     if args.teacher:
         teacher, text = load_teacher(args.teacher, data, rt, args.teacher_norm, args.teacher_size)
         rt.print(f"Teacher {args.teacher}: {text}")
+        if changed(teacher, subject.path):
+            rt.print(f"Warning: the teacher that {subject.path} learned from has other weights")
     views = training_views(args, data, n, seed, rt)
     figure, axes = plt.subplots(len(views), n, figsize=(1.35 * n + 0.6, 0.2 + 1.8 * len(views)),
                                 squeeze=False, layout="constrained")
@@ -300,6 +305,14 @@ def training_images(subjects, rt, columns=8, seed=0):
             note += " (In this training the teacher was given weakly augmented images instead.)"
     drawing.finish(figure, title, subjects, note)
     return Figure(figure, table, table, note)
+
+
+def changed(teacher, path):
+    """Has a Teacher other weights than that of the student in this run folder had in training?"""
+    folder = teacher_files(path)[0]
+    had = read_json(folder, "config.json").get("teachers") if os.path.isdir(folder) else None
+    return bool(had) and [each["weights"] for each in had] != [
+        each["weights"] for each in teacher.origin]
 
 
 def training_views(args, data, n, seed, rt):

@@ -18,7 +18,9 @@ from images.files import shown, visible
 def as_text(rows):
     """Rows as an aligned text table; a column of text is left-aligned, of numbers right-aligned."""
     columns = columns_of(rows)
-    lines = [columns] + [[str(row.get(column, "")) for column in columns] for row in rows]
+    values = [[row.get(column, "") for column in columns] for row in rows]
+    lines = [columns] + [["-" if value != value else str(value) for value in row]      # NaN
+                         for row in values]
     widths = [max(len(cell) for cell in column) for column in zip(*lines)]
     is_text = [isinstance(rows[0].get(column), str) for column in columns]
     text = []

@@ -20,7 +20,7 @@ from engine import runtime
 from engine.evaluation import main_accuracy
 from engine.records import read_json
 from engine.runtime import UserError
-from engine.settings import TEACHER_SHARE
+from engine.settings import SHORTEST, TEACHER_SHARE
 from experiments import resnet18
 from experiments.ablate import STUDENT, TEACHER, is_finished, resolved, run, split
 
@@ -59,6 +59,8 @@ def check(minutes, settings):
     if settings.out or settings.recipe != "auto":
         raise UserError("--out, --recipe: every run has its own here")
     for more in minutes:
+        if more < SHORTEST:
+            raise UserError(f"--minutes must be at least {SHORTEST:g}, not {more:g}")
         if f"{TEACHER_SHARE * more:g}" in [f"{each:g}" for each in minutes]:    # folders' names
             raise UserError(f"--minutes {more:g}: the teacher of its student would be that of "
                             f"{TEACHER_SHARE * more:g} minutes, trained already: choose others")

@@ -96,8 +96,14 @@ def main(argv=None):
     options = parser.parse_args(argv)
     rows = {}
     if os.path.exists(options.table):
-        with open(options.table, newline="", encoding="utf-8") as file:
-            rows = {row["name"]: row for row in csv.DictReader(file)}
+        with open(options.table, newline="", encoding="utf-8-sig") as file:     # Excel's mark
+            table = csv.DictReader(file)
+            if "name" not in (table.fieldnames or ()) or set(table.fieldnames) - set(COLUMNS):
+                raise UserError(f"{options.table} is no table of runs: its columns are others")
+            rows = {row["name"]: row for row in table}
+    names = [os.path.basename(os.path.abspath(folder)) for folder in options.runs]
+    if len(set(names)) < len(names):
+        raise UserError("two of these folders have the same name, which would be one row")
     for folder in options.runs:
         try:
             row = row_of(folder)

@@ -427,6 +427,25 @@ def test_images_that_have_changed_are_pointed_out(runs, tiny_cifar, tmp_path, ca
         assert "have changed since it was trained" in capsys.readouterr().err
 
 
+def test_a_class_without_test_images_has_no_f1():
+    """An F1 of 0 that macro F1 leaves out, so that the column's mean is another number."""
+    data = SimpleNamespace(class_names=["a", "b"], counts=[5, 2], num_classes=2,
+                           test_labels=torch.tensor([0, 0, 0]))
+    a, b = accuracy.class_rows({}, data, torch.tensor([0, 1, 0]))
+    assert a["F1"] == 80 and math.isnan(b["F1"]) and b["precision"] == 0
+
+
+def test_a_run_whose_images_have_moved_is_told_how_to_go_on(runs, tiny_cifar, tmp_path):
+    """"There is no folder": which, and what to do?"""
+    state = torch.load(runs["vit"] / "last.pt", weights_only=True)
+    state["config"] |= {"data_dir": str(tmp_path / "gone")}
+    (tmp_path / "run").mkdir()
+    save_checkpoint(tmp_path / "run" / "last.pt", **state)
+    with pytest.raises(UserError, match=r"gone.*in training: --data-dir says where they are now"):
+        loading.load(str(tmp_path / "run"), RT)
+    loading.load(str(tmp_path / "run"), RT, {"data_dir": str(tiny_cifar)})
+
+
 @pytest.mark.parametrize("command", ["predict x.jpg --checkpoint run --out x.csv",
                                      "runs run --out x", "eval run --csv x.csv"])
 def test_an_output_that_nobody_would_write_is_refused(command, monkeypatch, capsys):
@@ -563,6 +582,8 @@ def test_a_text_table_may_lack_cells():
     """A value under the heading of a column that its row lacks; a table without rows."""
     text = tables.as_text([{"run": "a", "loss": 1.5}, {"run": "b", "tail": 5, "loss": 2.5}])
     assert text.splitlines() == ["run  loss  tail", "a     1.5", "b     2.5     5"]
+    text = tables.as_text([{"run": "a", "tail": math.nan}])         # as in the other tables
+    assert text.splitlines() == ["run  tail", "a       -"]
 
 
 # ---- Outputs that cannot be written --------------------------------------------------------------

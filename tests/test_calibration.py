@@ -176,7 +176,8 @@ def test_predict_uses_what_eval_has_kept(own_run, tiny_cifar, tmp_path, monkeypa
         assert found == pytest.approx(p.sort(descending=True).values.tolist(), abs=1e-4)
     assert after["class"] == before["class"] and abs(t - 1) > 0.05
     predictions(monkeypatch, tmp_path, own_run, image, "--mirror")
-    assert "has none for this network" in capsys.readouterr().err
+    advice = capsys.readouterr().err
+    assert "has none for this network" in advice and f"eval {own_run} --mirror`" in advice
     script(analyze, monkeypatch, "eval", own_run, "--mirror")
     assert len(json.loads((own_run / "calibration.json").read_text())) == 2
     state = load_checkpoint(str(own_run))

@@ -99,7 +99,7 @@ def test_the_program_makes_the_same_images(runs, tmp_path, monkeypatch):
     Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "float.tif")
     write_tiff(tmp_path / "signed_8.tif", np.zeros((9, 9), np.int8))
     for name in ("float.tif", "signed_8.tif"):
-        with pytest.raises(SystemExit, match=f"{name} holds floating-point or signed"):
+        with pytest.raises(ValueError, match="holds floating-point or signed"):
             client.read(str(tmp_path / name), 32, 65535)
     gray = Image.fromarray(np.full((9, 9), 4095, np.uint16))            # white, of 12 bits
     gray.save(tmp_path / "white.png")
@@ -116,8 +116,11 @@ def test_the_program_predicts_as_predict(runs, tmp_path, monkeypatch):
     save_pictures(tmp_path)
     script(analyze, monkeypatch, "predict", "--checkpoint", runs["deit-lt"], "--topk", 3, "--csv",
            tmp_path / "p.csv", *(tmp_path / picture for picture in pictures))
-    process = subprocess.run([sys.executable, "-I", "model_predict.py", *pictures], cwd=tmp_path,
-                             capture_output=True, text=True)
+    (tmp_path / "bad.jpg").write_text("no picture")
+    process = subprocess.run([sys.executable, "-I", "model_predict.py", "bad.jpg", ".", *pictures],
+                             cwd=tmp_path, capture_output=True, text=True)
+    assert process.stderr.startswith("bad.jpg: ") and len(process.stderr.splitlines()) == 2
+    assert len(process.stdout.splitlines()) == len(pictures)
     rows = csv.DictReader((tmp_path / "p.csv").open())
     for line, picture, row in zip(process.stdout.splitlines(), pictures, rows, strict=True):
         path, _, answers = line.partition(": ")

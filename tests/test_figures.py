@@ -236,6 +236,21 @@ def test_training_images_follow_the_runs_settings(settings, labels, note, networ
     assert not drawn.figure.axes[0].texts or args.teacher
 
 
+@pytest.mark.parametrize("teachers, warned", [
+    (None, False), ("its own", False), ([{"weights": "0123"}], True)])
+def test_another_teacher_than_that_of_training_is_said(teachers, warned, networks, tmp_path,
+                                                       capsys):
+    """Labels of a teacher that only has the same path, in another folder."""
+    deit = networks["deit-lt"]
+    if teachers == "its own":
+        teacher, _ = load_teacher(deit.args.teacher, deit.data, RT)
+        teachers = teacher.origin
+    (tmp_path / "config.json").write_text(json.dumps({"teachers": teachers}))
+    subject = loading.Subject("", str(tmp_path), deit.net, deit.args, deit.data)
+    student_figures.training_images([subject], RT, columns=2)
+    assert ("learned from has other weights" in capsys.readouterr().out) == warned
+
+
 # ---- Teachers ------------------------------------------------------------------------------------
 
 def test_entropy_draws_all_images_and_repeats_the_runs_own_numbers(networks, runs):

@@ -57,6 +57,7 @@ def test_every_row_is_a_run_of_its_minutes(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (("--out", "x"), "every run has its own"), (("--recipe", "cpu"), "every run has its own"),
+    (("--minutes", 0), "must be at least"),
     (("--minutes", 4, 10), "of its student would be that of 4 minutes")])
 def test_what_all_runs_cannot_share(flags, words, monkeypatch, capsys):
     """Rows that print one run's numbers; a student that gets its teacher's time as well."""

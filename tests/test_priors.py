@@ -148,6 +148,9 @@ def test_both_rows_are_shown():
     assert "10.0 % of the prior is of classes without test images" in last
     text = priors.prior_text("train", p, [{}], None, logits, labels, DATA)
     assert "\nadjusted" not in text and "is not known" in text
+    text = priors.prior_text("f", torch.tensor([0.9, 0, 0.1]).double(), [config], DATA.counts,
+                             logits, labels, DATA)
+    assert text.endswith("left out, for their frequency is 0: 1")
     with pytest.raises(UserError, match="no test images"):
         priors.prior_text("f", torch.tensor([0.0, 0, 1]).double(), [{}], None, logits,
                           labels, DATA)

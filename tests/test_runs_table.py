@@ -1,9 +1,11 @@
 """The table of runs: which columns a run's files fill, and what happens to rows that exist."""
 import csv
 import json
+import shutil
 
 import pytest
 
+from engine.runtime import UserError
 from experiments import runs_table
 
 HEAD = {"overall": 40.0, "head": 80.0, "mid": 30.0, "tail": 10.0}
@@ -91,6 +93,33 @@ def test_rows_are_added_and_replaced_by_name(runs, tmp_path, capsys):
     runs_table.main([str(table), runs[0]])
     row = rows_of(table)["earlier"]
     assert (row["overall"], row["note"]) == ("51.5", "on another machine")
+
+
+@pytest.mark.parametrize("content", ["name,phone\nold,123\n", "class,frequency\ncat,1\n", ""])
+def test_a_table_of_something_else_is_left_as_it_is(content, runs, tmp_path):
+    """Columns that are not ours lost; a traceback."""
+    table = tmp_path / "mine.csv"
+    table.write_text(content)
+    with pytest.raises(UserError, match="no table of runs"):
+        runs_table.main([str(table), runs[0]])
+    assert table.read_text() == content
+
+
+def test_a_table_that_excel_has_saved_is_read(runs, tmp_path):
+    table = tmp_path / "runs.csv"
+    runs_table.main([str(table), runs[0]])
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
+    runs_table.main([str(table), runs[1]])
+    assert list(rows_of(table)) == ["earlier", "today"]
+
+
+def test_two_runs_of_one_name_are_refused(runs, tmp_path):
+    """One of them lost: a row has its run's name."""
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(runs[0], tmp_path / "elsewhere" / "earlier")
+    with pytest.raises(UserError, match="same name"):
+        runs_table.main([str(tmp_path / "t.csv"), runs[0], str(tmp_path / "elsewhere/earlier")])
+    assert not (tmp_path / "t.csv").exists()
 
 
 def test_every_heads_columns_are_its_own():
