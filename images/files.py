@@ -63,7 +63,7 @@ class Files:
     def names(self, root):
         """Paths relative to root with /, bytes: a folder may be moved, also from Windows."""
         root, separator = os.fsencode(root), os.fsencode(os.sep)
-        begin = os.path.join(root, b"")             # cut off, which is 25 times as fast as relpath
+        begin = os.path.join(root, b"")             # cut off: relpath is slow
         names = (os.path.normpath(path[len(begin):]) if root and path.startswith(begin)
                  else os.path.relpath(path, root) for path in self.paths)
         return [name.replace(separator, b"/") for name in names]
