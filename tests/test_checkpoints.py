@@ -324,14 +324,6 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(two_files, tmp_path, 
         load_checkpoint(str(path))
 
 
-def test_two_damaged_checkpoints_are_refused_with_the_last_ones_name(two_files, tmp_path):
-    for name in ("last.pt", "previous.pt"):
-        (tmp_path / name).write_bytes(two_files[0][:100])
-    with pytest.raises(UserError, match="last.pt is not a readable checkpoint") as error:
-        load_checkpoint(str(tmp_path))
-    one_line(error)
-
-
 def test_300_torn_checkpoints_are_refused_or_whole(two_files, tmp_path):
     """Cut, changed in a bit, a block of zeros, two halves of different files: never other weights,
     never another error."""

@@ -360,17 +360,6 @@ def test_a_teacher_of_no_numbers_is_near_chance():
     assert text.startswith("0.0 % of 18") and "warning" in text
 
 
-def test_several_processes_count_each_image_once(monkeypatch):
-    """Every process with the whole test set, or two with the same half of it."""
-    data, net = small_data(), Student(torch.eye(4)[:1], None)
-    monkeypatch.setattr(evaluation, "all_sum", lambda tensor, rt: tensor)
-    monkeypatch.setattr(evaluation, "share_buffers", lambda net, rt: None)
-    parts = [evaluation.evaluate_student(net, data, 32, 1.0, Runtime(torch.device("cpu"), r, 2))
-             for r in range(2)]
-    assert sum(len(x) for x in net.images) == 16
-    assert [part["avg"]["overall"] for part in parts] == [25, 25]       # of 50
-
-
 def test_all_processes_evaluate_with_the_same_statistics(monkeypatch):
     """BatchNorm's statistics, which each process gathers from its own images."""
     shared, net = [], Student(torch.eye(4)[:1], None)

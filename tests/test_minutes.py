@@ -179,21 +179,6 @@ def test_a_known_run_is_not_measured_again(monkeypatch):
         assert vars(args) == before
 
 
-def test_the_slowest_process_and_rank_0_decide(monkeypatch):
-    """Processes with epochs of their own, which wait for each other for ever."""
-    clock, seen = Clock(monkeypatch), []
-
-    def all_max(numbers, rt):
-        seen.append(list(numbers))
-        return [9, 4] if isinstance(numbers, tuple) else list(numbers)     # the epochs
-    monkeypatch.setattr(minutes, "all_max", all_max)
-    monkeypatch.setattr(Folder, "after_epoch", lambda *args: None)
-    args, run = asked(minutes=3), Folder(clock)
-    run.rt = Runtime(torch.device("cpu"), rank=1, world=2)
-    minutes.fit_epochs(run, training(clock, 0.1), args, small_data(), torch.nn.Linear(1, 1), CPU)
-    assert seen[-1] == [0, 0] and (args.epochs, args.eval_every) == (9, 4)
-
-
 def test_what_comes_after_training_is_counted(monkeypatch):
     """A teacher's summary, which looks at all training images."""
     clock, args = Clock(monkeypatch), asked(minutes=3)

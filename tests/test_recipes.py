@@ -11,7 +11,6 @@ import torch
 import train_student
 import train_teacher
 from conftest import script
-from engine.networks import NORMALISATIONS
 from engine.runtime import Runtime, UserError
 from engine.settings import flags_of_teacher
 from experiments import crt, deit3
@@ -199,16 +198,6 @@ def test_a_teacher_of_few_images_has_smaller_batches(images, flags, expected, mo
         images=images, classes=30, side=300))
     args = resolved(train_teacher, "--recipe", "cpu", "--dataset", "folder", *flags)
     assert {name: getattr(args, name) for name in expected} == pytest.approx(expected)
-
-
-def test_pixel_statistics():
-    """Another data set's mean, or mean and standard deviation that have changed places."""
-    assert NORMALISATIONS == {
-        "cifar": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-        "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        "inat": ((0.466, 0.471, 0.380), (0.195, 0.194, 0.192)),
-        "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-        "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
 
 
 @pytest.mark.parametrize("dataset, recipe", [

@@ -273,6 +273,8 @@ def test_people_are_told_what_the_schedule_became(flags, words):
     ("--teacher-view weak", "--mixup 0 --cutmix 0"),
     ("--teacher a.pth --teacher-rho 0", "--teacher-rho is for"),
     ("--teacher ldam,paco", "a run folder or a file"), ("--stem pool", "--stem is one of"),
+    ("--stem conv --img-size 16 --patch-size 16", "an --img-size above --patch-size"),
+    ("--stem fast --img-size 16 --patch-size 16", "an --img-size above --patch-size"),
     ("--crop loader", "--crop loader"), ("--distill medium", "--distill is one of"),
     ("--tokens 3", "--tokens is one of 1, 2"), ("--distill soft --tau 0", "--tau must be"),
     ("--teacher-rho -1", "--rho must be"), ("--magnitude 11", "--magnitude must be"),

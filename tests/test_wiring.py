@@ -286,13 +286,6 @@ def test_adamw_decays_matrices_only(steps_of):
         assert decayed["betas"] == others["betas"] == (0.9, 0.999) and decayed["eps"] == 1e-8
 
 
-def test_the_recipes_weight_decay_reaches_adamw(steps_of):
-    """0.05 in the table and another number in the optimizer."""
-    steps = steps_of(torch.optim.AdamW)
-    train_a_student(student_settings("--method", "vit"))
-    assert [g["weight_decay"] for g in steps[0]["groups"]] == [0.05, 0]
-
-
 def test_frozen_parameters_are_not_trained(steps_of):
     """Weight decay that shrinks what experiments.crt has frozen."""
     steps = steps_of(torch.optim.AdamW)
@@ -627,20 +620,6 @@ def test_every_step_has_draws_of_its_own(kind, watch):
     assert {call["key"][-1] for call, _ in calls} == {1}
 
 
-def test_a_finished_augmentation_is_what_the_student_is_given():
-    """The images before augmentation, or augmented twice."""
-    seen, made = [], []
-
-    def augment_images(images, args):
-        made.append(torch.rand(len(images), 3, 8, 8))
-        return made[-1]
-    net = Vit(distilled=False)
-    net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0]))
-    args = student_settings("--method", "vit", drw_epoch=0, epochs=1)
-    train_a_student(args, net, augment_images=augment_images)
-    assert all(torch.equal(a, b) for a, b in zip(made, seen))
-
-
 # ---- One step on each side of the re-weighting epoch ---------------------------------------------
 
 SMOOTH = 0.2
@@ -884,16 +863,6 @@ def test_training_a_student_leaves_its_teacher_alone(tmp_path):
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     for name, tensor in teacher.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-
-
-def test_several_teachers_answer_by_the_mean_of_their_probabilities():
-    """A mean of logits, in which the surest teacher would have most of the say."""
-    teachers = [GivenTeacher(), GivenTeacher()]
-    teachers[1].forward = lambda x: teachers[0](x).flip(1) * 3
-    x = torch.rand(5, 3, 8, 8)
-    p = sum(teacher(x).double().softmax(dim=1) for teacher in teachers) / 2
-    torch.testing.assert_close(networks.Ensemble(teachers)(x).double(), p.log(), rtol=1e-4,
-                               atol=1e-5)
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -1350,14 +1319,6 @@ def test_crops_of_the_loader_are_drawn_anew_in_every_epoch_and_process(kind):
         args = teacher_settings("--rho", 0, "--seed", 5)
         train_teacher.train(args, data, Cnn(), second, RecordingRun())
     assert keys == [(5, 0, 1), (5, 1, 1)]
-
-
-def test_the_teachers_prior_is_that_of_all_processes(monkeypatch):
-    """Each process with a prior, and so a loss, of its own images."""
-    monkeypatch.setattr(runtime, "all_sum", lambda x, rt: x + torch.tensor([0, 0, 0, 1.0]))
-    prior, two = torch.full((4,), 0.25), Runtime(torch.device("cpu"), world=2)
-    train_student.update_prior(prior, torch.zeros(8).long(), 1.0, 1, two)
-    torch.testing.assert_close(prior, torch.tensor([0.2525, 0.2475, 0.2475, 0.2525]))
 
 
 def test_a_class_that_the_teacher_never_names_has_a_finite_prior():

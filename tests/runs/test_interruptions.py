@@ -386,15 +386,6 @@ def test_other_settings_are_refused_with_their_list_unless_forced(shared_run, tm
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
-def test_a_finished_runs_other_settings_are_refused_too(kind, shared_run, refused):
-    """The result of the settings before, printed for those that were asked for: a student by a
-    teacher of another recipe, after a change of the table in train_teacher.py."""
-    module, flags, finished = shared_run(kind)
-    error = refused(module, *flags, "--out", finished, "--resume", "--lr", "0.05")
-    assert "-> 0.05" in error
-
-
-@pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_a_finished_run_prints_its_result_and_is_left_alone(kind, shared_run, capsys):
     """A log or a checkpoint that is written again; a run of two epochs that trains a third."""
     module, flags, finished = shared_run(kind)

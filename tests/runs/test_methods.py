@@ -14,9 +14,8 @@ from conftest import script
 from engine import evaluation, networks, runtime
 from engine.datasets import load_data
 from engine.networks import build_teacher, load_teacher
-from engine.training import EMA
 from experiments import crt, deit3
-from tiny_runs import DATA, LENGTH, PLAIN, checkpoint, read, records, train
+from tiny_runs import DATA, LENGTH, checkpoint, read, records, train
 
 pytest_plugins = ["tiny_runs"]
 SMALL = [*DATA, *LENGTH, "--model", "micro", "--img-size", "16"]
@@ -275,24 +274,6 @@ def three_teachers(own_runs):
     return files, data
 
 
-def test_several_teachers_say_the_mean_of_their_probabilities(three_teachers):
-    """A mean of logits, the first one's alone, classes in a file's order. By hand, in float64."""
-    files, data = three_teachers
-    x, rt = torch.rand(5, 3, 8, 8), runtime.setup("cpu", "none")
-    ensemble, text = load_teacher(",".join(files), data, rt)
-    expected = torch.zeros(5, 10, dtype=torch.double)
-    for file in files:
-        state = torch.load(file, weights_only=True)
-        net = build_teacher(state["config"], 10).eval()
-        net.load_state_dict(state["model"])
-        order = [data.class_names.index(name) for name in state["class_names"]]
-        with torch.no_grad():
-            expected[:, order] += net(x).double().softmax(dim=1) / 3
-    torch.testing.assert_close(ensemble(x).double().exp(), expected, rtol=1e-3, atol=1e-4)
-    assert text.startswith("the mean of 3") and text.count("resnet32") == 1
-    assert not any(p.requires_grad for p in ensemble.parameters())
-
-
 def test_a_student_of_several_teachers(three_teachers, own_runs, tmp_path, refused):
     """A name that says the first one only; a file that is no teacher among them."""
     train(train_student, *SMALL, *own_runs, "--epochs", "1", "--teacher", "0.pth,1.pth")
@@ -308,16 +289,6 @@ def test_a_student_of_several_teachers(three_teachers, own_runs, tmp_path, refus
     torch.save(state, "other.pth")
     assert "--teacher-size" in refused(train_student, *bad, "0.pth,other.pth")
     assert not (tmp_path / "bad").exists()
-
-
-def test_one_size_and_normalisation_for_all(three_teachers):
-    """--teacher-size and --teacher-norm that only the first of several teachers gets."""
-    files, data = three_teachers
-    rt = runtime.setup("cpu", "none")
-    ensemble, _ = load_teacher(",".join(files), data, rt, norm="imagenet", size=16)
-    for net in ensemble.nets:
-        assert net.img_size == 16
-        assert net.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
 
 
 def test_several_teachers_are_evaluated_as_one(three_teachers, own_runs, monkeypatch, capsys,
@@ -336,20 +307,3 @@ def test_several_teachers_are_evaluated_as_one(three_teachers, own_runs, monkeyp
     script(analyze, monkeypatch, *flags)
     assert [file.name for file in tmp_path.glob("*per_class.csv")] == [
         "0_with_1.pth+2.pth_per_class.csv"]
-
-
-# ---- The stem's statistics -----------------------------------------------------------------------
-
-def test_all_processes_test_with_the_statistics_of_one(own_runs, monkeypatch):
-    """--stem conv has BatchNorm, whose statistics each process gathers from its own images; so has
-    the average of the weights."""
-    shared = []
-    monkeypatch.setattr(evaluation, "share_buffers", lambda net, rt: shared.append(net))
-    rt, args = runtime.setup("cpu", "none"), train_student.parse([*PLAIN, *own_runs, "--stem",
-                                                                  "conv"])
-    train_student.resolve(args, rt)
-    data = load_data(args, rt)
-    net = train_student.new_network(args, data, rt)
-    ema = EMA(net, 0.9)
-    train_student.evaluate(net, ema, data, args, rt)
-    assert shared == [net, ema.model]

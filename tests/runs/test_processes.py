@@ -271,13 +271,3 @@ def test_any_number_of_processes_tests_every_image_once(world, monkeypatch):
         evaluation.evaluate(predict, images, labels, {"head": [0, 1], "mid": [2], "tail": [3]},
                             Runtime(torch.device("cpu"), rank, world))
     assert len(counted) == world and torch.stack(counted).sum(dim=0).tolist() == [5, 5, 5, 5]
-
-
-@pytest.mark.parametrize("n, batch, world", [(100, 16, 2), (101, 16, 3), (1000, 64, 4), (7, 4, 2)])
-def test_processes_share_an_epoch_without_overlap(n, batch, world):
-    """An image that two processes see, or none; steps that only one of them takes."""
-    order = data_lt.shuffled(n, 3, 1)
-    parts = [data_lt.shard(order, batch, rank, world) for rank in range(world)]
-    assert len({len(part) for part in parts}) == 1
-    together = torch.cat([torch.cat(step) for step in zip(*parts)])
-    assert sorted(together.tolist()) == list(range(n))

@@ -56,13 +56,6 @@ def test_the_command_for_a_student_has_the_recipe_of_its_teacher(shared_run, cap
     assert f" --recipe=cpu --teacher {finished}\n" in capsys.readouterr().out
 
 
-def test_the_command_for_a_student_has_the_seed_of_its_teacher(tiny_cifar, tmp_path, capsys):
-    """A student of seed 0 under a teacher of another in a table of means over seeds."""
-    flags = [*TEACHER, *WITHOUT_SAM, "--data-dir", tiny_cifar, "--seed", 3]
-    train(train_teacher, *flags, "--out", tmp_path / "run")
-    assert f" --seed=3 --teacher {tmp_path / 'run'}\n" in capsys.readouterr().out
-
-
 # ---- Networks of torchvision, files from elsewhere -----------------------------------------------
 
 @pytest.mark.parametrize("loss", ["ldam", "paco"])
@@ -237,13 +230,4 @@ def test_a_teacher_of_weights_that_are_not_finite_is_refused(teacher, tiny_cifar
     change(model=weights)
     flags = [*STUDENT, "--data-dir", tiny_cifar, "--teacher", folder, "--out", tmp_path / "run"]
     assert "layer1.0.bn1.running_var" in refused(train_student, *flags)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("stem", ["conv", "fast"])
-def test_a_stem_with_batchnorm_of_one_patch_is_refused(tiny_cifar, tmp_path, refused, stem):
-    """A traceback of BatchNorm's, which has one value per channel of one image."""
-    flags = [*STUDENT, "--data-dir", tiny_cifar, "--stem", stem, "--patch-size", 16,
-             "--micro-batch", 1, "--out", tmp_path / "run"]
-    assert "--patch-size" in refused(train_student, *flags)
     assert not (tmp_path / "run").exists()
