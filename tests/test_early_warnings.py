@@ -35,12 +35,19 @@ def data_with(tests):
     return data_lt.LongTailData("", "", images, labels, images, labels, NAMES, COUNTS, {})
 
 
-def watched(capsys, losses=(), classes=K, tests=(10,) * K, steps=100, results=(), **changes):
-    """The warnings of a run with these losses, one a step, and evaluations {epoch: results}."""
+def settings(**changes):
     usual = dict(epochs=20, warmup_epochs=1, drw_epoch=20, beta=0.0, lr=0.1, minutes=None,
                  recipe="cpu", loss="ce", augment="weak", batch=64)
-    args, net = argparse.Namespace(**usual | changes), Answers(classes)
-    watch = EarlyWarnings(args, data_with(tests), ("loss",), steps, CPU, resumed=False)
+    return argparse.Namespace(**usual | changes)
+
+
+def watcher(args, tests=(10,) * K, metrics=("loss",), steps=100, resumed=False):
+    return EarlyWarnings(args, data_with(tests), metrics, steps, CPU, resumed)
+
+
+def watched(capsys, losses=(), classes=K, tests=(10,) * K, steps=100, results=(), **changes):
+    """The warnings of a run with these losses, one a step, and evaluations {epoch: results}."""
+    net, watch = Answers(classes), watcher(settings(**changes), tests, steps=steps)
     for i, loss in enumerate(losses):
         watch.after_step(i // steps, torch.tensor([loss]), torch.tensor(1.0), net)
     for epoch, result in dict(results).items():
@@ -142,10 +149,7 @@ def test_one_answer_for_two_classes(capsys):
 
 def test_undone_steps_do_not_count(capsys):
     """float16's first steps, undone until the loss scale fits, as a loss of 0 that rises."""
-    args, net = argparse.Namespace(epochs=20, warmup_epochs=1, drw_epoch=20, beta=0.0, lr=0.1,
-                                   minutes=None, recipe="cpu", loss="ce", augment="weak",
-                                   batch=64), Answers(K)
-    watch = EarlyWarnings(args, data_with((10,) * K), ("loss",), 100, CPU, resumed=False)
+    net, watch = Answers(K), watcher(settings())
     for i, loss in enumerate(falling(2.9, 1.9)):
         finite = float(i >= 30)
         watch.after_step(i // 100, torch.tensor([loss if finite else math.nan]),
@@ -179,9 +183,7 @@ def test_an_accuracy_that_is_that_of_one_answer_is_not_below_it(capsys):
 
 def test_a_warning_comes_once_or_when_it_is_much_worse(capsys):
     """The same line after every evaluation."""
-    args = argparse.Namespace(epochs=20, warmup_epochs=1, drw_epoch=20, beta=0.0, minutes=None,
-                              recipe="ours", loss="ce", augment="weak", lr=1)
-    watch = EarlyWarnings(args, data_with((10,) * K), ("loss",), 100, CPU, resumed=True)
+    watch = watcher(settings(recipe="ours"), resumed=True)
     for epoch, classes in enumerate((4, 4, 3, 1, 1)):
         watch.after_epoch(epoch, Answers(classes), result(50, 50))
     lines = capsys.readouterr().out.splitlines()[1:]
@@ -212,9 +214,7 @@ def test_the_network_is_looked_at_in_its_evaluation_and_goes_on_training(capsys)
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, K))
     net.img_size, modes = 1, []
     net.register_forward_hook(lambda net, *_: modes.append(net.training))
-    args = argparse.Namespace(epochs=20, warmup_epochs=1, drw_epoch=20, beta=0.0, minutes=None,
-                              recipe="ours", loss="ce", augment="weak", lr=1)
-    watch = EarlyWarnings(args, data_with((10,) * K), ("loss",), 100, CPU, resumed=False)
+    watch = watcher(settings())
     for _ in range(300):
         watch.after_step(0, torch.ones(1), torch.ones(()), net.train())
     assert modes == [False] and net.training and net[1].num_batches_tracked == 0
@@ -222,8 +222,6 @@ def test_the_network_is_looked_at_in_its_evaluation_and_goes_on_training(capsys)
 
 def test_a_students_loss_of_labels_is_watched():
     """Its total loss, compared with the entropy of its labels."""
-    args = argparse.Namespace(epochs=20, warmup_epochs=1, drw_epoch=20, beta=0.0, lr=0.1,
-                              minutes=None, recipe="cpu", loss="ce", augment="weak", batch=64)
-    watch = EarlyWarnings(args, data_with((10,) * K), ("loss", "loss_cls"), 100, CPU, resumed=False)
+    watch = watcher(settings(), metrics=("loss", "loss_cls"))
     watch.after_step(0, torch.tensor([9.0, 2.0]), torch.tensor(1.0), Answers(K))
     assert watch.sum.tolist() == [2.0, 1.0]
