@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 import torch
 
-from analysis.loading import is_number
 from analysis.predict import logits_of
 from analysis.quantities import BINS, calibration_error
+from engine.checkpoints import is_number
 from engine.evaluation import balanced_sample, predicted
 from engine.networks import teacher_files
 from engine.records import parse, read_bytes, save_json

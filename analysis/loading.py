@@ -16,7 +16,7 @@ from torch import nn
 import data_lt
 from engine.records import read_json, read_log
 from engine.datasets import describe, load_data
-from engine.evaluation import COLUMNS, SKEWED_COLUMNS
+from engine.evaluation import COLUMNS
 from engine.networks import (Mirrored, joined, load_network, match_classes, match_each_other,
                              short_name, teacher_files)
 from engine.runtime import UserError
@@ -31,69 +31,7 @@ HELD_OUT = ("holdout", "holdout_by")                        # which of the image
 
 # ---- What a run says of itself -------------------------------------------------------------------
 
-def is_text(value):
-    return isinstance(value, str)
-
-
-def is_number(value, low=-1e300, high=1e300):
-    """A finite number in this range?"""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-def is_nan(value):
-    return isinstance(value, float) and math.isnan(value)
-
-
-def is_count(value):
-    return isinstance(value, int) and is_number(value, 0, 1e15)
-
-
-def is_percent(value):
-    """0 to 100, or NaN: not measured?"""
-    return is_number(value, 0, 100) or is_nan(value)
-
-
-def are_accuracies(value):
-    """Accuracies of a head in percent, overall at least?"""
-    if not isinstance(value, dict) or "overall" not in value:
-        return False
-    return all(is_percent(value[column]) for column in SKEWED_COLUMNS if column in value)
-
-
-def are_class_accuracies(value):
-    """{head: accuracies of the classes in percent}, of the prediction at least?"""
-    if not isinstance(value, dict) or "avg" not in value:
-        return False
-    return all(isinstance(v, list) and all(map(is_percent, v)) for v in value.values())
-
-
-def are_counts(value):
-    """Training images of every class?"""
-    return isinstance(value, list) and value != [] and all(is_count(n) and n > 0 for n in value)
-
-
-RESULT = {
-    "dataset": is_text, "method": is_text, "model": is_text, "hardware": is_text,
-    "command": is_text, "imb": lambda value: is_number(value, 1), "epochs": is_count,
-    "seed": is_count, "seconds": lambda value: is_number(value, 0), "avg": are_accuracies,
-    "per_class": are_class_accuracies,
-}
-RECORD = {
-    "epoch": is_count, "drw": lambda value: isinstance(value, bool),
-    "loss": lambda value: is_number(value) or is_nan(value), "lr": is_number,
-    "cosine": lambda value: value is None or is_number(value, -1.01, 1.01),
-}
 UNMEASURED = dict.fromkeys(COLUMNS, math.nan)
-HEADS = {"cls": are_accuracies, "dist": are_accuracies, "avg": are_accuracies}
-CONFIG = {"dataset": is_text, "counts": are_counts}
-
-
-def check(record, tests, where):
-    """UserError, about the file `where`, for the first value of a record that fails its test."""
-    for name, is_right in tests.items():
-        if not is_right(record.get(name)):
-            what = f"is {shown(str(record[name])[:40])}" if name in record else "is missing"
-            raise UserError(f"{shown(where)} is damaged, or not a run's file: {name!r} {what}")
 
 
 def run_result(path, *names):
@@ -101,11 +39,11 @@ def run_result(path, *names):
 
     Groups that are missing in "avg" are NaN. UserError if the file is missing or damaged.
     """
-    result = read_json(path, "result.json")
-    check(result, {name: RESULT[name] for name in names}, os.path.join(path, "result.json"))
+    result = read_json(path, "result.json").having(*names)
     if "avg" in names:
         result["avg"] = UNMEASURED | result["avg"]
-    return {name: shown(value) if is_text(value) else value for name, value in result.items()}
+    return {name: shown(value) if isinstance(value, str) else value
+            for name, value in result.items()}
 
 
 def run_log(path):
@@ -114,15 +52,15 @@ def run_log(path):
     Groups that are missing in a head's accuracies are NaN, and so is the loss of an epoch without a
     finite step.
     """
-    log, where, last = read_log(path), os.path.join(path, "log.jsonl"), -1
+    log, last = read_log(path), -1
     for record in log:
-        if record.get("loss", 0) is None:
+        if record.having("epoch", "drw", "loss", "lr")["loss"] is None:
             record["loss"] = math.nan
-        heads = {head: test for head, test in HEADS.items() if head in record}
-        check(record, RECORD | heads, where)
+        heads = {"cls", "dist", "avg"} & record.keys()
         record |= {head: UNMEASURED | record[head] for head in heads}
         if record["epoch"] <= last:
-            raise UserError(f"{shown(where)} is damaged: epoch {record['epoch']} follows on {last}")
+            raise UserError(f"{shown(record.source)} is damaged: epoch {record['epoch']} follows "
+                            f"on {last}")
         last = record["epoch"]
     return log
 
@@ -153,7 +91,6 @@ class Log:
     def data_text(self):
         """The data of the run, for the lines below a picture."""
         config = read_json(self.path, "config.json")
-        check(config, CONFIG, os.path.join(self.path, "config.json"))
         dataset, counts = shown(config["dataset"]), config["counts"]
         if os.path.exists(os.path.join(self.path, "result.json")):
             dataset = run_result(self.path, "dataset")["dataset"]           # "CIFAR-10-LT"

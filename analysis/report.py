@@ -13,10 +13,10 @@ from functools import partial
 from html import escape
 
 from analysis import accuracy, calibration, drawing, figures, quantities, run_figures
-from analysis.loading import is_nan
 from engine.datasets import describe
 from engine.evaluation import TITLES, columns, predicted
 from engine.networks import short_name, teacher_files
+from engine.records import is_nan
 from engine.runtime import UserError
 from images.files import DataError, visible
 

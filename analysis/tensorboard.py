@@ -1,5 +1,6 @@
 """A run's log as TensorBoard event files: python analyze.py tensorboard RUN ..."""
-from analysis.loading import is_number, run_log
+from analysis.loading import run_log
+from engine.checkpoints import is_number
 from engine.runtime import UserError
 
 

@@ -1,9 +1,9 @@
 """What every run needs, and nothing of the method. Each module imports only those above it:
 
     runtime       device and processes, seeds, signals, how a script ends
+    settings      one table of settings per script: flags, recipes, ranges, names of runs
     checkpoints   files that are written atomically and read without running code from them
     records       the text files of a run, config.json, result.json and log.jsonl
-    settings      one table of settings per script: flags, recipes, ranges, names of runs
     training      learning rate, averaged weights, optimizer steps that are undone when not finite
     groups        which classes are head, mid and tail
     datasets      loads a data set that the flags name; folders and lists of images

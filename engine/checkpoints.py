@@ -208,10 +208,15 @@ def check_settings(config):
             check_number(key, config[key], *NUMBERS[key])
 
 
-def check_number(key, value, low, high):
-    """UserError unless low <= value <= high; if `low` is an int, so must be the value."""
+def is_number(value, low=-1e300, high=1e300):
+    """Is this a number from low to high? If `low` is an int, so must be the value."""
     kinds = int if isinstance(low, int) else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+    return not isinstance(value, bool) and isinstance(value, kinds) and low <= value <= high
+
+
+def check_number(key, value, low, high):
+    """UserError for what is no number from low to high."""
+    if not is_number(value, low, high):
         raise UserError(f"its {key} is damaged: it is {one_line(value)}, not a number from {low:g} "
                         f"to {high:g}")
 

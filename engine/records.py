@@ -8,11 +8,16 @@ import math
 import os
 import sys
 
-from engine.checkpoints import write_atomically
+from engine.checkpoints import is_number, write_atomically
 from engine.runtime import UserError
+from engine.settings import Interval
 
 
 # ---- Writing -------------------------------------------------------------------------------------
+
+def is_nan(value):
+    return isinstance(value, float) and math.isnan(value)
+
 
 def null_for_nan(data):
     """The same values with None for NaN, which JSON lacks: accuracies of what was not measured."""
@@ -20,9 +25,7 @@ def null_for_nan(data):
         return {key: null_for_nan(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [null_for_nan(value) for value in data]
-    if isinstance(data, float) and math.isnan(data):
-        return None
-    return data
+    return None if is_nan(data) else data
 
 
 def save_json(path, data):
@@ -66,29 +69,39 @@ def teacher_right(log):
 LARGEST_JSON = 2 ** 28          # bytes; a log of 1,400 epochs has half a million
 
 
-# An example value of each field that this project reads back; a tuple lists alternatives. All
-# values of a dict or list are like the one shown.
+# An example value of each field that this project reads back: an Interval of numbers, whole ones
+# if its ends are; a tuple lists alternatives. A dict has the names shown, and others as "" shows.
+NUMBER, COUNT = Interval(-1e300, 1e300), Interval(0, 2 ** 62)
+PERCENT = Interval(0.0, 100.0), math.nan
+HEAD = {"overall": PERCENT, "": (PERCENT, COUNT, [PERCENT])}        # COUNT: of predicted classes
 EXAMPLES = {
-    "config.json": {"dataset": "", "epochs": 0, "seed": 0, "counts": [0], "classes": [""],
-                    "class_groups": {"": [0]}, "versions": {"": ""}},
+    "config.json": {"dataset": "", "epochs": 0, "seed": 0, "counts": [Interval(1, 2 ** 62)],
+                    "classes": [""], "class_groups": {"": [0]}, "versions": {"": ""}},
     "result.json": {"dataset": "", "recipe": "", "method": "", "model": "", "command": "",
-                    "hardware": "", "date": "", "teacher": ("", None), "epochs": 0, "seed": 0,
-                    "imb": 0.0, "seconds": 0.0, "cls": {"": 0.0}, "dist": {"": 0.0},
-                    "avg": {"": 0.0}, "ema": {"": 0.0}, "teacher_avg": {"": 0.0},
-                    "avg+teacher": {"": 0.0}, "per_class": {"": [0.0]},
+                    "hardware": "", "date": "", "teacher": ("", None), "epochs": COUNT,
+                    "seed": COUNT, "imb": Interval(1.0, 1e300), "seconds": Interval(0.0, 1e300),
+                    "cls": HEAD, "dist": HEAD, "avg": HEAD, "ema": HEAD, "teacher_avg": {"": 0.0},
+                    "avg+teacher": {"": 0.0}, "per_class": {"avg": [PERCENT], "": [PERCENT]},
                     "training_images": {"": {"": 0.0}}},
+    "log.jsonl": {"epoch": COUNT, "drw": False, "loss": (NUMBER, math.nan, None), "lr": NUMBER,
+                  "cosine": (Interval(-1.01, 1.01), None), "cls": HEAD, "dist": HEAD, "avg": HEAD},
 }
 MEND = "put back a copy of it, or remove it and --resume writes it again"
-MEASURED = 0.0, None, {"": (0.0, [0.0])}        # of an epoch: a number, or a head's accuracies
+MEASURED = 0.0, None, {"": (0.0, [0.0])}        # what else a log has: numbers, another's accuracies
 
 
 def is_like(value, example):
     """Is a value of the same kind as the example, down to its numbers and texts?"""
+    if isinstance(example, Interval):
+        return is_number(value, example.low, example.high)
+    if is_nan(example):
+        return is_nan(value)
     if isinstance(example, tuple):
         return any(is_like(value, each) for each in example)
     if isinstance(example, dict):
-        inner, = example.values()
-        return isinstance(value, dict) and all(is_like(each, inner) for each in value.values())
+        return (isinstance(value, dict) and example.keys() - {""} <= value.keys()
+                and all(is_like(each, example.get(key, example.get("")))
+                        for key, each in value.items()))
     if isinstance(example, list):
         return isinstance(value, list) and all(is_like(each, example[0]) for each in value)
     if isinstance(example, float):
@@ -99,6 +112,12 @@ def is_like(value, example):
 class Fields(dict):
     """A JSON object of a run's file, `source`; asking for what it lacks is a UserError."""
     source = ""
+
+    def having(self, *names):
+        """This object. UserError if it lacks one of the names."""
+        for name in names:
+            self[name]
+        return self
 
     def __missing__(self, key):
         raise UserError(f"{self.source} has no {key!r}: it is damaged, or of another program")
@@ -113,10 +132,9 @@ def read_json(folder, name):
     data = parse(read_bytes(path), path)
     if data is None:
         raise UserError(f"{path} is damaged: it holds no JSON object; {MEND}")
-    for key, example in EXAMPLES[name].items():
-        if key in data and not is_like(data[key], example):
-            raise UserError(f"{path} is damaged: its {key!r} cannot be {data[key]!r:.50}; "
-                            + MEND)
+    for key, value in data.items():
+        if key in EXAMPLES[name] and (value == [] or not is_like(value, EXAMPLES[name][key])):
+            raise UserError(f"{path} is damaged: its {key!r} cannot be {value!r:.50}; {MEND}")
     return data
 
 
@@ -144,7 +162,10 @@ def read_log_lines(path):
     if not text:
         return []
     records = [parse(line, path) for line in text.removesuffix(b"\n").split(b"\n")]
-    return [record if record and is_like(record, {"": MEASURED}) else None for record in records]
+    like = EXAMPLES["log.jsonl"]
+    return [record if record and all(is_like(value, like.get(key, MEASURED))
+                                     for key, value in record.items()) else None
+            for record in records]
 
 
 def read_bytes(path):
