@@ -40,6 +40,9 @@ OWN_FILES = ("result.json", "last.pt", "previous.pt", "log.jsonl", "config.json"
              "model_predict.py", "events.out.tfevents.*",
              *(f"{figure}.{ending}" for figure in FIGURES for ending in ("png", "csv", "json")),
              BEGUN_AGAIN)       # last: without it a restarted worker resumes what is still there
+# Without these a checkpoint is not resumed.
+RESUMED = ("model", "config", "epoch", "step", "world", "amp", "hardware", "teachers", "forced",
+           "data", "white", "class_names", "counts")
 # What config.json says besides the settings.
 ABOUT = ("classes", "counts", "class_groups", "versions", "hardware", "amp_dtype", "forced",
          "fingerprint", "teachers")
@@ -216,16 +219,14 @@ class PastRun:
                             f"{REMOVE if self.wait else AGAIN}")
 
     def read_state(self, args):
-        self.resumed = state = load_checkpoint(self.folder, ("model", "config", "epoch"))
+        self.resumed = state = load_checkpoint(self.folder, RESUMED)
         self.fallback = state.pop("fallback", False)    # last.pt is damaged, previous.pt was taken
-        self.start_epoch, self.start_step = state["epoch"], state.get("step", 0)    # done already
-        self.forced = state.get("forced", [])
+        self.start_epoch, self.start_step = state["epoch"], state["step"]       # done already
+        self.forced = state["forced"]
         if not is_like([self.start_epoch, self.start_step], [0]) or not is_like(self.forced, [""]):
             raise UserError(f"{self.checkpoint} is damaged: it does not say how far the run is")
         self.check_format(state["config"])
-        old = state["config"] | {"processes": state.get("world", self.rt.world)}
-        if "amp" in state or old["amp"] == "auto":
-            old["amp"] = state.get("amp", self.precision)
+        old = state["config"] | {"processes": state["world"], "amp": state["amp"]}
         if args.minutes not in (None, old.get("minutes")):
             begun = "without --minutes"
             if old.get("minutes") is not None:
@@ -241,10 +242,10 @@ class PastRun:
         # A teacher is its weights, which are compared later, under whatever path it is given; but
         # no other one is trained for that.
         free = NOT_RESUMED
-        if (state.get("teachers") and args.teacher
+        if (state["teachers"] and args.teacher
                 and all(map(is_there, teacher_files(args.teacher)))):
             free = (*free, "teacher")
-        if state.get("hardware", self.hardware).split(", then ")[-1] != self.hardware:
+        if state["hardware"].split(", then ")[-1] != self.hardware:
             self.hardware = f"{state['hardware']}, then {self.hardware}"
         begun = self.start_epoch + (self.start_step > 0)
         changes = self.changes(old, args, free)
@@ -342,8 +343,7 @@ class PastRun:
         """
         here = dict(data=data.fingerprint, white=data.white, class_names=data.class_names,
                     counts=data.counts)                 # which differ where files no longer open
-        there = {"white": 65535} | self.resumed if self.resumed else {}
-        self.write(lambda: self.check_images(there, here))
+        self.write(lambda: self.check_images(self.resumed or {}, here))
         mine = hashlib.sha256(repr(here).encode()).hexdigest()
         if self.differs([int(mine[:12], 16)]):
             exit_together(UserError("not all processes have the same images: each machine needs "
@@ -365,9 +365,8 @@ class PastRun:
         for known in teacher.origin:
             check_origin(f"the teacher {known['file']}", known, data, self.rt)
         self.teachers = teacher.origin
-        old = (self.resumed or {}).get("teachers", self.hashes())
-        if old != self.hashes():
-            self.force(args, f"the teacher's weights {old} -> {self.hashes()}")
+        if self.resumed and self.resumed["teachers"] != self.hashes():
+            self.force(args, f"the teacher's weights {self.resumed['teachers']} -> {self.hashes()}")
 
     def hashes(self):
         """Of the teachers' weights, for the checkpoint: a text, which is compared as it is."""

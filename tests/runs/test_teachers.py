@@ -165,20 +165,6 @@ def test_a_teachers_checkpoint_is_no_students(teacher, tiny_cifar, tmp_path, ref
     assert "is a teacher's, not a student's" in refused(train_student, *flags, "--resume")
 
 
-def test_a_run_of_before_teachers_had_identities_goes_on(teacher, tiny_cifar, tmp_path):
-    """Refused, for want of what it could not know."""
-    folder, _ = teacher
-    flags = [*STUDENT, "--data-dir", tiny_cifar, "--teacher", folder, "--out", tmp_path / "run",
-             "--save-every", "1"]
-    with killed_at(1, 0):
-        train(train_student, *flags)
-    state = checkpoint(tmp_path / "run")
-    del state["teachers"]
-    torch.save(state, tmp_path / "run" / "last.pt")
-    train(train_student, *flags, "--resume")
-    assert (tmp_path / "run" / "result.json").exists()
-
-
 @pytest.mark.parametrize("what", ["epoch", "no result", "damaged", "one of two", "file"])
 def test_an_unfinished_teacher_is_refused(what, teacher, teacher_run, tiny_cifar, tmp_path,
                                           monkeypatch, capsys):
