@@ -13,7 +13,6 @@ t_2 and t_3: a step of the second and of the last short epoch; t: an evaluation.
 """
 import copy
 import math
-import sys
 import time
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -77,18 +76,13 @@ class Probe:
             spent = self.warm
             if self.rt.device.type == "cuda":           # its first step loads and chooses kernels
                 spent = self.last - self.first
-            slow, stop = all_max([int(spent > limit * self.seconds), runtime.stop_signal], self.rt)
-            self.stop_if_asked(stop)
+            runtime.stop_if_asked(self.rt)
+            slow, = all_max([int(spent > limit * self.seconds)], self.rt)
             if slow:
                 raise TooSlow
 
-    def stop_if_asked(self, stop):
-        if stop:
-            self.rt.print("Stopped before the first step")
-            sys.exit(128 + stop)
-
     def after_epoch(self, epoch, results, **record):
-        self.stop_if_asked(*all_max([runtime.stop_signal], self.rt))
+        runtime.stop_if_asked(self.rt)
         self.evaluation = self.rt.now() - self.last
         if epoch == 0:
             fewest, most = TIMED

@@ -93,10 +93,7 @@ class Run(PastRun):
         self.saved_at, self.due = time.monotonic(), False
         for number in runtime.watched_signals():
             signal.signal(number, runtime.request_stop)
-        stop, = all_max([runtime.stop_signal], self.rt)
-        if stop:
-            self.rt.print("Stopped before the first step")
-            sys.exit(128 + stop)
+        runtime.stop_if_asked(self.rt)
 
     def write_beginning(self):
         """config.json, and the log cut back to the epochs that the checkpoint has."""

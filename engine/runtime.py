@@ -67,6 +67,14 @@ def request_stop(number, _):
                   "more stops at once", file=sys.stderr, flush=True)
 
 
+def stop_if_asked(rt):
+    """End all processes if a signal has asked one of them to, before the first step."""
+    stop, = all_max([stop_signal], rt)
+    if stop:
+        rt.print("Stopped before the first step")
+        sys.exit(128 + stop)
+
+
 def run_main(main):
     """Run a script's main(); UserError, DataError and file errors end it with one line, code 2.
 
