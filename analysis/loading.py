@@ -232,7 +232,10 @@ def ready(networks, path, rt, mirror):
     """Networks, whose outputs are in one order, as one on rt.device."""
     network = joined(networks, path)
     if mirror:
-        add_mirror(network)
+        network.net = Mirrored(network.net).eval()
+        if network.teacher is not None:
+            network.teacher = Mirrored(network.teacher).eval()
+        network.what += "; image and mirror image"
     for net in (network.net, network.teacher):
         if net is not None:
             net.to(rt.device)
@@ -274,11 +277,3 @@ def decoded_size(network):
         return side
     usual = 0.875 if side > 64 and not network.config else 1.0
     return round(side / network.config.get("eval_crop", usual))
-
-
-def add_mirror(network):
-    """Make a Network predict the mean over an image and its mirror image."""
-    network.net = Mirrored(network.net).eval()
-    if network.teacher is not None:
-        network.teacher = Mirrored(network.teacher).eval()
-    network.what = f"{network.what}; image and mirror image"

@@ -118,7 +118,6 @@ def load_checkpoint(path, keys=("model", "config")):
     if is_run_checkpoint(state):
         try:
             check_run(state)
-            check_settings(state["config"])
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     return state
@@ -171,13 +170,16 @@ def is_run_checkpoint(state):
 
 
 def check_run(state):
-    """UserError for a run's checkpoint with weights, names or settings that are malformed."""
-    weights, names = state["model"], state["class_names"]
+    """UserError for a run's checkpoint with weights, names or settings that are malformed.
+
+    Ranges only of settings that a network is built from, or that its data are found by.
+    """
+    weights, names, config = state["model"], state["class_names"], state["config"]
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
         raise UserError("its weights are damaged: they are not a dict of tensors by name")
     if not are_names(names):
         raise UserError("its class names are damaged: they are not a list of different names")
-    for key, value in state["config"].items():
+    for key, value in config.items():
         if not isinstance(key, str) or not isinstance(value, (str, int, float, type(None))):
             raise UserError(f"its setting {one_line(key)} is damaged: it is a "
                             + type(value).__name__)
@@ -186,6 +188,12 @@ def check_run(state):
     check_number("white", state.get("white", 255), 255, 65535)
     if not isinstance(state.get("data", ""), str):
         raise UserError("the fingerprint of its data is damaged")
+    for key in TEXTS & config.keys():
+        if not isinstance(config[key], str):
+            raise UserError(f"its setting {key} is damaged: it is {one_line(config[key])}")
+    for key in NUMBERS.keys() & config.keys():
+        if config[key] is not None or key not in OPTIONAL:
+            check_number(key, config[key], *NUMBERS[key])
 
 
 def are_names(names):
@@ -193,19 +201,6 @@ def are_names(names):
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
         return False
     return len(names) == len(set(names)) > 0
-
-
-def check_settings(config):
-    """UserError for a setting of a wrong type or an absurd size, where a file that is read has it.
-
-    Only what a network is built from, and what its data are found by.
-    """
-    for key in TEXTS & config.keys():
-        if not isinstance(config[key], str):
-            raise UserError(f"its setting {key} is damaged: it is {one_line(config[key])}")
-    for key in NUMBERS.keys() & config.keys():
-        if config[key] is not None or key not in OPTIONAL:
-            check_number(key, config[key], *NUMBERS[key])
 
 
 def is_number(value, low=-1e300, high=1e300):

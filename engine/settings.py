@@ -212,8 +212,7 @@ def flags_of_teacher(args):
 def check_ranges(args, **ranges):
     """UserError for a setting outside its (lowest, highest) allowed value; NaN is outside."""
     for name, limits in ranges.items():
-        if getattr(args, name) not in Interval(*limits):
-            raise UserError(f"{flag(name)} must be {Interval(*limits)}, not {getattr(args, name)}")
+        Setting(name, None, Interval(*limits), "").check(getattr(args, name))
 
 
 def resolve_data(args):
