@@ -254,26 +254,12 @@ def test_a_damaged_line_within_a_log_is_refused_with_its_number(line, tmp_path):
 
 # ---- reading ----
 
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("hostile_code_ran",)
-
-
-@pytest.mark.parametrize("make", [
-    lambda p: p.write_bytes(b""),
-    lambda p: p.write_bytes(b"not a checkpoint at all"),
-    lambda p: p.write_text("<html>404</html>"),
-    lambda p: torch.save(torch.zeros(3), p),
-    lambda p: torch.save({"weights": 1}, p),
-    lambda p: torch.save({"model": Hostile(), "config": {}}, p),
-    lambda p: None,
-], ids=["empty", "text", "html", "tensor", "other keys", "pickled code", "missing"])
-def test_what_is_no_checkpoint_is_refused_in_one_line(make, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make(tmp_path / "x.pt")
-    with pytest.raises(UserError) as error:
+def test_a_file_that_lacks_a_key_is_refused_in_one_line(tmp_path):
+    """A traceback for another project's file. (What is no checkpoint at all: test_networks.py.)"""
+    torch.save({"weights": 1}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="x.pt is not a checkpoint .* lacks model, config") as error:
         load_checkpoint(str(tmp_path / "x.pt"))
-    assert "x.pt" in one_line(error) and not (tmp_path / "hostile_code_ran").exists()
+    one_line(error)
 
 
 @pytest.fixture(scope="module")

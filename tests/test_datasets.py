@@ -363,17 +363,6 @@ def test_an_image_of_another_size_is_named_with_its_width_and_height(cifar):
     assert message("cifar10", cifar).startswith(f"{path}: is 40x24, not 32x32")
 
 
-def test_a_class_with_too_few_images_is_refused(cifar):
-    for i in range(6):
-        (cifar / "train" / "kind2" / f"{i}.png").unlink()
-    assert "class 1 has 6 images, 11 are needed" in message("cifar10", cifar)
-
-
-def test_an_imbalance_that_leaves_a_class_empty_is_refused(cifar):
-    text = message("cifar10", cifar, imb=5000)
-    assert "without a training image; lower --imb" in text
-
-
 def test_an_unknown_data_set_is_refused(tmp_path):
     expected = ("unknown data set 'mnist': choose one of cifar10, cifar100, shapes, folder, "
                 "imagenet_lt, inat18")

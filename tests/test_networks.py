@@ -559,14 +559,6 @@ def test_outputs_are_put_into_the_order_of_the_data(tmp_path, kind, how, names, 
         torch.testing.assert_close(a, b[:, order], rtol=0, atol=1e-9)
 
 
-def test_names_follow_their_outputs(tmp_path):
-    """Names left in the old order once the outputs are in the new one: they would mislead, and a
-    second call would permute."""
-    state = {"model": resnet32_state(4), "class_names": list("bdac")}
-    found = networks.load_network(save(tmp_path, state))
-    assert networks.match_classes(found, long_tail("abcd"), "it").class_names == list("abcd")
-
-
 @pytest.mark.parametrize("theirs, ours, word", [
     ("", "abc", 3), ("", "abcde", 5), ("abcd", "abc", 4), ("abcd", "abce", "d")])
 def test_other_classes_are_refused(tmp_path, theirs, ours, word):

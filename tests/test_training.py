@@ -3,7 +3,6 @@ import pytest
 import torch
 from torch import nn
 
-from engine import training
 from engine.runtime import Runtime, UserError
 from engine.training import EMA, FiniteScaler, cosine_lr, micro_batches
 from sam import SAM, frozen_batchnorm_statistics
@@ -21,26 +20,10 @@ def test_learning_rate_at_the_published_drw_epochs(peak, epochs, drw, rate):
     assert cosine_lr(drw, epochs, peak, 5) == pytest.approx(rate, rel=5e-3)
 
 
-def test_warm_up_is_linear_and_the_cosine_ends_at_the_minimum():
-    """A warm-up from 0, or a cosine that does not pass the middle in the middle."""
-    assert cosine_lr(0, 100, 1e-3, 5) == pytest.approx(1e-6)
-    assert cosine_lr(2.5, 100, 1e-3, 5) == pytest.approx((1e-6 + 1e-3) / 2)
-    assert cosine_lr(50, 100, 1e-3, 5) == pytest.approx((1e-5 + 1e-3) / 2)
-    assert cosine_lr(100, 100, 1e-3, 5) == pytest.approx(1e-5)
-
-
 def test_no_learning_rate_is_above_the_peak():
     """Ten times the rate that was asked for, at the end of a careful fine-tuning."""
     assert all(cosine_lr(t, 10, 1e-7, 2) == pytest.approx(1e-7) for t in range(11))
     assert cosine_lr(1, 10, 0.0, 2) == cosine_lr(9, 10, 0.0, 2) == 0
-
-
-def test_every_parameter_group_gets_the_learning_rate():
-    """A group (of biases, say) that stays at the rate that the optimizer began with."""
-    a, b = (nn.Parameter(torch.zeros(1)) for _ in range(2))
-    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=1.0)
-    training.set_lr(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
 # ---- Averaged weights ----------------------------------------------------------------------------
