@@ -12,7 +12,6 @@ import train_student
 import train_teacher
 from conftest import script
 from engine.runtime import Runtime, UserError
-from engine.settings import flags_of_teacher
 from experiments import crt, deit3
 
 CPU, GPU = Runtime(torch.device("cpu")), Runtime(torch.device("cuda"))
@@ -294,12 +293,13 @@ def test_classifier_retraining(recipe):
     ("auto", "ours", "la"), ("ldam", "ours", "ldam"), ("paco", "ours", "paco"),
     ("strong", "ours", "la")])
 def test_a_students_own_teacher(name, recipe, loss):
-    """A teacher of another loss, seed, radius or data set than the student's, or its folder."""
+    """A teacher of another loss, seed, tail or data set than the student's, or its folder."""
     args = train_student.parse(["--recipe", recipe, "--teacher", name, "--dataset", "cifar100",
-                                "--imb", "50", "--seed", "7"])
+                                "--imb", "50", "--imb-type", "step", "--seed", "7"])
     flags = train_student.resolve(args, CPU)
     teacher = resolved(train_teacher, *flags)
-    assert (teacher.loss, teacher.dataset, teacher.imb, teacher.seed) == (loss, "cifar100", 50, 7)
+    assert (teacher.loss, teacher.dataset, teacher.imb, teacher.imb_type, teacher.seed) == (
+        loss, "cifar100", 50, "step", 7)
     rows = {"ldam": LDAM_PAPER, "paco": PACO_PAPER, "ce": STRONG_PAPER}
     if recipe != "paper":
         rows = {"ldam": LDAM_CPU, "paco": PACO_CPU, "ce": STRONG_CPU, "la": LA_OURS}
@@ -309,7 +309,7 @@ def test_a_students_own_teacher(name, recipe, loss):
         expected = expected | dict(augment=crop, mixing=1.0)
     got = settings_of(train_teacher, teacher)
     assert {key: got[key] for key in expected} == expected
-    assert teacher.out == args.teacher and "cifar100_imb50" in teacher.out
+    assert teacher.out == args.teacher and "cifar100_imb50step" in teacher.out
 
 
 def test_a_students_own_teacher_of_another_radius():
@@ -320,9 +320,3 @@ def test_a_students_own_teacher_of_another_radius():
     teacher = resolved(train_teacher, *flags)
     assert teacher.rho == 0.2 and teacher.out == args.teacher != usual.teacher
     assert args.out != usual.out
-
-
-def test_the_teacher_has_the_students_images():
-    """A student of the step tail whose teacher is trained on the exponential one."""
-    args = resolved(train_student, "--imb-type", "step", "--imb", "50")
-    assert {"--imb-type=step", "--imb=50.0"} <= set(flags_of_teacher(args))
