@@ -151,6 +151,29 @@ def as_they_are(images, args):
     return images.float() / 255
 
 
+def noting(seen, what):
+    """As as_they_are; what(images) is added to the list `seen`."""
+    def augment_images(images, args):
+        seen.append(what(images))
+        return as_they_are(images, args)
+    return augment_images
+
+
+def recorded_batches(data):
+    """Lists that grow: the key and the order of each epoch, the labels of each step."""
+    keys, orders, labels, batches = [], [], [], data.batches
+
+    def recorded(steps, key):
+        steps = list(steps)
+        keys.append(key)
+        orders.append(torch.cat([index for _, index in steps]).tolist())
+        for step, images, y in batches(steps, key):
+            labels.append(y)
+            yield step, images, y
+    data.batches = recorded
+    return keys, orders, labels
+
+
 @pytest.fixture
 def watch(monkeypatch):
     """watch(owner, name) -> list of (arguments by name, result) of every call of owner.name."""
@@ -315,15 +338,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(steps_of):
 @pytest.mark.parametrize("tokens", [2, 1])
 def test_a_students_steps_written_out_again(tokens):
     """Gradients of earlier steps that are left, a step not taken, or one with other moments."""
-    batches = []
-
-    def augment_images(images, args):
-        batches.append(indices_of(images))
-        return as_they_are(images, args)
-    data, teacher, net = small_data(), GivenTeacher(), Vit(distilled=tokens == 2)
+    batches, data, teacher, net = [], small_data(), GivenTeacher(), Vit(distilled=tokens == 2)
     twin = copy.deepcopy(net)
     args = student_settings("--lr", 0.01, "--weight-decay", 0.5, drw_epoch=0, epochs=2)
-    train_a_student(args, net, teacher, augment_images=augment_images)
+    train_a_student(args, net, teacher, augment_images=noting(batches, indices_of))
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p))
                for name, p in twin.named_parameters()}
     for t, batch in enumerate(batches):
@@ -428,12 +446,8 @@ def test_a_teachers_bad_step_moves_nothing(bad, rho, at, steps_of, monkeypatch):
 def test_a_batch_is_cut_into_micro_batches(micro_batch, pieces):
     """--micro-batch ignored: memory; or cut when it fits: a stem's BatchNorm sees fewer images."""
     sizes = []
-
-    def augment_images(images, args):
-        sizes.append(len(images))
-        return as_they_are(images, args)
     args = student_settings("--method", "vit", micro_batch=micro_batch, epochs=1)
-    train_a_student(args, augment_images=augment_images)
+    train_a_student(args, augment_images=noting(sizes, len))
     assert sizes[:len(pieces)] == pieces
 
 
@@ -508,16 +522,11 @@ def test_the_seed_reaches_the_initial_weights():
 
 def test_repeated_augmentation_is_what_an_epoch_shows():
     """--repeats ignored; the same third of the images in every epoch."""
-    shown = {}
-
-    def augment_images(images, args):
-        shown.setdefault(args.repeats, []).append(indices_of(images))
-        return as_they_are(images, args)
     often = {3: [0] * 15 + [2] + [3] * 7, 2: [0] * 11 + [1] + [2] * 11, 1: [1] * 23}
     for repeats in often:                               # below 256 images none is cut off: 23
-        args = student_settings("--method", "vit", repeats=repeats)
-        train_a_student(args, augment_images=augment_images)
-        first, second = torch.cat(shown[repeats][:3]), torch.cat(shown[repeats][3:])
+        args, shown = student_settings("--method", "vit", repeats=repeats), []
+        train_a_student(args, augment_images=noting(shown, indices_of))
+        first, second = torch.cat(shown[:3]), torch.cat(shown[3:])
         for epoch in (first, second):
             assert sorted(torch.bincount(epoch, minlength=N).tolist()) == often[repeats]
         assert first.tolist() != second.tolist()
@@ -531,16 +540,10 @@ def test_the_seed_reaches_the_order_of_an_epoch():
         for seed in (0, 1):
             args = student_settings("--seed", seed, repeats=repeats)
             orders.append(train_student.epoch_order(args, data, 0).tolist())
-    data, batches = small_data(), data.batches
-
-    def recorded(batches_of_epoch, key):
-        steps = list(batches_of_epoch)
-        orders.append(torch.cat([index for _, index in steps]).tolist())
-        return batches(steps, key)
-    data.batches = recorded
+    _, teachers, _ = recorded_batches(data)
     for seed in (0, 1):
         train_a_teacher(teacher_settings("--seed", seed, "--rho", 0, epochs=2), data=data)
-    plain, repeated, teachers = orders[:2], orders[2:4], orders[4:]
+    plain, repeated = orders[:2], orders[2:]
     assert plain[0] != plain[1] and repeated[0] != repeated[1]
     assert len({tuple(order) for order in teachers}) == 4       # of two seeds, two epochs each
     assert all(sorted(order) == list(range(N)) for order in [*plain, *teachers])
@@ -549,13 +552,9 @@ def test_the_seed_reaches_the_order_of_an_epoch():
 def test_a_micro_batch_has_no_two_copies_of_an_image():
     """Repeated augmentation puts copies side by side: mixing and BatchNorm would see few images."""
     shown = []
-
-    def augment_images(images, args):
-        shown.append(indices_of(images).tolist())
-        return as_they_are(images, args)
     args = student_settings("--method", "vit", repeats=3, micro_batch=3, epochs=1)
-    train_a_student(args, augment_images=augment_images)
-    assert all(len(part) == len(set(part)) for part in shown) and len(shown) == 9
+    train_a_student(args, augment_images=noting(shown, indices_of))
+    assert all(len(part) == len(part.unique()) for part in shown) and len(shown) == 9
 
 
 def test_labels_are_smoothed_only_while_images_are_mixed(watch):
@@ -631,12 +630,9 @@ def recorded_steps(watch, *flags, teacher=None, **changes):
     mixed, scaled = watch(augment, "mixup_cutmix"), watch(FiniteScaler, "scale")
     net, outputs, images = Vit(distilled=teacher is not None and changes.get("tokens") != 1), [], []
     net.register_forward_hook(lambda net, inputs, output: outputs.append((inputs[0], *output)))
-
-    def augment_images(uint8, args):
-        images.append(uint8)
-        return as_they_are(uint8, args)
     args = student_settings(*flags, **MIXING | changes)
-    _, run, _ = train_a_student(args, net, teacher, augment_images=augment_images)
+    _, run, _ = train_a_student(args, net, teacher,
+                                augment_images=noting(images, lambda uint8: uint8))
     steps = []
     for i in range(6):                                                  # 3 in each epoch
         x, cls_logits, dist_logits = outputs[i]
@@ -788,13 +784,9 @@ def test_another_loss_and_order_replace_the_recipes():
     def order_of(args, data, epoch):
         return torch.tensor([epoch + 1, 0, 5, 5])
     shown = []
-
-    def augment_images(images, args):
-        shown.append(indices_of(images).tolist())
-        return as_they_are(images, args)
     _, run, _ = train_a_student(student_settings("--method", "vit"), label_loss=label_loss,
-                                order_of=order_of, augment_images=augment_images)
-    assert shown == [[1, 0, 5, 5], [2, 0, 5, 5]] and len(calls) == 2
+                                order_of=order_of, augment_images=noting(shown, indices_of))
+    assert torch.stack(shown).tolist() == [[1, 0, 5, 5], [2, 0, 5, 5]] and len(calls) == 2
     assert run.images == 4                              # not the 23 that there are
 
 
@@ -952,14 +944,8 @@ def test_a_teachers_loss_before_and_after_the_drw_epoch(name, by_hand, beta, wat
     net = Cnn()
     net.register_forward_hook(lambda net, inputs, output: outputs.append((inputs[0], output)))
     flags = ("--loss", name, "--rho", 0, "--beta", beta)
-    data, seen = small_data(), []
-    batches = data.batches
-
-    def recorded(*args):
-        for step, images, labels in batches(*args):
-            seen.append(labels)
-            yield step, images, labels
-    data.batches = recorded
+    data = small_data()
+    _, _, seen = recorded_batches(data)
     _, run, _ = train_a_teacher(teacher_settings(*flags), net, data)
     assert len(scaled) == 6
     for i, (call, _) in enumerate(scaled):
@@ -1045,14 +1031,8 @@ def test_a_sam_step_written_out_again(watch, steps_of):
     twin = Cnn()
     twin.load_state_dict(net.state_dict())
     net.register_forward_pre_hook(lambda net, args: inputs.append((args[0], net.training)))
-    data, labels = small_data(), []
-    batches = data.batches
-
-    def recorded(*args):
-        for step, images, y in batches(*args):
-            labels.append(y)
-            yield step, images, y
-    data.batches = recorded
+    data = small_data()
+    _, _, labels = recorded_batches(data)
     args = teacher_settings("--loss", "ldam", "--rho", 0.2, "--lr", 0.1, epochs=1, drw_epoch=0)
     train_a_teacher(args, net, data)
     views = [x for x, training in inputs if training]
@@ -1292,25 +1272,16 @@ def spoiled(scale):
 def test_a_steps_micro_batches_have_draws_of_their_own():
     """The same crops, operations and boxes in each of the eight micro-batches of a step."""
     draws = []
-
-    def augment_images(images, args):
-        draws.append(torch.rand(1).item())
-        return as_they_are(images, args)
     args = student_settings("--method", "vit", micro_batch=2, epochs=1)
-    train_a_student(args, augment_images=augment_images)
+    train_a_student(args, augment_images=noting(draws, lambda images: torch.rand(1).item()))
     assert len(draws) > 6 and len(set(draws)) == len(draws)
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])
 def test_crops_of_the_loader_are_drawn_anew_in_every_epoch_and_process(kind):
     """The same random crops of ImageNet-LT's images in every epoch, or in every process."""
-    data, keys = small_data(), []
-    batches = data.batches
-
-    def recorded(steps, key):
-        keys.append(key)
-        return batches(steps, key)
-    data.batches = recorded
+    data = small_data()
+    keys, _, _ = recorded_batches(data)
     second = Runtime(torch.device("cpu"), rank=1)
     if kind == "student":
         args = student_settings("--method", "vit", "--seed", 5)
@@ -1350,16 +1321,8 @@ def train_a_resnet18(**changes):
     small = dict(img_size=8, batch=8, epochs=2, warmup_epochs=0, eval_every=100)
     vars(args).update(small | changes)
     torch.manual_seed(0)
-    net, run, data, orders, labels = Cnn(), RecordingRun(), small_data(), [], []
-    batches = data.batches
-
-    def recorded(steps, key):
-        steps = list(steps)
-        orders.append(torch.cat([index for _, index in steps]).tolist())
-        for step, images, y in batches(steps, key):
-            labels.append(y)
-            yield step, images, y
-    data.batches = recorded
+    net, run, data = Cnn(), RecordingRun(), small_data()
+    _, orders, labels = recorded_batches(data)
     run.seen = []
     net.register_forward_hook(lambda net, x, out: run.seen.append((x[0], out)))
     resnet18.train(args, data, net, CPU, run)
