@@ -12,8 +12,8 @@ import train_teacher
 from engine import evaluation, run_folder, runtime
 from engine.run_folder import Run
 from experiments import crt
-from tiny_runs import (PLAIN, WITHOUT_SAM, Killed, assert_same_run, checkpoint, killed_at, read,
-                       records, train)
+from tiny_runs import (PLAIN, WITHOUT_SAM, Killed, OneClass, assert_same_run, checkpoint, killed_at,
+                       read, records, train)
 
 pytest_plugins = ["tiny_runs"]
 
@@ -65,14 +65,6 @@ def test_a_run_that_has_no_step_left(kind, where, shared_run, tmp_path, monkeypa
     assert_same_run(undisturbed, tmp_path / "run")
     assert (read(tmp_path / "run", "result.json")["per_class"]
             == read(undisturbed, "result.json")["per_class"])
-
-
-class OneClass(torch.nn.Module):
-    """A teacher that gives every image the label 7."""
-    img_size, origin = 16, []
-
-    def forward(self, x):
-        return torch.eye(10)[torch.full((len(x),), 7)] * 20
 
 
 def test_a_killed_run_with_everything_that_a_step_moves(tiny_cifar, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from engine import evaluation, networks, runtime
 from engine.datasets import load_data
 from engine.networks import build_teacher, load_teacher
 from experiments import crt, deit3
-from tiny_runs import DATA, LENGTH, checkpoint, read, records, train
+from tiny_runs import DATA, LENGTH, OneClass, checkpoint, read, records, train
 
 pytest_plugins = ["tiny_runs"]
 SMALL = [*DATA, *LENGTH, "--model", "micro", "--img-size", "16"]
@@ -29,16 +29,6 @@ def own_runs(tmp_path, monkeypatch, tiny_cifar):
     row = train_teacher.CPU | dict(epochs=1, warmup_epochs=0, img_size=8, batch=45, eval_every=9)
     monkeypatch.setitem(train_teacher.RECIPES["cpu"], "cifar10", row)
     return ["--data-dir", str(tiny_cifar)]
-
-
-class OneClass(torch.nn.Module):
-    """A teacher that gives every image the label 7."""
-    img_size, origin, calls = 16, [], 0
-
-    def forward(self, x):
-        assert x.shape[1:] == (3, 16, 16) and 0 <= x.min() and x.max() <= 1
-        self.calls += 1
-        return torch.eye(10)[torch.full((len(x),), 7)] * 20
 
 
 @pytest.fixture
