@@ -87,7 +87,7 @@ EXAMPLES = {
                   "cosine": (Interval(-1.01, 1.01), None), "cls": HEAD, "dist": HEAD, "avg": HEAD},
 }
 MEND = "put back a copy of it, or remove it and --resume writes it again"
-MEASURED = 0.0, None, {"": (0.0, [0.0])}        # what else a log has: numbers, another's accuracies
+MEASURED = 0.0, None, {"": (0.0, [0.0])}        # other fields of a log: numbers, or a head's
 
 
 def is_like(value, example):
