@@ -280,7 +280,8 @@ def table_rows(path, content, delimiter, names, by):
                         raise DataError(f"the list {shown(path)} has {header.count(name)} columns "
                                         f"called {shown(name)}: rename them")
                 place = {role: find_column(header, name) for role, name in names.items()}
-                place["group"] = group_column(header, names, by)
+                if by not in (None, "group"):       # by its own name
+                    place["group"] = find_column(header, by)
                 continue
             rows.append(table_row(start, fields, header, place))
     except csv.Error as error:
@@ -325,11 +326,6 @@ def find_column(header, name):
         return header.index(name)
     lower = [column.lower() for column in header]
     return lower.index(name.lower()) if name.lower() in lower else None
-
-
-def group_column(header, names, by):
-    """The number of the column that --holdout-by names, by its name or as "group", or None."""
-    return find_column(header, names["group"] if by in (None, "group") else by)
 
 
 def missing_columns(header, names):

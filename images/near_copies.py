@@ -22,12 +22,10 @@ MOST = 200_000      # images; more are not compared
 WORTH_SAYING = 0.005        # share of the test images
 
 
-def thumbnails(images, chunk=None):
-    """uint8 (N,3,H,W), a tensor or a Stream -> gray thumbnails, float16 (N,SIDE,SIDE).
-
-    chunk: images at a time; by itself up to 1,024, or 256 MiB of float32.
-    """
-    parts, chunk = [], chunk or min(1024, max(1, 2 ** 26 // max(1, images[:1].numel())))
+def thumbnails(images):
+    """uint8 (N,3,H,W), a tensor or a Stream -> gray thumbnails, float16 (N,SIDE,SIDE)."""
+    parts = []
+    chunk = min(1024, max(1, 2 ** 26 // max(1, images[:1].numel())))    # 256 MiB of float32
     for start in range(0, len(images), chunk):
         colors = F.adaptive_avg_pool2d(images[start:start + chunk].float(), SIDE).cpu()
         parts.append((colors * LUMA).sum(1).half())
