@@ -65,22 +65,6 @@ def test_one_step_on_a_quadratic_by_hand():
     assert a.grad is None and b.grad is None
 
 
-def test_steps_on_a_general_quadratic():
-    """L = w^T A w / 2: w <- w - lr A (w + rho A w / ||A w||), ten times, against NumPy."""
-    rng = np.random.default_rng(0)
-    A = rng.normal(size=(5, 5))
-    A = A @ A.T + np.eye(5)
-    w = rng.normal(size=5)
-    p = nn.Parameter(torch.tensor(w))
-    sam = SAM(torch.optim.SGD([p], lr=0.03), rho=0.7)
-    for _ in range(10):
-        for step in (sam.first_step, sam.second_step):
-            (p @ torch.tensor(A) @ p / 2).backward()
-            step()
-        w = w - 0.03 * A @ (w + 0.7 * A @ w / np.linalg.norm(A @ w))
-        np.testing.assert_allclose(p.detach().numpy(), w, rtol=0, atol=1e-10)
-
-
 def test_training_a_network_equals_sam_written_in_numpy():
     """Momentum or weight decay that act at w + e, in e, or twice. Backpropagation, SAM and SGD
     here are all by hand."""
