@@ -111,7 +111,7 @@ TORCHVISION_NAMES = {
 @pytest.mark.parametrize("training", [True, False])
 def test_without_distillation_it_is_torchvisions_vit(training):
     """Any difference from another implementation: order of q, k, v, of patches or norms, the
-    scale, the normalisation."""
+    scale, the normalisation, a gamma other than 1 where there is no LayerScale."""
     torch.manual_seed(0)
     theirs = torchvision.models.VisionTransformer(
         image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=64, mlp_dim=256,
@@ -205,18 +205,6 @@ def test_two_token_network_is_its_equations(training):
         torch.testing.assert_close(dist[b].tolist(), expected_dist, rtol=0, atol=1e-12)
 
 
-def test_without_layer_scale_gamma_is_1():
-    """A default scale other than 1."""
-    plain, scaled = small_vit(), small_vit(layer_scale=0.5)
-    with torch.no_grad():
-        for block in scaled.blocks:
-            block.gamma_1.fill_(1)
-            block.gamma_2.fill_(1)
-    scaled.load_state_dict(plain.state_dict(), strict=False)
-    x = torch.rand(2, 3, 8, 8)
-    torch.testing.assert_close(plain(x), scaled(x))
-
-
 def test_written_out_and_fused_attention_agree_with_their_gradients(monkeypatch):
     """The two paths of Attention.forward drifting apart, or the CPU no longer training through
     the faster one."""
@@ -292,7 +280,6 @@ def test_checkpointing_gives_the_same_numbers_with_less_kept():
         torch.manual_seed(0)
         model, kept = small_vit(drop_path=0.5, checkpointing=checkpointing).train(), []
 
-
         def keep(tensor):
             kept.append(tensor.numel())
             return tensor
@@ -307,17 +294,6 @@ def test_checkpointing_gives_the_same_numbers_with_less_kept():
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
     assert results[1][2] < results[0][2] / 2 and in_evaluation[0] == in_evaluation[1]
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_forward_returns_two_logits_or_none(training):
-    """A return type that depends on the mode (as DeiT's does), an average taken inside, one head
-    used twice."""
-    x = torch.rand(4, 3, 8, 8)
-    cls, dist = small_vit().train(training)(x)
-    assert cls.shape == dist.shape == (4, 3) and (cls - dist).abs().min() > 1e-3
-    cls, dist = small_vit(distilled=False).train(training)(x)
-    assert cls.shape == (4, 3) and dist is None
 
 
 def test_logits_are_not_rounded_to_bfloat16():
@@ -419,17 +395,6 @@ def test_a_network_with_a_convolutional_stem_learns_all_of_it():
 
 # ---- stochastic depth ----
 
-def test_drop_path_drops_whole_images_and_keeps_the_expectation():
-    """A mask per token or per batch, a missing 1 / (1 - p), p taken for 1 - p. n = 20,000: 4
-    standard errors are 0.0123."""
-    torch.manual_seed(0)
-    y = vit.drop_path(torch.ones(20_000, 3, 2), 0.25, training=True)
-    assert (y == y[:, :1, :1]).all()  # an image is kept or dropped as a whole
-    assert set(y.unique().tolist()) == {0.0, torch.tensor(4 / 3).item()}
-    assert abs((y[:, 0, 0] == 0).double().mean() - 0.25) < 0.0123
-    assert abs(y.double().mean() - 1) < 0.0123 / 0.75
-
-
 def test_drop_path_rests_in_evaluation_and_at_0():
     """Dropping while evaluating, or scaling by 1 / (1 - p) there."""
     x = torch.rand(50, 3, 2)
@@ -438,7 +403,8 @@ def test_drop_path_rests_in_evaluation_and_at_0():
 
 
 def test_drop_path_is_a_division_by_1_minus_p_or_a_zero():
-    """A kept branch that is not scaled, or a gradient that reaches a dropped branch."""
+    """A mask per token or per batch, p taken for 1 - p, a kept branch that is not scaled, or a
+    gradient that reaches a dropped branch."""
     x = torch.randn(200, 3, 2, requires_grad=True)
     torch.manual_seed(0)
     keep = torch.rand(200, 1, 1) >= 0.1
@@ -474,15 +440,6 @@ def test_drop_path_rates_rise_linearly_from_0():
 
 # ---- positions at another resolution ----
 
-def ramp(G, step=1.0, tokens=2):
-    """Positions that say where they are: channel 0 the row, channel 1 the column, in units of
-    the first grid's pixels."""
-    centres = (torch.arange(G) + 0.5) * step - 0.5
-    rows, columns = torch.meshgrid(centres, centres, indexing="ij")
-    grid = torch.stack([rows.flatten(), 100 * columns.flatten()], dim=1)
-    return torch.cat([torch.full((tokens, 2), -7.0), grid])[None]         # (1, tokens + G*G, 2)
-
-
 def test_resizing_positions_to_the_same_grid_changes_nothing():
     """An interpolation that is not the identity, or leading tokens resized with the grid."""
     pos = torch.randn(1, 2 + 25, 8)
@@ -491,8 +448,8 @@ def test_resizing_positions_to_the_same_grid_changes_nothing():
 
 @pytest.mark.parametrize("G, new, tokens", [(4, 7, 2), (7, 4, 1), (14, 16, 2)])
 def test_resized_positions_are_the_bicubic_picture_and_the_kept_tokens(G, new, tokens):
-    """A mixed-up (G,G,D) layout, another filter (bilinear, antialiased), lost or moved leading
-    tokens."""
+    """A mixed-up (G,G,D) layout, another filter (bilinear, antialiased), a half-pixel shift or
+    aligned corners, lost or moved leading tokens."""
     torch.manual_seed(0)
     pos = torch.randn(1, tokens + G * G, 3)
     resized = resize_pos_embed(pos, tokens, new)
@@ -504,20 +461,6 @@ def test_resized_positions_are_the_bicubic_picture_and_the_kept_tokens(G, new, t
         expected = F.interpolate(picture[None, None], size=(new, new), mode="bicubic",
                                  align_corners=False)
         torch.testing.assert_close(resized[0, tokens:, channel], expected.flatten())
-
-
-@pytest.mark.parametrize("G, new, atol", [(16, 8, 1e-4), (8, 16, 0.05)])
-def test_a_ramp_of_positions_stays_a_ramp(G, new, atol):
-    """Rows and columns swapped, a half-pixel shift, aligned corners. In the interior; halving
-    samples midway between pixels, where PyTorch's cubic (a = -0.75) is exact on a ramp,
-    elsewhere it is within 0.047 of a pixel."""
-    resized = resize_pos_embed(ramp(G), 2, new)
-    expected = ramp(new, step=G / new)
-    edge = max(1, 2 * new // G)  # 2 pixels of the old grid, or 1 of the new one
-    interior = [2 + r * new + c for r in range(edge, new - edge) for c in range(edge, new - edge)]
-    for channel, unit in [(0, 1), (1, 100)]:
-        got, wanted = resized[0, interior, channel] / unit, expected[0, interior, channel] / unit
-        torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
 
 
 def test_positions_that_are_no_square_are_refused():
