@@ -140,7 +140,6 @@ def read_list(path, root, whole, columns=None, by=None):
                         "--list-columns split=fold, or put these words there")
     parts = {split: as_files(list(images.values()), base, header)
              for split, images in good.items()}
-    parts = parts or {whole: as_files([], base, header)}
     return parts, base, problems
 
 

@@ -25,7 +25,7 @@ WORTH_SAYING = 0.005        # share of the test images
 def thumbnails(images):
     """uint8 (N,3,H,W), a tensor or a Stream -> gray thumbnails, float16 (N,SIDE,SIDE)."""
     parts = []
-    chunk = min(1024, max(1, 2 ** 26 // max(1, images[:1].numel())))    # 256 MiB of float32
+    chunk = min(1024, max(1, 2 ** 26 // images[:1].numel()))    # 256 MiB of float32
     for start in range(0, len(images), chunk):
         colors = F.adaptive_avg_pool2d(images[start:start + chunk].float(), SIDE).cpu()
         parts.append((colors * LUMA).sum(1).half())
