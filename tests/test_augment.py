@@ -185,23 +185,6 @@ def test_two_of_fifteen_operations_with_own_coin_magnitude_and_sign_for_every_im
             assert as_expected((drawn > middle).sum(), (drawn != middle).sum(), 0.5), name
 
 
-def test_rand_augment_does_what_pil_does_with_the_same_draws(monkeypatch):
-    """Operations in the wrong order, the argument of another one, a second operation that does not
-    start from the first one's result. Pictures with operations that are not exact are left out."""
-    calls = record(monkeypatch, augment, "apply_operations")
-    pictures, compared = noise(250, 24, 17), 0
-    for i, ours in enumerate(augment.rand_augment(pictures)):
-        steps = [(operations.OPERATIONS[op[i]], value[i].item())
-                 for (_, op, value), _ in calls if op[i] >= 0]
-        if all(name in EXACT for name, _ in steps):
-            theirs = to_pil(pictures[i])
-            for name, value in steps:
-                theirs = EXACT[name][0](theirs, value)
-            assert torch.equal(ours, from_pil(theirs)), steps
-            compared += len(steps) > 0
-    assert compared > 90
-
-
 # ---- Random erasing ------------------------------------------------------------------------------
 
 def erase(n, h, w, **settings):

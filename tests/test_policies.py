@@ -1,4 +1,5 @@
-"""images/policies.py against torchvision's tables, PIL, and every possible outcome counted."""
+"""images/policies.py (and RandAugment) against torchvision's tables, PIL, and every possible
+outcome counted."""
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
+import augment
 from images import operations, policies
 from pil_reference import (AFFINE, AUTO, EXACT, GRAY, NEAREST, as_expected, draws_of, from_pil,
                            noise, record, same_distribution, seed_everything, to_pil)
@@ -72,12 +74,13 @@ def jitter(images):
     return policies.color_jitter(images, 0.4, 0.4, 0.4)
 
 
-@pytest.mark.parametrize("policy, exact", [(policies.auto_augment, [*EXACT, "translate_x"]),
-                                           (jitter, [*EXACT])])
-def test_a_whole_policy_does_what_pil_does_with_the_same_draws(monkeypatch, policy, exact):
+@pytest.mark.parametrize("module, policy, exact", [
+    (policies, policies.auto_augment, [*EXACT, "translate_x"]), (policies, jitter, EXACT),
+    (augment, augment.rand_augment, EXACT)])
+def test_a_whole_policy_does_what_pil_does_with_the_same_draws(monkeypatch, module, policy, exact):
     """Operations in the wrong order, the argument of another one, a second operation that does not
     start from the first one's result. Pictures with operations that are not exact are left out."""
-    calls = record(monkeypatch, policies, "apply_operations")
+    calls = record(monkeypatch, module, "apply_operations")
     pictures, compared = noise(250, 24, 17), 0
     for i, ours in enumerate(policy(pictures)):
         steps = [(operations.OPERATIONS[op[i]], value[i].item())
