@@ -71,39 +71,33 @@ def same_files(paths):
 
 
 def divide(group, paths, key):
-    """Lists of two or more files of a group whose key(path) is the same and not None."""
+    """Lists of two or more files of a group whose key(path) is the same and not empty."""
     parts = {}
     for i in group:
-        parts.setdefault(key(paths[i]), []).append(i)
-    return [part for value, part in parts.items() if value is not None and len(part) > 1]
+        try:
+            parts.setdefault(key(paths[i]), []).append(i)
+        except (OSError, ValueError):                           # ValueError: a NUL in the name
+            continue
+    return [part for value, part in parts.items() if value and len(part) > 1]
 
 
 def size(path):
-    """Bytes of a regular file, or None."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):                               # ValueError: a NUL in the name
-        return None
-    return status.st_size or None if stat.S_ISREG(status.st_mode) else None
+    """Bytes of a regular file; 0 for what is none."""
+    status = os.stat(path)
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
 def ending(path):
-    """The last 4 KiB of a file, or None: compressed images differ there."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            return file.read(4096)
-    except OSError:
-        return None
+    """The last 4 KiB of a file: compressed images differ there."""
+    with open(path, "rb", buffering=0) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+        return file.read(4096)
 
 
 def digest(path):
-    """A hash of a whole file, or None."""
+    """A hash of a whole file."""
     content = hashlib.blake2b(digest_size=16)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while block := file.read(2 ** 20):
-                content.update(block)
-    except OSError:
-        return None
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(2 ** 20):
+            content.update(block)
     return content.digest()
