@@ -39,7 +39,6 @@ FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM",
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
 LARGE = 2 ** 24                                 # pixels that are not copied as a whole
 Image.core.set_block_size(2 ** 26)      # bytes; of smaller blocks glibc keeps some for each thread
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", module="PIL")         # remarks on a file, without its path
 
 # White levels of 8, 10, 12, 14 and 16 bits. A deep file does not say which it means, so a data set

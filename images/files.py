@@ -7,9 +7,6 @@ million Python objects. Lists of files (images/lists.py) give the same.
     names that are not UTF-8, control codes     shown escaped, see `shown`
     names in two Unicode forms                  compared as NFC; two folders of one are an error
     a run's folder among the images             passed over
-
-images/layout.py says which folders to list, images/copies.py which files are the same image,
-images/holdout.py which are kept for testing; images/decode.py reads them.
 """
 import hashlib
 import os
