@@ -129,7 +129,7 @@ def test_groups_of_every_size_are_held_out_and_stay_where_they_are():
     assert len(sides(more, more_groups, 0.2)[1] ^ tested) <= 12
 
 
-def test_copies_and_groups_stay_together(tmp_path):
+def test_copies_and_groups_stay_together():
     """The same picture in two groups, one of them tested; images without a group."""
     whole, groups = grouped({(f"g{i}", "x"): 2 for i in range(30)} | {("", "x"): 40})
     first = {group: np.where(groups == group)[0][0] for group in ("g1", "g2", "g3")}
