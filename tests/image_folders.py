@@ -63,6 +63,18 @@ def make_folder(root, n=6, size=(36, 40), classes=("apple pie", "Bär", "c,3")):
     return root
 
 
+def make_lists(root):
+    """Lists called as ImageNet-LT's, and their pictures, of five classes, one of them empty."""
+    for split, counts in (("train", (4, 9, 0, 9, 1)), ("test", (2, 2, 0, 2, 2))):
+        lines = []
+        for k, n in enumerate(counts):
+            for i in range(n):
+                name, seed = f"{split}_{k}_{i}.jpg", 100 * k + i + 1000 * (split == "test")
+                picture(80, 60, seed).save(root / name, quality=95)
+                lines.append(f"{name} {k}\n")
+        (root / f"ImageNet_LT_{split}.txt").write_text("".join(lines))
+
+
 def deepen(folder, step=16):
     """Make all pictures below a folder gray, as PNG files of 8 bits beside ones of 16 bits with
     `step` times the level. Returns ([paths of 8 bits], [paths of 16 bits])."""

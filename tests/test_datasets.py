@@ -16,7 +16,7 @@ from PIL import Image
 import data_lt
 from engine import datasets
 from engine.runtime import Runtime
-from image_folders import close, damage, deepen, make_folder, picture, write_files
+from image_folders import close, damage, deepen, make_folder, make_lists, picture, write_files
 from images import machine
 from images.decode import Stream
 from images.files import DataError
@@ -723,15 +723,7 @@ def test_a_listed_set_keeps_the_map_of_its_classes(tmp_path, monkeypatch):
     """Ties out of order, a number without images that stays, a test label that is not renumbered,
     test images not of the size that the test crop is cut from."""
     monkeypatch.setitem(data_lt.LISTS, "imagenet_lt", ("ImageNet-LT", 5))
-    counts = {"train": (4, 9, 0, 9, 1), "test": (2, 2, 0, 2, 2)}
-    for split in counts:
-        lines = []
-        for k, n in enumerate(counts[split]):
-            for i in range(n):
-                seed = 100 * k + i + 1000 * (split == "test")
-                picture(80, 60, seed=seed).save(tmp_path / f"{split}_{k}_{i}.jpg")
-                lines.append(f"{split}_{k}_{i}.jpg {k}")
-        (tmp_path / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines) + "\n")
+    make_lists(tmp_path)
     rt = Recorder()
     data = load("imagenet_lt", tmp_path, rt, eval_crop=0.875)
     assert data.label == "ImageNet-LT not as published"

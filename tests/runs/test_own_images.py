@@ -13,7 +13,7 @@ from conftest import script
 from engine import runtime
 from engine.checkpoints import load_checkpoint
 from engine.datasets import last_loaded
-from image_folders import damage, deepen, make_folder, picture
+from image_folders import damage, deepen, make_folder, make_lists, picture
 
 SHORT = "--recipe cpu --model micro --epochs 2 --drw-epoch 1 --eval-every 2 --batch 8".split()
 
@@ -165,15 +165,7 @@ def test_training_from_list_files(tmp_path, monkeypatch, capsys):
     with the same crops."""
     without_picture(monkeypatch)
     monkeypatch.setitem(data_lt.LISTS, "imagenet_lt", ("ImageNet-LT", 5))
-    for split, counts in (("train", (4, 9, 0, 9, 1)), ("test", (2, 2, 0, 2, 2))):
-        lines = []
-        for k, n in enumerate(counts):
-            for i in range(n):
-                name = f"{split}_{k}_{i}.jpg"
-                seed = 100 * k + i + 1000 * (split == "test")
-                picture(80, 60, seed=seed).save(tmp_path / name, quality=95)
-                lines.append(f"{name} {k}")
-        (tmp_path / f"ImageNet_LT_{split}.txt").write_text("\n".join(lines) + "\n")
+    make_lists(tmp_path)
     data = ["--dataset", "imagenet_lt", "--data-dir", tmp_path, "--recipe", "paper",
             *"--epochs 2 --drw-epoch 1 --batch 8 --amp none".split()]
     script(train_teacher, monkeypatch, *data, "--arch", "resnet32", "--img-size", "16", "--out",
