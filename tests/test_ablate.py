@@ -68,13 +68,6 @@ def test_every_row_of_a_table_is_another_run(table, ablation):
     assert not Path("runs").exists()
 
 
-def test_methods_with_code_of_their_own_have_the_folders_that_they_name(ablation):
-    """cRT's second run, not the ViT that it starts from; DeiT-III by its own settings."""
-    kinds = [Path(ablate.folder_of(f"{program} --dataset shapes", CPU)).name.split("_")[0]
-             for program in (ablate.CRT, ablate.DEIT3, f"{ablate.STUDENT} --method vit")]
-    assert kinds == ["vit-crt", "deit-iii", "vit"]
-
-
 def test_further_flags_go_to_every_run(ablation):
     lines = ablation("table2", "--commands", "--imb", 50, "--seeds", 3)
     assert len(lines) == len(ablate.TABLE2)

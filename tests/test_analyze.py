@@ -66,12 +66,6 @@ def test_eval_prints_and_writes_the_runs_own_accuracies(name, runs, tmp_path, mo
                                      str(runs[name] / "calibration.json")]
 
 
-def test_confusion_counts_true_classes_in_rows():
-    """Transposed, or classes that nobody predicts left out."""
-    predicted, labels = torch.tensor([1, 1, 2, 0]), torch.tensor([0, 0, 2, 1])
-    assert accuracy.confusion(predicted, labels, 3).tolist() == [[0, 2, 0], [1, 0, 0], [0, 0, 1]]
-
-
 def test_eval_says_how_sure_to_be():
     """Confidence of the true class for that of the predicted one; a softmax that nobody trained."""
     logits = torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()
@@ -273,12 +267,6 @@ def test_tensorboard_reads_what_was_written(runs, tmp_path):
     assert [(point.step, point.value) for point in points] == [(1, 2.5), (2, 2.0), (3, 1.5)]
 
 
-def test_a_missing_tensorboard_package_says_so(runs, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        tensorboard.write_events(str(runs["vit"]), str(tmp_path))
-
-
 # ---- Pictures ------------------------------------------------------------------------------------
 
 def test_outputs_go_into_the_run_folder_or_where_out_says(runs, tmp_path, monkeypatch, capsys):
@@ -300,15 +288,6 @@ def test_outputs_go_into_the_run_folder_or_where_out_says(runs, tmp_path, monkey
     assert path("per_class.csv", "a,b", out="c.csv") == "c.csv"
     assert [analyze.confusion_path(name) for name in ("d/per_class.csv", "x_per_class.csv", "y.csv")
             ] == ["d/confusion.csv", "x_confusion.csv", "y_confusion.csv"]
-
-
-def test_the_summary_is_a_picture_in_the_run_folder(runs, monkeypatch, capsys):
-    """train_student.py calls summary(folder) with any folder that pathlib or a flag gives it."""
-    path = analyze.summary(str(runs["vit"]))
-    assert path == str(runs["vit"] / "summary.png")
-    assert (runs["vit"] / "summary.png").read_bytes().startswith(PNG)
-    with pytest.raises(UserError, match="not a student"):
-        analyze.summary(str(runs["teacher"]))
 
 
 WITHOUT_MATPLOTLIB = """
@@ -524,12 +503,6 @@ def test_a_run_that_held_images_out_may_be_tested_on_others():
     assert loading.settings_of(network, "run", {}).holdout == 0.2
 
 
-def test_runs_of_one_name_are_told_apart():
-    """Two lines of one name in a legend, two rows of one name in a table."""
-    assert loading.legend_labels(["a/vit", "b/vit", "b/x"]) == ["a/vit", "b/vit", "b/x"]
-    assert loading.legend_labels(["a\x1b", "b"]) == [r"a\x1b", "b"]
-
-
 def test_labels_are_what_distinguishes_names():
     """Labels that are empty or the same for two runs would make a legend useless."""
     label = loading.legend_labels
@@ -538,6 +511,8 @@ def test_labels_are_what_distinguishes_names():
     names = ["teacher_s0", "teacher_s0_rho0"]                   # the first would be empty
     assert label([f"a/{names[0]}", f"b/{names[1]}"]) == names
     assert label(["runs/alone"]) == [""]                        # a legend of one says nothing
+    assert label(["a/vit", "b/vit", "b/x"]) == ["a/vit", "b/vit", "b/x"]
+    assert label(["a\x1b", "b"]) == [r"a\x1b", "b"]
     logs = loading.load_logs(["runs/a", "runs/b"], ["ours", "theirs"])
     assert [(log.label, log.path) for log in logs] == [("ours", "runs/a"), ("theirs", "runs/b")]
 
@@ -613,12 +588,6 @@ def test_outputs_are_tried_before_the_work(flags, message, runs, tmp_path, monke
     assert stop.value.code == 2 and message.format(tmp=tmp_path) in line
 
 
-def test_a_folder_is_where_the_output_goes(runs, tmp_path, monkeypatch):
-    """A picture beside the folder that --out names, or without a name in it."""
-    script(analyze, monkeypatch, "curves", runs["vit"], "--out", tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.csv", "curves.png"]
-
-
 def test_devices_are_written_to_not_replaced(tmp_path):
     """/dev/stdout as a file of its own, for good; a full disk that is a traceback."""
     os.mkfifo(tmp_path / "pipe")
@@ -647,6 +616,7 @@ def test_devices_are_written_to_not_replaced(tmp_path):
     ("attention", ["vit"], ["--seed", "-1"], "--seed must be from 0 to 1e+09"),
     ("augment", ["file.pth"], [], "does not say how its student was trained"),
     ("summary", ["file.pth"], [], "has no result.json"),
+    ("summary", ["teacher"], [], "is not a student"),
     ("eval", ["vit"], ["--groups", "5,2"], "--groups is for your own data: cifar10 has published"),
     ("curves", [], [], "name one run folder or checkpoint file, or more"),
     ("augment", ["vit", "deit-lt"], [], "name one run folder or checkpoint file"),

@@ -79,21 +79,6 @@ def test_a_student_does_not_get_its_teachers_time_as_well(monkeypatch, tmp_path,
     assert not any("train_student" in command and "vit" not in command for command in commands)
 
 
-def test_a_finished_run_of_other_images_is_not_shown(monkeypatch, tmp_path, capsys):
-    """Half of the images held out, and the numbers of a fifth: one folder's name for both."""
-    monkeypatch.chdir(tmp_path)
-    rt = minutes.runtime.setup("cpu", "none")
-    command = f"{minutes.RESNET18} --imb 10 --holdout 0.5"
-    args = minutes.settings_of(command, rt)
-    finish(args.out, 3)
-    config = {"epochs": 3, "holdout": 0.5, "imb": 10.0, "dataset": "cifar10"}
-    Path(args.out, "config.json").write_text(json.dumps(config))
-    assert minutes.is_finished(args.out, args) and minutes.is_finished(args.out)
-    Path(args.out, "config.json").write_text(json.dumps(config | {"holdout": 0.2}))
-    with pytest.raises(minutes.UserError, match="with another --holdout"):
-        minutes.is_finished(args.out, args)
-
-
 def test_a_finished_run_of_another_folder_of_the_same_name_is_not_shown(monkeypatch, tmp_path):
     """a/fish, then b/fish, or a fish more: the numbers of before."""
     monkeypatch.chdir(tmp_path)

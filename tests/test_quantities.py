@@ -206,18 +206,6 @@ def test_heads_are_combined_as_their_names_say():
 
 # ---- Uncertainty ---------------------------------------------------------------------------------
 
-def test_the_calibration_error_of_known_cases():
-    """A signed gap that cancels between bins; bins weighted equally instead of by their images."""
-    confidence = torch.tensor([0.9] * 10 + [0.5] * 30)
-    right = torch.tensor([1] * 9 + [0] + [1] * 15 + [0] * 15, dtype=torch.bool)
-    assert quantities.calibration_error(confidence, right) == pytest.approx(0, abs=1e-6)
-    right[:10] = True                                           # 1.0 at 0.9: a quarter of all
-    right[10:] = torch.tensor([True] * 12 + [False] * 18)       # 0.4 at 0.5
-    expected = 0.25 * 0.1 + 0.75 * 0.1
-    assert quantities.calibration_error(confidence, right) == pytest.approx(expected, abs=1e-6)
-    assert quantities.calibration_error(torch.ones(4), torch.zeros(4, dtype=torch.bool)) == 1
-
-
 def test_the_calibration_error_is_that_of_a_loop_over_its_bins():
     """An image in another bin; the gap of a bin's means, not weighted by the bin's images."""
     generator = torch.Generator().manual_seed(0)
