@@ -194,11 +194,6 @@ def resolved(command, rt):
     return args
 
 
-def folder_of(command, rt):
-    """Run folder of a command. UserError for settings that cannot be."""
-    return resolved(command, rt).out
-
-
 def is_finished(folder, args=None):
     """Is there a result in a run folder?
 
@@ -260,7 +255,7 @@ def plan(table, common, seeds, rt):
         if table == "modes":
             shared = as_flags(train_student.parse(flags), (*CARRIED, "recipe"))
             teachers.append(f"{MODES_TEACHER} {shlex.join(shared)}")
-            rows = modes(folder_of(teachers[-1], rt))
+            rows = modes(resolved(teachers[-1], rt).out)
         check_common_flags(common, rows)
         tables.append([f"{row.command} {shlex.join(flags)}" for row in rows])
     return teachers, list(zip(rows, zip(*tables)))

@@ -63,7 +63,7 @@ def test_every_row_of_a_table_is_another_run(table, ablation):
     rows = ablate.TABLES[table]
     if table == "modes":
         rows = ablate.modes("runs/teacher")
-    folders = {ablate.folder_of(command, CPU) for command in students}
+    folders = {ablate.resolved(command, CPU).out for command in students}
     assert len(folders) == len(students) == 2 * len({row.command for row in rows})
     assert not Path("runs").exists()
 
@@ -111,9 +111,9 @@ def test_what_is_missing_is_run_once_and_the_table_tells_heads_and_seeds_apart(a
         ran.append(command)
         seed = int(command.split()[-1])
         if "vit" in command:
-            finish(ablate.folder_of(command, CPU), 40 + 2 * seed)
+            finish(ablate.resolved(command, CPU).out, 40 + 2 * seed)
         else:
-            finish(ablate.folder_of(command, CPU), 70 + seed, teacher_accuracy=50)
+            finish(ablate.resolved(command, CPU).out, 70 + seed, teacher_accuracy=50)
         return Ended()
     monkeypatch.setattr(ablate, "begin", finish_run)
     flags = "table1", "--seeds", 0, 1, 1, "--dataset", "shapes", "--imb", 10
@@ -147,7 +147,7 @@ def test_a_finished_run_of_other_images_is_named_before_anything_runs(ablation, 
     rows = [Row("plain", "train_student.py --method vit"), Row("both", "train_student.py")]
     monkeypatch.setitem(ablate.TABLES, "table1", rows)
     monkeypatch.setattr(ablate, "begin", lambda *_: 1 / 0)
-    folder = ablate.folder_of("train_student.py --holdout 0.1 --seed 0", CPU)
+    folder = ablate.resolved("train_student.py --holdout 0.1 --seed 0", CPU).out
     finish(folder, 50.0)
     Path(folder, "config.json").write_text('{"holdout": 0.2}')
     with pytest.raises(SystemExit) as stop:
@@ -268,7 +268,7 @@ def test_a_damaged_run_is_named(ablation, capsys, monkeypatch):
     """A traceback instead of the table."""
     row = Row("plain", "train_student.py --method vit --dataset shapes")
     monkeypatch.setitem(ablate.TABLES, "table1", [row])
-    folder = Path(ablate.folder_of(f"{row.command} --seed 0", CPU))
+    folder = Path(ablate.resolved(f"{row.command} --seed 0", CPU).out)
     finish(folder, 50.0)
     (folder / "result.json").write_text('{"avg": ')
     with pytest.raises(SystemExit) as stop:

@@ -87,9 +87,8 @@ def test_every_command_is_understood_and_has_its_own_folder(device, minutes, mon
         if program in (ablate.STUDENT, ablate.TEACHER):
             train = train_student if program == ablate.STUDENT else train_teacher
             assert train.parse(flags).out == command.folder
-            command_line, _, begin = command.text.rpartition(" ")       # folder_of resumes
-            assert begin in ("--overwrite", "--resume")
-            assert ablate.folder_of(command_line, rt) == command.folder
+            assert flags[-1] in ("--overwrite", "--resume")
+            assert ablate.resolved(command.text, rt).out == command.folder
             folders.append(command.folder)
         elif program == "-m experiments.steps":
             monkeypatch.setattr(runtime, "setup", lambda *_: rt)

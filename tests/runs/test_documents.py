@@ -131,7 +131,7 @@ def try_command(command, monkeypatch):
     elif program in TRAINING:
         make_images(flags)
         rt = Runtime(torch.device("cpu"), 0, processes)
-        assert ablate.folder_of(shlex.join([*program.split(), *flags]), rt)
+        assert ablate.resolved(shlex.join([*program.split(), *flags]), rt).out
     elif program == "analyze.py":
         analyze.parse()
     elif program in ("-m experiments.ablate", "-m experiments.one_gpu"):
