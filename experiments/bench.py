@@ -107,6 +107,12 @@ def matmul_peak(rt, dtype=None):
     return 2 * n ** 3 / min(measure({"": product}, 9, rt)[""])
 
 
+def in_new_process(function, *given):
+    """What a function returns in a process of its own, whose memory can be measured."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *given).result()
+
+
 def forward_flops(net, size, rt):
     """FLOP per image of a forward pass; a training step has three times as many."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -335,7 +341,7 @@ def student_step(args, batch, rt, K=10, depth=None):
 
 
 def measure_student(recipe, model, img_size, patch_size, batch, rt, n):
-    """A row of the table of whole steps, as text. Call it in a new process: it reads its memory."""
+    """A row of the table of whole steps, as text, for in_new_process: it reads its memory."""
     runtime.setup(str(rt.device))                                       # allocator, cuDNN
     args = train_student.parse(["--dataset", "cifar10", "--recipe", recipe, "--model", model,
                                 "--img-size", str(img_size), "--patch-size", str(patch_size)])
@@ -382,9 +388,8 @@ def bench_student(rt, n):
             ("paper", "small", 224, 16, 32), ("paper", "base", 224, 16, 16)):
         if rt.device.type == "cuda":
             batch = 128
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            row = process.submit(measure_student, recipe, model, img_size, patch_size, batch, rt, n)
-            print(row.result(), flush=True)
+        print(in_new_process(measure_student, recipe, model, img_size, patch_size, batch, rt, n),
+              flush=True)
 
 
 # ---- The teacher's step --------------------------------------------------------------------------
@@ -513,7 +518,7 @@ READERS = {"lists, no file opened": read_lists, "folders, no file opened": read_
 
 
 def measure_listing(reader, folder):
-    """(seconds, GiB at its peak, GiB before). Call it in a new process: its memory only grows."""
+    """(seconds, GiB at its peak, GiB before), for in_new_process: a peak only grows."""
     runtime.setup("cpu")                                                # allocator
     before, start = peak_memory(CPU), CPU.now()
     READERS[reader](folder)
@@ -530,9 +535,7 @@ def growth_of_listing(sizes=(10_000, 100_000, 1_000_000), most=100_000):
         with tempfile.TemporaryDirectory() as folder:
             write_listing(folder, n, with_files=n <= most)
             for reader in READERS if n <= most else ["lists, no file opened"]:
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                    measured = process.submit(measure_listing, reader, folder)
-                    seconds, peak, before = measured.result()
+                seconds, peak, before = in_new_process(measure_listing, reader, folder)
                 fewer, lower = last.get(reader, (0, before))
                 last[reader] = n, peak
                 each = (peak - lower) * 2 ** 30 / (n - fewer)

@@ -137,26 +137,6 @@ def test_growth_of_steps_changes_one_size_at_a_time(quick, monkeypatch, capsys):
     assert all(float(row[2]) > 0 and float(row[4]) > 0 for row in found)
 
 
-class InThisProcess:
-    """In place of a pool of processes."""
-
-    def __init__(self, *_, **more):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, function, *given):
-        self.found = function(*given)
-        return self
-
-    def result(self):
-        return self.found
-
-
 def test_growth_of_listing_reads_every_file(monkeypatch, capsys):
     """Lists that the reader refuses, files taken for damaged or for copies, or none at all."""
     seen = []
@@ -167,7 +147,7 @@ def test_growth_of_listing_reads_every_file(monkeypatch, capsys):
             seen.append(number_of(found))
             return found
         return counting
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(bench, "in_new_process", lambda function, *given: function(*given))
     monkeypatch.setattr(bench.runtime, "setup", lambda device: CPU)     # it changes the allocator
     for module, name, number_of in (
             (bench.lists, "find_listed", lambda found: len(found[0]) + len(found[1])),
