@@ -296,8 +296,8 @@ def compare_networks(img_size, patch_size, batch, rt, n):
 def student_step(args, batch, rt, K=10, depth=None):
     """(step(lap), FLOP per image) of train_student.train with a ResNet-32 teacher on random images.
 
-    lap(part) is called at the end of each part. args: settings, resolved. K: number of classes.
-    depth: the first so many blocks of the student, None: all.
+    lap(part), if given, is called at the end of each part. args: settings, resolved. K: number of
+    classes. depth: the first so many blocks of the student, None: all.
     """
     net = build_student(vars(args), K, distilled=True).to(rt.device).train()
     net.blocks = net.blocks[:depth]
@@ -312,7 +312,7 @@ def student_step(args, batch, rt, K=10, depth=None):
     labels = torch.arange(batch, device=rt.device) % K
     flops = 3 * forward_flops(net, args.img_size, rt) + forward_flops(teacher, 32, rt)
 
-    def step(lap):
+    def step(lap=lambda part: None):
         x = train_student.strong_augment(images, args)
         x, target = augment.mixup_cutmix(x, labels, K)
         lap("augment")
@@ -349,9 +349,6 @@ def measure_student(recipe, model, img_size, patch_size, batch, rt, n):
     step, flops = student_step(args, batch, rt)
     parts = {"augment": [], "teacher": [], "forward": [], "backward": [], "optimizer": []}
 
-    def whole_step():
-        step(lap=lambda part: None)
-
     def step_in_parts():
         start = rt.now()
 
@@ -361,7 +358,7 @@ def measure_student(recipe, model, img_size, patch_size, batch, rt, n):
             parts[part].append(now - start)
             start = now
         step(lap)
-    seconds = statistics.median(measure({"": whole_step}, n, rt)[""])
+    seconds = statistics.median(measure({"": step}, n, rt)[""])
     memory = peak_memory(rt)
     measure({"": step_in_parts}, n, rt)
     medians = [statistics.median(part[1:]) for part in parts.values()]
@@ -457,9 +454,8 @@ def growth_of_steps(rt, n, growth=GROWTH):
             args = train_student.parse(["--dataset", "cifar10", "--recipe", "cpu", "--model",
                                         "tiny", "--img-size", str(sizes["pixels"])])
             train_student.resolve(args, rt)
-            step, flops[value] = student_step(args, sizes["batch"], rt, sizes["classes"],
-                                              sizes["blocks"])
-            steps[value] = partial(step, lap=lambda part: None)
+            steps[value], flops[value] = student_step(args, sizes["batch"], rt, sizes["classes"],
+                                                      sizes["blocks"])
         first = None
         for value, seconds in measure(steps, n, rt).items():
             images = (USUAL | {name: value})["batch"]
