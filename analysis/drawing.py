@@ -1,4 +1,5 @@
 """What all figures share: colours, axes, the text around a figure, choosing images, PNG files."""
+import json
 import sys
 import textwrap
 import warnings
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 import augment
-from analysis.tables import as_csv, as_json, write
+from analysis.tables import as_csv, write
 from engine.evaluation import student_input
 from engine.runtime import UserError, one_line
 
@@ -55,7 +56,7 @@ class Figure:
         picture = write(f"{stem}.png", as_png(self.figure))
         if isinstance(self.numbers, list):
             return picture, write(f"{stem}.csv", as_csv(self.numbers))
-        return picture, write(f"{stem}.json", as_json(self.numbers))
+        return picture, write(f"{stem}.json", json.dumps(self.numbers, indent=1) + "\n")
 
 
 # ---- Around the axes -----------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Rows (dicts with the same keys) as text, CSV or markdown, and files that are written at once."""
 import csv
-import json
 import math
 import os
 import re
@@ -55,10 +54,6 @@ def csv_cell(value):
     if not isinstance(value, str):
         return value
     return re.sub(r"(^|;)(?=\s*[=+\-@\uff1d\uff0b\uff0d\uff20])", r"\1'", visible(value))
-
-
-def as_json(numbers):
-    return json.dumps(numbers, indent=1) + "\n"
 
 
 def is_device(path):
