@@ -89,22 +89,34 @@ def test_no_held_out_image_is_judged_by_a_temperature_fitted_on_it():
 
 
 class Constant(nn.Module):
-    """Says of every image that it is class 0 with odds of e : 1."""
+    """Says of every image that it is class 0, with this logit; that of class 1 is 0."""
     img_size = 8
 
+    def __init__(self, logit):
+        super().__init__()
+        self.logits = torch.tensor([logit, 0.0])
+
     def forward(self, x):
-        return torch.tensor([1.0, 0.0]).expand(len(x), 2)
+        return self.logits.expand(len(x), 2)
+
+
+def says(logit, **more):
+    return SimpleNamespace(net=Constant(logit), teacher=None, kind="teacher", **more)
+
+
+def two_classes(tested):
+    """Data: 3 and 1 black training images of two classes, `tested` and 1 to test on."""
+    return SimpleNamespace(train_images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
+                           train_labels=torch.tensor([0, 0, 0, 1]), num_classes=2,
+                           test_labels=torch.tensor([0] * tested + [1]))
 
 
 def test_training_images_count_as_their_classes_do_in_the_test_set():
     """Images of the test set used; classes as frequent as in training. By hand: with 9 of 10 test
     images in class 0, logit 1 is right where 1 / T = ln 9; of the training images it is 3 of 4."""
-    black = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-    data = SimpleNamespace(train_images=black, train_labels=torch.tensor([0, 0, 0, 1]),
-                           test_labels=torch.tensor([0] * 9 + [1]), num_classes=2)
-    network = SimpleNamespace(net=Constant(), teacher=None, kind="teacher", config={}, configs=())
+    network, args = says(1.0, config={}, configs=()), SimpleNamespace(holdout=None)
     logits = torch.tensor([[1.0, 0.0]]).expand(10, 2)
-    found = calibration.calibrate(network, SimpleNamespace(holdout=None), data, RT, logits)
+    found = calibration.calibrate(network, args, two_classes(9), RT, logits)
     assert found.temperature == pytest.approx(1 / math.log(9), rel=1e-3)
     assert found.errors[1] == pytest.approx(0, abs=1e-3) and "may be too low" in found.text
     p = math.e / (1 + math.e)                                           # before: one bin
@@ -114,25 +126,20 @@ def test_training_images_count_as_their_classes_do_in_the_test_set():
 @pytest.mark.parametrize("trained", [{}, {"holdout": 0.1}, {"holdout": 0.2, "holdout_by": "x"}])
 def test_images_that_training_did_not_hold_out_are_not_called_so(trained):
     """Images of the training, named held-out because a flag or another network says so."""
-    data = SimpleNamespace(train_images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
-                           train_labels=torch.tensor([0, 0, 0, 1]),
-                           test_labels=torch.tensor([0] * 9 + [1]), num_classes=2)
     how = {"holdout": 0.2, "holdout_by": None}
-    network = SimpleNamespace(net=Constant(), teacher=None, kind="teacher", config=how,
-                              configs=[how, trained])
+    network = says(1.0, config=how, configs=[how, trained])
     logits = torch.tensor([[1.0, 0.0]]).expand(10, 2)
-    found = calibration.calibrate(network, SimpleNamespace(**how), data, RT, logits)
+    found = calibration.calibrate(network, SimpleNamespace(**how), two_classes(9), RT, logits)
     assert "held-out" not in found.text and " training images, weighted" in found.text
 
 
-def test_a_network_that_knows_its_images_by_heart_is_not_made_surer():
-    """Certainty of what was memorised, taken for certainty of new images: 99 of 100 are right."""
-    data = SimpleNamespace(train_images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
-                           train_labels=torch.tensor([0, 0, 0, 1]),
-                           test_labels=torch.tensor([0] * 99 + [1]), num_classes=2)
-    network = SimpleNamespace(net=Constant(), teacher=None, kind="teacher")
-    temperature, source = calibration.fit_on_training_images(network, data, RT)
-    assert temperature == 1 and "T stays 1" in source
+@pytest.mark.parametrize("logit, expected", [(1.0, 1.0), (9.0, 9 / math.log(99))])
+def test_a_network_that_knows_its_images_by_heart_is_not_made_surer(logit, expected):
+    """Certainty of what was memorised, taken for certainty of new images: 99 of 100 are right. Or
+    T = 1 also for a network that is far too sure: logit 9 is 99.99 %."""
+    temperature, source = calibration.fit_on_training_images(says(logit), two_classes(99), RT)
+    assert temperature == pytest.approx(expected, rel=1e-3)
+    assert ("T stays 1" in source) == (expected == 1)
 
 
 # ---- Kept beside the network ---------------------------------------------------------------------
@@ -324,19 +331,6 @@ def test_both_are_exported_together(runs, tiny_cifar, tmp_path, monkeypatch, cap
     with torch.no_grad():
         torch.testing.assert_close(program(x), model(x), rtol=1e-3, atol=1e-3)
     assert json.loads((tmp_path / "m.json").read_text())["size"] == model.size
-
-
-def test_a_network_that_is_far_too_sure_is_calibrated_although_it_knows_its_images():
-    """T = 1 kept for every network that has its training images right, whatever it says."""
-    class Sure(Constant):
-        def forward(self, x):
-            return torch.tensor([9.0, 0.0]).expand(len(x), 2)           # 99.99 %
-    data = SimpleNamespace(train_images=torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
-                           train_labels=torch.tensor([0, 0, 0, 1]), num_classes=2,
-                           test_labels=torch.tensor([0] * 99 + [1]))
-    network = SimpleNamespace(net=Sure(), teacher=None, kind="teacher")
-    temperature, _ = calibration.fit_on_training_images(network, data, RT)
-    assert temperature == pytest.approx(9 / math.log(99), rel=1e-3)
 
 
 @pytest.mark.parametrize("before, after, worse", [(0.5, 1.0, True), (1.0, 0.5, False)])
