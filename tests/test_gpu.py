@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import analyze
-import resnet
 import train_student
 import train_teacher
 from conftest import script
 from engine import datasets, minutes, runtime
 from engine.runtime import Runtime
 from engine.training import FiniteScaler
-from pretended_gpu import GPU, PretendedGPU
+from experiments import crt, deit3
+from pretended_gpu import GPU, PretendedGPU, short_resnet  # noqa: F401: a fixture
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("no_pictures", "short_resnet")
 SHORT = "--recipe", "cpu", "--epochs", 2, "--batch", 8, "--eval-every", 2
 DRW = "--drw-epoch", 1                                  # one epoch before, one with re-weighting
 CIFAR = "--dataset", "cifar10", "--imb", 24             # from 24 images to one a class: 74
@@ -40,18 +40,6 @@ STUDENTS = {
     "weak images, one token": ("--tokens", 1, "--teacher-view", "weak", "--mixup", 0,
                                "--cutmix", 0, "--teacher-size", 40),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_resnet():
-    """ResNet-32 with one block for each five: the same kinds of tensors in a fifth of the time."""
-    stage = resnet.CifarResNet.stage
-
-    def one_block(n, *args, **kwargs):
-        return stage(1, *args, **kwargs)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet.CifarResNet, "stage", staticmethod(one_block))
-        yield
 
 
 @pytest.fixture
@@ -151,11 +139,9 @@ def test_student(flags, run, teacher):
     assert_no_step_waits(run(train_student, *flags))
 
 
-@pytest.mark.parametrize("name", ["crt", "deit3"])
-def test_experiments(name, run):
+@pytest.mark.parametrize("module", [crt, deit3])
+def test_experiments(module, run):
     """Draws of 3-Augment on the CPU, a frozen network whose fresh classifier stays there."""
-    import importlib
-    module = importlib.import_module(f"experiments.{name}")
     assert_no_step_waits(run(module, "--model", "micro", *DRW))
 
 

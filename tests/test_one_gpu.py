@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import resnet
 import train_student
 import train_teacher
 from conftest import ROOT, script
@@ -28,17 +27,9 @@ from engine.evaluation import COLUMNS
 from engine.runtime import Runtime, UserError, run_main
 from experiments import ablate, one_gpu, steps
 from experiments.one_gpu import Command
-from pretended_gpu import GPU, PretendedGPU
+from pretended_gpu import GPU, PretendedGPU, short_resnet  # noqa: F401: a fixture
 
 CPU = Runtime(torch.device("cpu"))
-
-
-@pytest.fixture
-def short_resnet(monkeypatch):
-    """ResNet-32 with one block for each five: a fifth of the time."""
-    stage = resnet.CifarResNet.stage
-    monkeypatch.setattr(resnet.CifarResNet, "stage",
-                        staticmethod(lambda n, *args, **more: stage(1, *args, **more)))
 
 
 def options_of(*flags):
