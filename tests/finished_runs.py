@@ -3,6 +3,7 @@
 The networks have random weights; their classifiers are fitted in closed form, so that predictions
 differ from image to image. As in DeiT-LT, CLS knows the head classes and DIST the tail.
 """
+import csv
 import json
 from types import SimpleNamespace
 
@@ -63,6 +64,12 @@ def read_result(folder):
 def read_lines(folder):
     """The epochs of a run's log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def rows_of(path):
+    """The rows of a CSV file."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @torch.no_grad()

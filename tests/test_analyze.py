@@ -19,14 +19,9 @@ from conftest import ROOT, script
 from engine.checkpoints import save_checkpoint
 from engine.evaluation import COLUMNS
 from engine.runtime import UserError
-from finished_runs import RT, read_lines, read_result, runs  # noqa: F401: a fixture
+from finished_runs import RT, read_lines, read_result, rows_of, runs  # noqa: F401: a fixture
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # ---- Numbers -------------------------------------------------------------------------------------

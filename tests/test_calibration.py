@@ -1,5 +1,4 @@
 """Temperatures: fitted right, on the right images, kept beside their network, used by predict."""
-import csv
 import json
 import math
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from conftest import script
 from engine import runtime
 from engine.checkpoints import load_checkpoint, save_checkpoint
 from engine.runtime import UserError
-from finished_runs import RT, runs  # noqa: F401: a fixture
+from finished_runs import RT, rows_of, runs  # noqa: F401: a fixture
 
 
 def draw(n, K, temperature, seed=0):
@@ -158,7 +157,7 @@ def predictions(monkeypatch, tmp_path, run, image, *flags):
     """The row that predict writes for one image."""
     script(analyze, monkeypatch, "predict", "--checkpoint", run, image, "--topk", 10, "--csv",
            tmp_path / "p.csv", *flags)
-    row, = csv.DictReader((tmp_path / "p.csv").open())
+    row, = rows_of(tmp_path / "p.csv")
     return row
 
 

@@ -1,5 +1,4 @@
 """What export writes, used without this project: its program predicts as `predict` does."""
-import csv
 import importlib.util
 import json
 import subprocess
@@ -16,7 +15,7 @@ from analysis import loading, predict
 from conftest import script
 from engine import runtime
 from engine.networks import Network, build_student
-from finished_runs import RT, runs  # noqa: F401: a fixture
+from finished_runs import RT, rows_of, runs  # noqa: F401: a fixture
 from image_folders import write_pgm, write_tiff
 from images import decode
 
@@ -121,7 +120,7 @@ def test_the_program_predicts_as_predict(runs, tmp_path, monkeypatch):
                              cwd=tmp_path, capture_output=True, text=True)
     assert process.stderr.startswith("bad.jpg: ") and len(process.stderr.splitlines()) == 2
     assert len(process.stdout.splitlines()) == len(pictures)
-    rows = csv.DictReader((tmp_path / "p.csv").open())
+    rows = rows_of(tmp_path / "p.csv")
     for line, picture, row in zip(process.stdout.splitlines(), pictures, rows, strict=True):
         path, _, answers = line.partition(": ")
         assert path == picture

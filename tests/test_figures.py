@@ -1,5 +1,4 @@
 """The figures: what is drawn is what was measured, and their numbers say the same."""
-import csv
 import json
 import math
 from dataclasses import replace
@@ -14,7 +13,7 @@ from analysis import drawing, loading, quantities, run_figures, student_figures,
 from engine.evaluation import student_heads, teacher_input, teacher_logits, teacher_summary
 from engine.networks import Ensemble, load_teacher
 from engine.runtime import UserError
-from finished_runs import RT, read_lines, read_result, runs  # noqa: F401: a fixture
+from finished_runs import RT, read_lines, read_result, rows_of, runs  # noqa: F401: a fixture
 from images.operations import center_crop
 from losses import LDAMLoss
 from resnet import FastNet
@@ -521,10 +520,8 @@ def test_a_figure_is_saved_with_its_numbers(networks, tmp_path):
     assert (picture, numbers) == (str(tmp_path / "a.b.png"), str(tmp_path / "a.b.csv"))
     content = (tmp_path / "a.b.png").read_bytes()
     assert content.startswith(PNG) and int.from_bytes(content[16:20], "big") > 400   # pixels wide
-    with open(numbers, newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [float(row["distance px"]) for row in rows] == [row["distance px"]
-                                                           for row in figure.numbers]
+    assert [float(row["distance px"]) for row in rows_of(numbers)] == [
+        row["distance px"] for row in figure.numbers]
     figure = drawing.Figure(drawing.plt.figure(), [], {"rank": [1, 2]}, "")
     _, numbers = figure.save(str(tmp_path / "rank.png"))
     assert json.loads((tmp_path / "rank.json").read_text()) == {"rank": [1, 2]}

@@ -1,5 +1,4 @@
 """From a trained network to predictions of pictures, and to files for other programs."""
-import csv
 import os
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from conftest import script
 from engine.evaluation import predicted, student_heads
 from engine.networks import Mirrored, Network, joined, load_network
 from engine.runtime import UserError
-from finished_runs import RT, runs  # noqa: F401: a fixture
+from finished_runs import RT, rows_of, runs  # noqa: F401: a fixture
 from images import files
 
 
@@ -54,7 +53,7 @@ def test_predictions_of_files_folders_and_patterns(by_colour, tiny_cifar, tmp_pa
     script(analyze, monkeypatch, "predict", "--checkpoint", "x", tmp_path, "--topk", 3,
            "--csv", table)
     out, err = capsys.readouterr()
-    rows = list(csv.DictReader(table.open()))
+    rows = rows_of(table)
     assert len(rows) == 19 and "class3 0.jpg: no image" in err
     for row, line in zip(rows, out.splitlines()):
         assert row["class"] in row["image"].rsplit("/", 1)[1]
@@ -256,7 +255,7 @@ def test_a_mirrored_network_does_not_care_which_side_is_left(name, runs, tiny_ci
     image.transpose(Image.FLIP_LEFT_RIGHT).save(tmp_path / "right.png")
     script(analyze, monkeypatch, "predict", "--checkpoint", runs[name], tmp_path, "--mirror",
            "--csv", tmp_path / "p.csv")
-    left, right = csv.DictReader((tmp_path / "p.csv").open())
+    left, right = rows_of(tmp_path / "p.csv")
     assert left["class"] == right["class"]
     assert float(left["probability"]) == pytest.approx(float(right["probability"]), abs=1e-3)
     for command in ("rank", "heads"):

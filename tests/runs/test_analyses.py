@@ -1,5 +1,4 @@
 """Every command of analyze.py on runs that were trained, from end to end."""
-import csv
 import importlib.util
 import json
 
@@ -9,15 +8,11 @@ import torch
 import analyze
 from conftest import script
 from engine.networks import load_network
+from finished_runs import rows_of
 from tiny_runs import read, records
 
 pytest_plugins = ["tiny_runs"]
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
