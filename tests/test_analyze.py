@@ -420,16 +420,6 @@ def test_a_run_whose_images_have_moved_is_told_how_to_go_on(runs, tiny_cifar, tm
     loading.load(str(tmp_path / "run"), RT, {"data_dir": str(tiny_cifar)})
 
 
-@pytest.mark.parametrize("command", ["predict x.jpg --checkpoint run --out x.csv",
-                                     "runs run --out x", "eval run --csv x.csv"])
-def test_an_output_that_nobody_would_write_is_refused(command, monkeypatch, capsys):
-    """Predictions of an hour, printed and not kept."""
-    monkeypatch.setattr(sys, "argv", ["analyze.py", *command.split()])
-    with pytest.raises(SystemExit):
-        analyze.parse()
-    assert "--csv" in capsys.readouterr().err
-
-
 def test_flags_that_name_other_data():
     """The run's own setting taken for another; a folder that has moved; held-out images of a file
     whose training nobody knows."""
@@ -617,10 +607,17 @@ def test_devices_are_written_to_not_replaced(tmp_path):
     ("augment", ["vit", "deit-lt"], [], "name one run folder or checkpoint file"),
     ("curves", ["vit", "deit-lt"], ["--labels", "a"], "one name for each of the 2 runs"),
     ("tensorboard", ["file.pth"], [], "has no log.jsonl"),
+    ("predict", ["vit"], ["--checkpoint", "x", "--out", "x.csv"], "--out is not for predict"),
+    ("runs", ["vit"], ["--out", "x"], "where it is --csv, nor for runs"),
+    ("eval", ["vit"], ["--csv", "x.csv"], "--csv is for predict, not for eval"),
+    ("export", ["vit"], ["--topk", "3"], "--topk is for predict, not for export"),
+    ("export", ["vit"], ["--min-probability", "0"], "--min-probability is for predict, not for"),
+    ("rank", ["vit"], ["--mirror"], "--mirror is for eval, predict, export, not for rank"),
 ])
 def test_mistakes_end_with_one_line(command, run_of, flags, message, runs, tiny_cifar, monkeypatch,
                                     capsys):
-    """A traceback, or a picture of something else, in place of a line that says what to do."""
+    """A traceback, or a picture of something else, in place of a line that says what to do; an
+    hour's predictions that are printed and not kept; a flag without any effect."""
     folders = [runs[name] for name in run_of]
     data = ["--data-dir", tiny_cifar, "--imb", 4]
     with pytest.raises(SystemExit) as stop:

@@ -224,20 +224,11 @@ def test_a_prediction_of_nothing_says_why(flags, message, runs, tmp_path, monkey
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [("--topk", 3), ("--min-probability", 0.6),
-                                   ("--min-probability", 0)])
-def test_flags_of_predict_are_refused_elsewhere(flags, runs, monkeypatch, capsys):
-    """A program exported in the belief that it says "unsure"."""
-    with pytest.raises(SystemExit):
-        script(analyze, monkeypatch, "export", runs["vit"], *flags)
-    assert f"{flags[0]} is for predict, not for export" in capsys.readouterr().err
-
-
 # ---- Mirror images -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["teacher", "deit-lt"])
 def test_a_mirrored_network_does_not_care_which_side_is_left(name, runs, tiny_cifar, tmp_path,
-                                                             monkeypatch, capsys):
+                                                             monkeypatch):
     """An image turned upside down, a head left out of the mean, files that keep to one side."""
     network = load_network(str(runs[name]))
     net, both = network.net, Mirrored(network.net).eval()
@@ -258,10 +249,6 @@ def test_a_mirrored_network_does_not_care_which_side_is_left(name, runs, tiny_ci
     left, right = rows_of(tmp_path / "p.csv")
     assert left["class"] == right["class"]
     assert float(left["probability"]) == pytest.approx(float(right["probability"]), abs=1e-3)
-    for command in ("rank", "heads"):
-        with pytest.raises(SystemExit):
-            script(analyze, monkeypatch, command, runs[name], "--mirror")
-        assert "--mirror is for eval, predict, export" in capsys.readouterr().err
 
 
 # ---- Export --------------------------------------------------------------------------------------
