@@ -289,11 +289,7 @@ def output_path(options, name):
         name = f"with_{short_name(','.join(others))}_{name}"
     if options.out and os.path.isdir(options.out):
         return os.path.join(options.out, name)
-    if options.out:
-        return options.out
-    if os.path.isdir(path):
-        return os.path.join(path, name)
-    return f"{os.path.splitext(path)[0]}_{name}"
+    return options.out or tables.beside(path, name)
 
 
 def check_outputs(options):

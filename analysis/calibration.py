@@ -27,6 +27,7 @@ import torch
 
 from analysis.predict import logits_of
 from analysis.quantities import BINS, calibration_error
+from analysis.tables import beside
 from engine.checkpoints import is_number
 from engine.evaluation import balanced_sample, predicted
 from engine.networks import teacher_files
@@ -148,10 +149,7 @@ def fit_on_training_images(network, data, rt, n=5000):
 
 def calibration_file(path):
     """Where the calibration of a run folder or file is kept; of several, with the first."""
-    first = teacher_files(path)[0]
-    if os.path.isdir(first):
-        return os.path.join(first, "calibration.json")
-    return f"{os.path.splitext(first)[0]}_calibration.json"
+    return beside(teacher_files(path)[0], "calibration.json")
 
 
 def identity(network):

@@ -56,6 +56,13 @@ def csv_cell(value):
     return re.sub(r"(^|;)(?=\s*[=+\-@\uff1d\uff0b\uff0d\uff20])", r"\1'", visible(value))
 
 
+def beside(path, name):
+    """Where a file of this name is kept: in a run folder, or beside a file, x.pth -> x_name."""
+    if os.path.isdir(path):
+        return os.path.join(path, name)
+    return f"{os.path.splitext(path)[0]}_{name}"
+
+
 def is_device(path):
     """Is it a device or a folder, where no file can be put? (/dev/stdout is a link.)"""
     return (os.path.exists(path) and not os.path.isfile(path)
