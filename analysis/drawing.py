@@ -38,6 +38,13 @@ TOKENS = {"cls": "CLS", "dist": "DIST"}
 NAMES = TOKENS | {"avg": "average"}         # heads, for people
 
 
+def head_names(rows):
+    """{head: its name} of the heads to show of {head: anything}: without DIST, the prediction."""
+    if "dist" in rows:
+        return NAMES
+    return {"avg": "the student" if "avg+teacher" in rows else "the network"}
+
+
 @dataclass
 class Figure:
     """A drawn figure with its numbers.

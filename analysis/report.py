@@ -132,9 +132,7 @@ def result_rows(results):
     """A row for each head of a student with both tokens, and for its teacher and both together, if
     they are there; for other networks, one row.
     """
-    alone = "the student" if "avg+teacher" in results else "the network"
-    names = drawing.NAMES if "dist" in results else {"avg": alone}
-    rows = []
+    names, rows = drawing.head_names(results), []
     for head in results:
         if head not in names and head not in TITLES:
             continue                                        # CLS, where it is all of the student

@@ -8,7 +8,7 @@ import numpy as np
 
 import augment
 from analysis import drawing, student_figures
-from analysis.drawing import COLORS, NAMES, TOKENS, Figure, PowerNorm, plt
+from analysis.drawing import COLORS, TOKENS, Figure, PowerNorm, plt
 from analysis.loading import run_log, run_result
 from analysis.quantities import BINS
 from engine.evaluation import COLUMNS
@@ -206,18 +206,14 @@ def imbalance(logs, rt, labels=None):
 
 def draw_classes(axis, per_class, data):
     """Accuracy of every head on every class, {head: [K percents]}, most common class first."""
-    counts, names = data.counts, {"avg": "the student" if "avg+teacher" in per_class
-                                  else "the network"}
-    if "dist" in per_class:
-        names = NAMES
-    x = np.arange(len(counts))
-    for head, name in names.items():
+    x = np.arange(len(data.counts))
+    for head, name in drawing.head_names(per_class).items():
         axis.plot(x, per_class[head], color=COLORS[head], label=name,
                   marker="o" if len(x) <= 20 else None, linewidth=2.5 if head == "avg" else 1.5)
     axis.set_ylim(0, 100)
     axis.set_ylabel("test accuracy, %")
     if len(x) <= 20:
-        ticks = [f"{drawing.short(name)}\n{n}" for name, n in zip(data.class_names, counts)]
+        ticks = [f"{drawing.short(name)}\n{n}" for name, n in zip(data.class_names, data.counts)]
         axis.set_xticks(x, ticks, fontsize=8)
         axis.set_xlabel("class, and its training images")
     else:
