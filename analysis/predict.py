@@ -59,10 +59,10 @@ class Predictor(nn.Module):
 
 
 @torch.no_grad()
-def logits_of(network, images, index, rt, batch=None):
+def logits_of(network, images, index, rt):
     """Logits (n,K) of a Network's prediction, on the CPU: of images[index], uint8 (n,3,H,W)."""
     model, logits = Predictor(network).eval(), []
-    for part in index.to(rt.device).split(batch or images_at_a_time(images)):
+    for part in index.to(rt.device).split(images_at_a_time(images)):
         with rt.autocast():
             logits.append(model(augment.to_float(images[part])).float().cpu())
     return torch.cat(logits)

@@ -147,10 +147,11 @@ def test_a_network_without_class_names_predicts_numbers(by_colour, tiny_cifar):
 
 
 @pytest.mark.parametrize("name", ["teacher", "deit-lt", "vit"])
-def test_predictions_are_those_of_the_evaluation(name, runs, tiny_cifar):
+def test_predictions_are_those_of_the_evaluation(name, runs, tiny_cifar, monkeypatch):
     """Another resize, crop, normalisation or head than that of the reported accuracy."""
     network, args, data = loading.load(str(runs[name]), RT)
-    logits = predict.logits_of(network, data.test_images, torch.arange(60), RT, batch=25)
+    monkeypatch.setattr(predict, "images_at_a_time", lambda images: 25)
+    logits = predict.logits_of(network, data.test_images, torch.arange(60), RT)
     paths = [path.decode() for path in files.list_folder(tiny_cifar / "test").paths]
     rows = predict.predict(network, paths, RT, topk=10)
     reported = accuracy.accuracies(network, args, data, RT)["avg"]["overall"]
