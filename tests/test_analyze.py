@@ -366,25 +366,6 @@ def test_a_file_from_elsewhere_is_tested_on_the_data_that_the_flags_name(runs, t
     assert network.class_names == data.class_names and data.counts[0] == 24
 
 
-def test_several_teachers_are_one_network(runs, tmp_path):
-    """The first teacher alone, or an average of logits instead of probabilities."""
-    state = torch.load(runs["teacher"] / "last.pt", weights_only=True)
-    torch.manual_seed(0)
-    state["model"] = {name: w + 0.3 * torch.rand_like(w) if "classifier" in name or "linear" in name
-                      or "fc" in name else w for name, w in state["model"].items()}
-    (tmp_path / "other").mkdir()
-    torch.save(state, tmp_path / "other" / "last.pt")
-    paths = [str(runs["teacher"]), str(tmp_path / "other")]
-    network, args, data = loading.load(",".join(paths), RT)
-    one, two = (loading.load(path, RT)[0].net for path in paths)
-    x = torch.rand(3, 3, 16, 16)
-    with torch.no_grad():
-        p, q = one(x).softmax(dim=1), two(x).softmax(dim=1)
-        assert not torch.allclose(p, q, atol=1e-3)
-        torch.testing.assert_close(network.net(x), ((p + q) / 2).log())
-    assert "mean of 2" in network.what and network.kind == "teacher"
-
-
 def test_images_that_have_changed_are_pointed_out(runs, tiny_cifar, tmp_path, capsys):
     """Accuracies on images that were trained on, without a word."""
     state = torch.load(runs["vit"] / "last.pt", weights_only=True)
