@@ -75,8 +75,7 @@ def class_text(rows, path):
     for row in rows:
         low, high = row["recall low"], row["recall high"]
         interval = "-" if math.isnan(low) else f"{low:.1f} to {high:.1f}"
-        scores = {name: "-" if math.isnan(row[name]) else round(row[name], 1)
-                  for name in ("recall", "precision", "F1")}
+        scores = {name: round(row[name], 1) for name in ("recall", "precision", "F1")}
         lines.append({"class": row["class"], "training images": row["training images"],
                       "test images": row["test images"], "right": row["right"]} | scores
                      | {"95 % interval of recall": interval})

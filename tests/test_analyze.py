@@ -90,6 +90,17 @@ def test_heads_are_those_of_the_run(runs, tmp_path, monkeypatch, capsys):
     assert "has no DIST token" in capsys.readouterr().err
 
 
+def test_a_class_without_test_images_leaves_its_columns_to_numbers():
+    """Numbers that hang to the left when the first class has none."""
+    none = dict.fromkeys(("recall", "precision", "F1", "recall low", "recall high"), math.nan)
+    rows = [{"class": "a", "training images": 9, "test images": 0, "right": 0} | none,
+            {"class": "b", "training images": 1, "test images": 4, "right": 1, "recall": 25.0,
+             "precision": 50.0, "F1": 33.33, "recall low": 4.6, "recall high": 69.9}]
+    _, first, second = accuracy.class_text(rows, "x.csv").splitlines()
+    assert second.split()[-6:] == ["25.0", "50.0", "33.3", "4.6", "to", "69.9"]
+    assert first.index("-") + 1 == second.index("25.0") + 4
+
+
 def test_runs_are_listed_as_they_ended(runs, tmp_path, monkeypatch, capsys):
     """Another head than the average, a column that slips, a number for what was not measured."""
     result = read_result(runs["teacher"])

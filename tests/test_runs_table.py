@@ -41,8 +41,10 @@ def runs(tmp_path):
          {"epoch": 2, "drw": True, "teacher_accuracy": 90.0, "cosine": 0.7}])
     today = finished_run(
         tmp_path / "today",
-        {"format": 2, "logit_adjustment": False, "lr": 0.01, "amp_dtype": "torch.bfloat16"},
-        {"command": "python train_student.py --recipe ours --no-logit-adjustment --lr=1e-2"},
+        {"format": 2, "logit_adjustment": False, "lr": 0.01, "amp_dtype": "torch.bfloat16",
+         "checkpointing": True},
+        {"command": "python train_student.py --recipe ours --no-logit-adjustment --lr=1e-2 "
+                    "--checkpointing"},
         [{"epoch": 0, "drw": False}])
     teacher = finished_run(
         tmp_path / "teacher", {"arch": "resnet32", "holdout": 0.1, "rho": 0.0, "lr": 0.1},
