@@ -25,7 +25,8 @@ from engine.settings import flag
 from experiments import (ablate, bench, crt, deit3, minutes, one_gpu, resnet18, runs_table,
                          steps)
 
-DOCUMENTS = ["README.md", "results/README.md", "results/jpeg_copy.md"]
+LONG = ["README.md", "results/README.md", "results/jpeg_copy.md"]       # many commands and links
+DOCUMENTS = [*LONG, "results/departures.md", "results/interruptions.md"]
 TRAINING = {ablate.STUDENT: train_student, ablate.TEACHER: train_teacher, ablate.CRT: crt,
             ablate.DEIT3: deit3}
 SCRIPTS = {"analyze.py": analyze, "-m experiments.ablate": ablate, "-m experiments.bench": bench,
@@ -186,9 +187,10 @@ def somewhere_else(tmp_path, monkeypatch):
 def test_every_command_of_the_documents_is_understood(document, monkeypatch, capsys):
     """A flag, a method, a recipe or a file that was renamed, but not there."""
     commands = commands_of(document)
-    assert len(commands) >= 8
-    programs = {split(command)[0] for command in commands}
-    assert {"train_student.py", "train_teacher.py", "analyze.py"} <= programs
+    if document in LONG:
+        programs = {split(command)[0] for command in commands}
+        assert {"train_student.py", "train_teacher.py", "analyze.py"} <= programs
+        assert len(commands) >= 8
     for command in commands:
         try_or_fail(command, monkeypatch, capsys)
 
@@ -271,7 +273,7 @@ def test_every_link_leads_somewhere(document):
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[\w.-]+\]: (\S+)", text, re.M)
     links += re.findall(r'<img [^>]*src="([^"]+)"', text)
     links = [link for link in links if not re.match(r"https?:|mailto:", link)]
-    assert links
+    assert links or document not in LONG
     for link in links:
         file, _, anchor = link.partition("#")
         target = path.parent / file if file else path
