@@ -99,12 +99,16 @@ def test_a_network_keeps_the_white_level_of_its_images(tmp_path, monkeypatch, ca
         return [list(row.values())[1:] for row in rows]
     assert predictions(deep) == predictions(eight)
     script(analyze, monkeypatch, "eval", run)
+
+    def save(state):
+        for name in ("last.pt", "previous.pt"):
+            torch.save(state, run / name)
     del state["white"]
-    for name in ("last.pt", "previous.pt"):
-        torch.save(state, run / name)
+    save(state)
     assert predictions(deep) != predictions(eight)
     script(analyze, monkeypatch, "eval", run)
     assert "0 to 65535 becomes 0 to 255" in capsys.readouterr().out
+    save(state | {"white": 65535})
     with pytest.raises(SystemExit):
         script(train_student, monkeypatch, *train, "--epochs", "2", "--resume", "--force")
     assert "another white level" in capsys.readouterr().err
