@@ -121,7 +121,8 @@ def curves(logs, rt):
         rows += run_rows
         evaluated = [row for row in run_rows if "tail" in row]
         row = (evaluated or run_rows)[-1]
-        table.append(row | {"loss": round(row["loss"], 4), "lr": f"{row['lr']:.1e}"})
+        table.append(row | {"loss": round(row["loss"], 4), "lr": f"{row['lr']:.1e}"}
+                     | {column: round(row[column], 1) for column in columns if column in row})
     for axis, (column, name) in zip(axes.flat, panels.items()):
         drawing.label_axes(axis, "epoch", name)
         drawing.whole_numbers(axis.xaxis)

@@ -394,6 +394,8 @@ def test_curves_are_the_logs(runs):
                 assert epochs == [2, 3] and values == [r["avg"][column] for r in log[1:]]
             assert vertical_lines(axis) == {2.0}
     assert [row["epoch"] for row in drawn.table] == [3, 3]
+    assert all(len(str(row[column])) <= len("100.0") for row in drawn.table
+               for column in ("overall", "head", "mid", "tail"))
 
 
 def test_imbalance_is_the_mean_over_seeds(tmp_path):
