@@ -120,7 +120,7 @@ def confusion(predicted, labels, num_classes):
 def confusion_rows(confusion, class_names):
     """A row for each true class and another that is predicted for it, the most frequent first.
 
-    confusion (K,K): see above. "of": the class's test images that are predicted as any.
+    confusion (K,K): see above. "of": the class's test images, predicted as any class.
     """
     totals, wrong = confusion.sum(dim=1).tolist(), confusion.clone().fill_diagonal_(0)
     rows = []
