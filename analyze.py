@@ -114,10 +114,11 @@ def command_predict(options, rt):
     run, images = options.checkpoint, options.runs
     network = loading.load_alone(run, rt, options.norm, options.size, options.mirror)
     temperature = calibration.load_temperature(run, network)
-    rows = predict(network, images, rt, options.topk, temperature=temperature,
-                   min_probability=options.min_probability)
-    for row in rows:
+    rows = []
+    for row in predict(network, images, rt, options.topk, temperature=temperature,
+                       min_probability=options.min_probability):
         rt.print(prediction_text(row))
+        rows.append(row)
     if options.csv:
         rt.print(tables.write(options.csv, tables.as_csv(rows)))
 

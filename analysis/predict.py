@@ -97,7 +97,7 @@ def find_images(names):
 
 @torch.no_grad()
 def predict(network, names, rt, topk=5, batch=64, temperature=1.0, min_probability=None):
-    """Rows {"image", "class", "probability", "class 2", "probability 2", ...}, one for each image.
+    """Yield {"image", "class", "probability", "class 2", "probability 2", ...} for each image.
 
     network: an engine.networks.Network on rt.device. names: files, folders and patterns.
     How 16-bit images are read is said on stderr. temperature: of the probabilities. With
@@ -105,7 +105,7 @@ def predict(network, names, rt, topk=5, batch=64, temperature=1.0, min_probabili
     cannot be read, or of which the network says nothing finite, are named on stderr and left out;
     UserError if none is left.
     """
-    model, rows, paths = Predictor(network).eval(), [], find_images(names)
+    model, paths, any_predicted = Predictor(network).eval(), find_images(names), False
     decode.say_levels(*decode.all_extremes([os.fsencode(path) for path in paths]), network.white,
                       lambda text: print(text, file=sys.stderr))
     for start in range(0, len(paths), batch):
@@ -125,13 +125,13 @@ def predict(network, names, rt, topk=5, batch=64, temperature=1.0, min_probabili
         read = [path for path, good in zip(part, readable) if good]
         for path, known, p, k in zip(read, finite, values.tolist(), classes.tolist()):
             if known:
-                rows.append(prediction_row(path, p, k, network.class_names, min_probability))
+                any_predicted = True
+                yield prediction_row(path, p, k, network.class_names, min_probability)
             else:
                 print(f"{files.shown(path)}: its logits are not finite, so no class is predicted",
                       file=sys.stderr)
-    if not rows:
+    if not any_predicted:
         raise UserError("none of the images could be read and classified")
-    return rows
 
 
 def prediction_row(path, probabilities, classes, class_names, min_probability=None):

@@ -186,8 +186,9 @@ def check_run(state):
     for key in ("epoch", "step"):
         check_number(key, state.get(key, 0), 0, 10 ** 9)
     check_number("white", state.get("white", 255), 255, 65535)
-    if not isinstance(state.get("data", ""), str):
-        raise UserError("the fingerprint of its data is damaged")
+    for key in ("data", "hardware", "amp"):             # data: a fingerprint
+        if not isinstance(state.get(key, ""), str):
+            raise UserError(f"its {key} is damaged: it is {one_line(state[key])}")
     for key in TEXTS & config.keys():
         if not isinstance(config[key], str):
             raise UserError(f"its setting {key} is damaged: it is {one_line(config[key])}")

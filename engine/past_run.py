@@ -209,7 +209,7 @@ class PastRun:
             return False
         if changes:
             self.check_force(args, changes)
-            self.rt.print(f"--force: nothing is left to train with {changes}")
+            self.rt.print(f"--force: nothing is left to train with {', '.join(changes.values())}")
         return True
 
     def check_format(self, config):
@@ -269,7 +269,7 @@ class PastRun:
         return all_max(numbers, self.rt) != [-n for n in all_max([-n for n in numbers], self.rt)]
 
     def changes(self, old, args, free):
-        """"--lr 0.1 -> 0.05, ...": settings other than the run began with, but for those in `free`.
+        """{"lr": "--lr 0.1 -> 0.05", ...}: settings that are others now, but for those in `free`.
 
         A setting that the run did not know yet counts as changed unless it is off, or has its
         table's value: what runs did before there was a choice.
@@ -287,15 +287,14 @@ class PastRun:
                 same = new[name] in (None, False, self.defaults.get(name))
             if not same:
                 names.append(name)
-        return ", ".join(f"{k if k == 'processes' else flag(k)} {old.get(k)} -> {new.get(k)}"
-                         for k in names)
+        return {name: f"{name if name == 'processes' else flag(name)} {old.get(name)} -> "
+                      f"{new.get(name)}" for name in names}
 
     def check_force(self, args, changes):
-        """UserError for changed settings, unless --force."""
+        """UserError for changed settings, {name: text}, unless --force."""
         if not args.force:
             # With other images --force is refused, too.
-            same_images = not any(f"{flag(name)} " in changes for name in DATA_SETTINGS
-                                  if name != "groups")
+            same_images = changes.keys().isdisjoint(set(DATA_SETTINGS) - {"groups"})
             ways = "repeat them, or start another run"
             if same_images:
                 ways += ", or go on all the same with --force"
@@ -303,12 +302,14 @@ class PastRun:
                 ways = REMOVE
                 if same_images:
                     ways = f"train_teacher.py --resume --force finishes it; or {REMOVE}"
-            raise UserError(f"{self.folder} was begun with other settings: {changes}; {ways}")
+            raise UserError(f"{self.folder} was begun with other settings: "
+                            f"{', '.join(changes.values())}; {ways}")
 
     def force(self, args, changes):
         """UserError for changed settings, or, with --force, a line about them."""
         self.check_force(args, changes)
-        self.forced = [*self.forced, f"after epoch {self.start_epoch}: {changes}"]
+        text = ", ".join(changes.values())
+        self.forced = [*self.forced, f"after epoch {self.start_epoch}: {text}"]
         self.rt.print(f"--force: going on {self.forced[-1]}")
 
     def read_past_log(self, args):
@@ -366,7 +367,8 @@ class PastRun:
             check_origin(f"the teacher {known['file']}", known, data, self.rt)
         self.teachers = teacher.origin
         if self.resumed and self.resumed["teachers"] != self.hashes():
-            self.force(args, f"the teacher's weights {self.resumed['teachers']} -> {self.hashes()}")
+            change = f"the teacher's weights {self.resumed['teachers']} -> {self.hashes()}"
+            self.force(args, {"teacher": change})
 
     def hashes(self):
         """Of the teachers' weights, for the checkpoint: a text, which is compared as it is."""

@@ -1077,7 +1077,7 @@ def test_a_teachers_settings_of_wrong_kinds_are_refused(tmp_path, changes):
     dict(class_names=[1, 2, 3]), dict(class_names=dict(a=1, b=2, c=3)), dict(model=[1]),
     dict(model={}), dict(model={5: torch.ones(1)}), dict(model=torch.ones(3)), dict(epoch=-1),
     dict(epoch="3"), dict(epoch=2.5), dict(epoch=None), dict(epoch=10 ** 30), dict(step=-5),
-    dict(data=5), dict(white="x"), dict(white=0),
+    dict(data=5), dict(hardware=5), dict(amp=None), dict(white="x"), dict(white=0),
     dict(config=dict(STUDENT, model="micro\nerror: \x1b[2J", img_size=16))],
     ids=lambda s: "-".join(f"{k}{v!s:.9}" for k, v in s.items()))
 def test_a_runs_checkpoint_of_wrong_kinds_is_refused(tmp_path, changes):

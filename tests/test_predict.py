@@ -15,7 +15,7 @@ from engine.evaluation import predicted
 from engine.networks import Network, joined
 from engine.runtime import UserError
 from finished_runs import RT, rows_of, runs  # noqa: F401: a fixture
-from images import files
+from images import decode, files
 
 
 class ByColour(nn.Module):
@@ -109,11 +109,11 @@ def test_levels_of_deep_pictures_are_told(by_colour, tmp_path, capsys):
     sees white: a class and a probability without a word."""
     dark = Image.fromarray(np.random.RandomState(0).randint(0, 4000, (9, 9)).astype(np.uint16))
     dark.save(tmp_path / "x.png")
-    predict.predict(by_colour, [str(tmp_path)], RT)
+    list(predict.predict(by_colour, [str(tmp_path)], RT))
     err = capsys.readouterr().err
     assert "16-bit levels; 0 to 65535" in err and "nearly black" in err
     by_colour.white = 1023
-    predict.predict(by_colour, [str(tmp_path)], RT)
+    list(predict.predict(by_colour, [str(tmp_path)], RT))
     err = capsys.readouterr().err
     assert "levels below 0 or above 1023" in err and "nearly black" not in err
 
@@ -186,7 +186,21 @@ def test_an_answer_that_is_not_finite_is_no_class(runs, tiny_cifar, capsys):
     assert [row["image"] for row in rows] == [p for p in paths if p[-7] not in "34"]
     assert len(capsys.readouterr().err.splitlines()) == 2
     with pytest.raises(UserError, match="none of the images"):
-        predict.predict(network, paths[3:5], RT)
+        list(predict.predict(network, paths[3:5], RT))
+
+
+def test_predictions_come_with_each_batch(by_colour, tiny_cifar, monkeypatch):
+    """Thousands of pictures without a word, and none for the time if it is stopped."""
+    read, read_all = [], decode.read_all
+
+    def counted(encoded, size):
+        read.append(len(encoded.paths))
+        return read_all(encoded, size)
+
+    monkeypatch.setattr(decode, "read_all", counted)
+    rows = predict.predict(by_colour, [str(tiny_cifar / "test" / "class7")], RT, batch=2)
+    assert next(rows)["class"] == "class7" and read == [2]
+    assert len(list(rows)) == sum(read) - 1
 
 
 def test_what_is_not_finite_is_neither_right_nor_sure():
