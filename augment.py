@@ -19,7 +19,7 @@ RandAugment 1909.13719 as timm's `rand-m9-mstd0.5-inc1`, random erasing 1708.048
 
 The published code augments PIL images one by one. Here images stay uint8 until they are mixed, and
 images/operations.py gives PIL's results, nearly all to the bit. Decisions are drawn on the CPU from
-torch's global generator (a GPU is never waited for): reseeded, a step can be replayed.
+torch's global generator (a GPU is never waited for): the same seed replays a step.
 """
 import torch
 import torch.nn.functional as F

@@ -4,8 +4,8 @@ r"""Long-tailed data: few frequent classes, many rare ones, and a balanced test 
 
 Class-balanced loss (1901.05555) and LDAM (1906.07413) made CIFAR long-tailed by (1); their code
 calls the inverse, 0.01, the imbalance factor. The "step" variant has n_max images in the first half
-of the classes and n_max / imb in the rest. Of class k the first n_k images after one shuffle by
-NumPy's legacy generator with seed 0 are kept: those of the published code, the same for every run.
+of the classes and n_max / imb in the rest. Class after class is shuffled by NumPy's legacy
+generator, seeded once with 0, and its first n_k images are kept: those of the published code.
 
     imb = 100    CIFAR-10   5000 2997 1796 1077 645 387 232 139 83 50      total 12,406
                  CIFAR-100   500  477  455  434 ...  5   5   5   5         total 10,847
@@ -78,9 +78,9 @@ def published_groups(dataset):
 # ---- The order of an epoch -----------------------------------------------------------------------
 
 def epoch_generator(seed, epoch):
-    """The generator of an epoch's order. spawn_key: its seed is no step's (runtime.seed_step)."""
+    """The generator of an epoch's order. spawn_key: no step gets its seed (runtime.seed_step)."""
     key = np.random.SeedSequence([seed, epoch], spawn_key=(1,)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(key) >> 1)             # 63 bits, as much as it takes
+    return torch.Generator().manual_seed(int(key) >> 1)             # 63 bits, as in seed_step
 
 
 def shuffled(n, seed, epoch):
@@ -154,7 +154,7 @@ class LongTailData:
     def batches(self, steps, key):
         """steps, pairs (step, index (b,)) -> (step, images (b,3,H,W), labels (b,)) on the device.
 
-        Files are decoded ahead; of LISTS also cropped, by (*key, step). key: seed, epoch, rank.
+        Files are decoded ahead; of LISTS also cropped, seed (*key, step). key: seed, epoch, rank.
         """
         device = self.train_labels.device
         if isinstance(self.train_images, Stream):

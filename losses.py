@@ -10,12 +10,12 @@ f_c, f_d: CLS and DIST logits; n_k: training images of class k; E_k: their "effe
 et al., CVPR 2019, arXiv 1901.05555). Deferred re-weighting (DRW): w = 1 until late in the run, then
 (2). With w = 1 throughout, (1) is DeiT's hard distillation (arXiv 2012.12877). In DeiT's soft one
 tau^2 KL(softmax(g / tau) || softmax(f_d / tau)) takes the place of CE(f_d, y_t). With one token
-f_d = f_c. A batch's mean divides by its sum of w[y_t], as published, so (2)'s scale cancels.
+f_d = f_c. A micro-batch's mean divides by its sum of w[y_t], as published, so (2)'s scale cancels.
 
 Logit adjustment instead of weights (Menon et al., ICLR 2021, arXiv 2007.07314): if class k is the
 label with frequency pi_k, train with CE(f + ln pi, y) and predict with f. By Bayes' rule softmax(f)
 is then p(y|x) for equally frequent classes. For DIST, pi is the distribution of the teacher's
-labels, which is not the data's; soft labels: (f_d + tau ln pi) / tau = f_d / tau + ln pi.
+labels, which is not the data's; with soft labels tau ln pi is added, as the softmax divides by tau.
 
 Teachers: LDAM (Cao et al., NeurIPS 2019, arXiv 1906.07413), on logits z_k = s cos(theta_k); vector
 scaling (Kini et al., NeurIPS 2021, arXiv 2103.01550); focal loss (Lin et al., arXiv 1708.02002):
@@ -58,7 +58,7 @@ def class_balanced_weights(counts, beta=0.9999):
 
 
 def drw_weights(counts, epoch, drw_epoch, beta=0.9999):
-    """DRW: None, all weights 1, before drw_epoch (0-based) and for beta = 0; then (2)."""
+    """DRW: (2) from drw_epoch (0-based) on; before it, or if beta = 0, None: all weights are 1."""
     return class_balanced_weights(counts, beta) if epoch >= drw_epoch and beta > 0 else None
 
 

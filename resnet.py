@@ -228,8 +228,8 @@ class FastNet(Teacher):
     def whiten(self, images):
         """Compute the stem from images (n,3,S,S) in [0,1].
 
-        Its channels are the principal components of the 2x2 patches and their negatives, scaled to
-        a mean square of 1 (below it where there is hardly any contrast): uncorrelated numbers.
+        Its channels are the 12 principal components of the 2x2 patches, scaled to a mean square of
+        1 (below it where there is hardly any contrast), and their negatives.
         """
         patches = F.unfold((images - self.mean) / self.std, 2)          # (n,12,(S-1)^2)
         patches = patches.transpose(1, 2).flatten(0, 1)                 # (n (S-1)^2, 12)

@@ -75,7 +75,7 @@ SETTINGS = [
     Setting("eval_every", 10, Interval(1), "epochs between evaluations on the test set"),
 ]
 # Recipes change some of them. cpu: the same method, small and short. ours: cpu with what was better
-# on held-out images (results/jpeg_copy.md); photographs: crop and flip only. gpu: ours, larger.
+# on held-out images (results/jpeg_copy.md); own images: crop and flip only. gpu: ours, larger.
 CPU = dict(model="mini", img_size=32, patch_size=8, epochs=60, batch=64, micro_batch=64, lr=5e-4,
            drop_path=0.0, drw_epoch=40, repeats=1, crop="padded", ema=0.0, eval_crop=1.0,
            eval_every=5)
@@ -95,11 +95,11 @@ RECIPES = {
     "ours": {"cifar10": OURS, "cifar100": OURS, "shapes": OURS | SHAPES, "folder": OURS_FOLDER},
     "gpu": {"cifar10": GPU, "cifar100": GPU},
 }
-# What a method changes in its recipe.
+# What a method changes in its recipe; deit: augmentation as its teacher's.
 NO_TEACHER = dict(distill="none", tokens=1)
 METHODS = {
     "deit-lt": {},
-    "deit": dict(beta=0.0, rand_ops=2, erasing=0.25, mixup=0.8, cutmix=1.0),    # its teacher's
+    "deit": dict(beta=0.0, rand_ops=2, erasing=0.25, mixup=0.8, cutmix=1.0),
     "vit": NO_TEACHER,
 }
 BASELINES = {                       # with code of their own in experiments/
@@ -123,7 +123,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
     optimizer = torch.optim.AdamW(parameter_groups(net, args.weight_decay), lr=args.lr, fused=True)
     model = DistributedDataParallel(net) if rt.world > 1 else net       # sends rank 0's weights
     ema = EMA(net, args.ema) if args.ema > 0 else None
-    scaler = FiniteScaler(net, optimizer, rt, teacher_prior)            # undoes bad steps, in both
+    scaler = FiniteScaler(net, optimizer, rt, teacher_prior)            # undoes non-finite steps
     n = len(order_of(args, data, 0))                                    # images in an epoch
     steps = data_lt.steps_per_epoch(n, args.batch)
     accumulation_steps = micro_batches(n, steps, rt.world, args.micro_batch)
@@ -157,8 +157,8 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                     x, target = augment.mixup_cutmix(x, target, K, args.mixup, args.cutmix,
                                                      args.smoothing)    # target (b,K)
                 # Processes average their gradients in the last micro-batch only.
-                last = i == accumulation_steps - 1
-                with nullcontext() if last or rt.world == 1 else model.no_sync():
+                sync = i == accumulation_steps - 1 or rt.world == 1
+                with nullcontext() if sync else model.no_sync():
                     with rt.autocast():
                         # 2. Student.
                         cls_logits, dist_logits = model(x)              # f_c, f_d (b,K)
@@ -186,7 +186,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                             values = [loss]
                     scaler.scale(fraction * loss).backward()
                 metrics += fraction * torch.stack(values).detach()
-            # 5. AdamW step, left out if a number is not finite, and moving average.
+            # 5. AdamW step and moving average, both left out if a number is not finite.
             scaler.unscale_()           # here it finds out whether all gradients are finite
             scaler.step(optimizer)
             optimizer.zero_grad()
@@ -220,7 +220,7 @@ def weak_augment(images):
 def update_prior(teacher_prior, y_t, tau, accumulation_steps, rt):
     """Move pi_t (K,), the teacher's label frequencies, towards those of labels or logits y_t.
 
-    A running mean over about 100 steps of accumulation_steps micro-batches, and all processes.
+    A running mean over about 100 steps, their micro-batches and all processes.
     """
     now = losses.teacher_label_distribution(y_t, len(teacher_prior), tau)
     teacher_prior.lerp_(runtime.all_sum(now, rt) / rt.world, 0.01 / accumulation_steps)
@@ -280,7 +280,7 @@ ABOUT_TEACHER = ("teacher_rho", "teacher_norm", "teacher_size")
 
 
 def resolve(args, rt):
-    """Fill every setting and the run folder's name; UserError for settings that cannot be.
+    """Fill every setting and the run folder's name; UserError for impossible settings.
 
     Returns the flags of the teacher that train_teacher.py is to provide, or None.
     """

@@ -12,7 +12,8 @@ Published for ResNet-32 on CIFAR-10-LT and CIFAR-100-LT, imbalance 100: LDAM-DRW
 
 The LDAM teacher sees weak augmentation only, crop and flip; the student will give it strongly
 augmented, mixed images. That makes DeiT-LT's distillation out-of-distribution. At the end the
-script prints its accuracy and entropy on both kinds of images. Output: runs/teacher_.../
+script prints the teacher's accuracy and entropy on clean and on augmented, mixed images.
+Output: runs/teacher_.../
 """
 import shlex
 
@@ -68,7 +69,7 @@ SETTINGS = [
     Setting("key_momentum", 0.999, Interval(0, 1), "PaCo: of the key encoder, per step"),
     Setting("eval_every", 1, Interval(1), "epochs between evaluations on the test set"),
 ]
-STRONG = ("padded", "resized", "loader")    # crops of the student's, strong augmentation
+STRONG = ("padded", "resized", "loader")    # the student's strong augmentation, by its crop
 PACO_ONLY = ("alpha", "temperature", "queue", "projection", "key_momentum")
 # Recipes change some of them. cpu: the same method in minutes on 2 cores. ours: a network that is
 # made for a CPU, also the teacher of a student's recipe gpu; the log prior in its loss does the
@@ -79,7 +80,7 @@ SHAPES = CPU | dict(img_size=16, epochs=8, batch=32, lr=0.03, rho=0.05, rho_sche
                     drw_epoch=5, warmup_epochs=1)
 OURS = CPU | dict(arch="fast", loss="la", beta=0.0, epochs=40, batch=128, weight_decay=5e-4,
                   warmup_epochs=4, rho=0.0)
-OURS_CIFAR = OURS | dict(mixing=0.5)    # else it memorises CIFAR; on few images mixing hurts
+OURS_CIFAR = OURS | dict(mixing=0.5)    # better on CIFAR; on few images mixing hurts
 LARGE = dict(arch="resnet50", img_size=224, epochs=90, batch=256, lr=0.2, schedule="cosine",
              warmup_epochs=0, rho=0.5, rho_schedule="step", drw_epoch=60, max_margin=0.3,
              norm="imagenet")
@@ -273,11 +274,11 @@ def parse(argv=None, doc=__doc__):
 
 
 def resolve(args, rt):
-    """Fill every setting and the run folder's name; UserError for settings that cannot be."""
+    """Fill every setting and the run folder's name; UserError for impossible settings."""
     resolve_data(args)
     paco = args.loss == "paco"
     recipes = PACO_RECIPES if paco else RECIPES
-    if args.loss not in (None, "la"):       # ours, gpu have la only: cpu, paper instead
+    if args.loss not in (None, "la"):       # ours and gpu are for la only: use cpu, paper
         recipes = {name: recipes[name] for name in ("paper", "cpu")}
         args.recipe = {"ours": "cpu", "gpu": "paper"}.get(args.recipe, args.recipe)
     row = defaults(SETTINGS) | pick_recipe(args, recipes, rt)
@@ -285,12 +286,12 @@ def resolve(args, rt):
         row = row | dict(beta=0.0)                  # the log prior does the work of re-weighting
     strong = args.augment in STRONG
     if args.dataset == "folder":
-        images = survey(args)
-        row = fit_to_folder(row, images, 32 if args.recipe == "ours" else 64)
-        if images.images <= 5000:
+        folder = survey(args)
+        row = fit_to_folder(row, folder, 32 if args.recipe == "ours" else 64)
+        if folder.images <= 5000:
             row["batch"] //= 2                      # more steps from few images
         if paco:
-            row["alpha"] = 1e-4 * images.classes
+            row["alpha"] = 1e-4 * folder.classes
     if strong:                                      # DeiT's
         row = row | dict(mixing=1.0)
     if strong and args.recipe != "ours":            # no SAM, so twice the epochs

@@ -9,9 +9,9 @@ ICML 2021, arXiv 2012.12877. Stochastic depth: arXiv 1603.09382. LayerScale: arX
     f_c, f_d = head(LN(z_depth)[0]), head_dist(LN(z_depth)[1])           (4)  CLS and DIST logits
 
 DeiT-LT (arXiv 2404.02900) trains f_c on the images' labels, which makes CLS the expert on frequent
-classes, f_d on a CNN teacher's labels, which makes DIST the expert on rare ones, and predicts with
-(f_c + f_d) / 2. Both tokens pass through the same blocks: only the tokens themselves, their
-position embeddings and their classifiers, head and head_dist, differ.
+classes, f_d on a CNN teacher's labels, re-weighted late in training, which makes DIST the expert on
+rare ones, and predicts with (f_c + f_d) / 2. Both tokens pass through the same blocks: only the
+tokens themselves, their position embeddings and their classifiers, head and head_dist, differ.
 
 Shapes: B images, K classes, D = embed_dim, H attention heads, d = D/H, N patches, T = N + 2 tokens
 (N + 1 without DIST). State-dict keys are timm's and DeiT's: published files load with strict=True.
@@ -192,7 +192,7 @@ class VisionTransformer(nn.Module):
             if return_attention:
                 q, k, _ = block.attn.split_heads(block.norm1(x))
                 attention.append(block.attn.attend(q, k))
-            kept = keep if block is self.blocks[-1] else None       # earlier ones need all as keys
+            kept = keep if block is self.blocks[-1] else None       # the next one attends to all
             if self.checkpointing and self.training:    # not the stem: BatchNorm would count twice
                 x = checkpoint(block, x, kept, use_reentrant=False)
             else:
