@@ -46,7 +46,7 @@ SETTINGS = [
     Setting("stem", "patch", tuple(STEMS), "patch, conv, or fast: the teacher's FastNet"),
     Setting("tokens", 2, (1, 2), "2: CLS and DIST; 1: CLS learns from the teacher too"),
     Setting("layer_scale", 0.0, Interval(0), "initial value of LayerScale; 0: off"),
-    Setting("epochs", 1200, Interval(1), "epochs, each of about as many views as images"),
+    Setting("epochs", 1200, Interval(1), "the student's epochs, of about as many views as images"),
     Setting("batch", 1024, Interval(1), "images per optimizer step, all processes together"),
     Setting("micro_batch", 128, Interval(1), "images per forward pass, mixed with each other"),
     Setting("lr", 2.5e-4, Interval(0), "peak learning rate of AdamW"),
@@ -248,11 +248,8 @@ def epoch_order(args, data, epoch):
 
 def evaluate(net, ema, data, args, rt):
     """Accuracies of every head on the test set; "ema": the prediction of the averaged weights."""
-    results = evaluation.evaluate_student(net, data, args.img_size, args.eval_crop, rt)
-    if ema:
-        averaged = evaluation.evaluate_student(ema.model, data, args.img_size, args.eval_crop, rt)
-        results["ema"] = averaged["avg"]
-    return results
+    averaged = ema.model if ema else None
+    return evaluation.evaluate_student(net, data, args.img_size, args.eval_crop, rt, averaged)
 
 
 # ---- The run -------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ OURS = CPU | dict(arch="fast", loss="la", beta=0.0, epochs=40, batch=128, weight
 OURS_CIFAR = OURS | dict(mixing=0.5)    # better on CIFAR; on few images mixing hurts
 LARGE = dict(arch="resnet50", img_size=224, epochs=90, batch=256, lr=0.2, schedule="cosine",
              warmup_epochs=0, rho=0.5, rho_schedule="step", drw_epoch=60, max_margin=0.3,
-             norm="imagenet")
+             norm="imagenet", eval_every=10)
 RECIPES = {
     "paper": {"cifar10": {}, "cifar100": {}, "imagenet_lt": LARGE,
               "inat18": LARGE | dict(lr=0.1, weight_decay=1e-4, norm="inat"),

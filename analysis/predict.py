@@ -113,7 +113,7 @@ def predict(network, names, rt, topk=5, batch=64, temperature=1.0, min_probabili
         encoded = files.Files([os.fsencode(path) for path in part], None, [], white=network.white)
         images, readable, problems = decode.read_all(encoded, model.size)
         for problem in problems:
-            print(problem, file=sys.stderr)
+            print(f"{problem}; left out", file=sys.stderr)
         if not len(images):
             continue
         x = augment.to_float(images.to(rt.device))                  # (B,3,S,S) in [0,1]

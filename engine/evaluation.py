@@ -17,6 +17,7 @@ import augment
 import data_lt
 from engine.groups import groups_text, split_by_count
 from engine.runtime import all_sum, share_buffers
+from images.decode import Stream
 from images.operations import center_crop
 
 COLUMNS = ("overall", "head", "mid", "tail")                            # of a balanced test set
@@ -114,10 +115,14 @@ def answers(predict, images, labels, rt):
     predict, images, labels: see evaluate. Class -1: see predicted. Both are on the CPU.
     """
     mine = torch.arange(len(labels), device=labels.device)[rt.rank::rt.world]
-    found = {}
-    for index in mine.split(images_at_a_time(images)):
+    indices, found = mine.split(images_at_a_time(images)), {}
+    if isinstance(images, Stream):                          # decodes ahead
+        batches = (batch for _, _, batch in images.batches(enumerate(indices)))
+    else:
+        batches = (images[index] for index in indices)
+    for batch in batches:
         with rt.autocast():
-            heads = predict(augment.to_float(images[index]))
+            heads = predict(augment.to_float(batch))
         for head, logits in heads.items():
             found.setdefault(head, []).append(predicted(logits))
     classes = torch.stack([torch.cat(parts) for parts in found.values()]).cpu()     # (heads,n)
@@ -167,13 +172,21 @@ def class_scores(right, answers, total):
     return 100 * right / total, 100 * right / answers, 200 * right / (answers + total)
 
 
-def evaluate_student(net, data, img_size, eval_crop, rt):
-    """{"cls", "dist", "avg": accuracies} of a student on the test set, see `evaluate`."""
-    net.eval()
-    share_buffers(net, rt)                                  # of a stem with BatchNorm
+def evaluate_student(net, data, img_size, eval_crop, rt, averaged=None):
+    """{"cls", "dist", "avg": accuracies} of a student on the test set, see `evaluate`.
+
+    averaged: the same network with averaged weights (EMA), or None; its prediction is "ema".
+    """
+    for network in filter(None, (net, averaged)):
+        network.eval()
+        share_buffers(network, rt)                          # of a stem with BatchNorm
 
     def predict(x):
-        return student_heads(net, student_input(x, img_size, eval_crop))
+        x = student_input(x, img_size, eval_crop)
+        heads = student_heads(net, x)
+        if averaged:
+            heads["ema"] = student_heads(averaged, x)["avg"]
+        return heads
     return evaluate(predict, data.test_images, data.test_labels, data.groups, rt)
 
 

@@ -12,6 +12,7 @@ random in its steps follows from (seed, epoch, step, rank).
 t_2 and t_3: a step of the second and of the last short epoch; t: an evaluation.
 """
 import copy
+import gc
 import math
 import time
 from dataclasses import dataclass, replace
@@ -147,6 +148,8 @@ def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
             began = rt.now()
             at_end(twin, few, rt)
             end = (rt.now() - began) / len(few.train_labels) * min(images, SUMMARY_IMAGES)
+    del twin
+    gc.collect()            # a loop that TooSlow has ended: its optimizer and images, on the device
     costs = probe.costs(tests / len(few.test_labels))
     left = budget - (time.monotonic() - run.began) - probe.beginning() - end
     epochs, every = all_max(most_epochs(left, costs, args) if rt.main else (0, 0), rt)

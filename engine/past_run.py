@@ -7,6 +7,7 @@ goes on from here.
 """
 import copy
 import glob
+import glob
 import hashlib
 import math
 import os
@@ -91,8 +92,19 @@ class PastRun:
             raise UserError(f"{folder} holds another run's result, and no checkpoint to go on "
                             f"from: {AGAIN}")
         if args.resume and not self.resumed and not wait:
-            rt.print(f"There is nothing to resume in {folder}: beginning")
+            rt.print(f"There is nothing to resume in {folder}: beginning{self.unfinished(args)}")
         self.check_place()
+
+    def unfinished(self, args):
+        """Runs of these data and recipe that could have been meant, a text."""
+        begin = self.folder.partition(f"_{args.recipe}")[0] + f"_{args.recipe}"
+        runs = sorted(glob.glob(f"{glob.escape(begin)}*"))
+        runs = [run for run in runs if os.path.exists(os.path.join(run, "last.pt"))
+                and not os.path.exists(os.path.join(run, "result.json"))]
+        if not runs:
+            return ""
+        return (f". To go on with {' or '.join(runs[:5])}, which is not finished, repeat its "
+                "settings")
 
     # ---- Whose folder it is ----------------------------------------------------------------------
 

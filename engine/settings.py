@@ -215,9 +215,18 @@ def check_ranges(args, **ranges):
         Setting(name, None, Interval(*limits), "").check(getattr(args, name))
 
 
+def check_minutes(args):
+    """UserError for --minutes that cannot be."""
+    if getattr(args, "minutes", None) is not None:
+        if args.epochs is not None:
+            raise UserError("--minutes decides on the epochs: give it or --epochs, not both")
+        check_ranges(args, minutes=(SHORTEST, 1e5))
+
+
 def resolve_data(args):
     """Fill --imb where it has a default. UserError for flags that the data set does not have."""
     check_ranges(args, seed=(0, 2 ** 62))
+    check_minutes(args)
     args.holdout = args.holdout or None                         # 0: nothing is held out
     by_list = ("folder", *data_lt.LISTS)                        # or, folder, by its folders
     if args.imb is None and args.dataset not in by_list:
@@ -260,7 +269,7 @@ def pick_recipe(args, recipes, rt):
             order = ["ours", "cpu"]
         args.recipe = next((name for name in order if name in known), "paper")
     if args.recipe not in known:
-        hint = f"; use --recipe {known[0]}" if known else f" by --loss {args.loss}"
+        hint = f"; use --recipe {' or '.join(known)}" if known else f" by --loss {args.loss}"
         raise UserError(f"there is no {args.recipe} recipe for {args.dataset}{hint}")
     return recipes[args.recipe][args.dataset]
 
@@ -279,9 +288,6 @@ def fill_settings(args, table, row):
     """
     epochs, changed = getattr(args, "epochs", None), {}
     if getattr(args, "minutes", None) is not None:
-        if epochs is not None:
-            raise UserError("--minutes decides on the epochs: give it or --epochs, not both")
-        check_ranges(args, minutes=(SHORTEST, 1e5))
         free = [name for name in FITTED if name in row and getattr(args, name) is None]
         args.fitted = ",".join(free)
     if epochs is not None and epochs > 0:

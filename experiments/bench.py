@@ -64,7 +64,8 @@ CPU = Runtime(torch.device("cpu"))
 def measure(variants, n, rt):
     """{name: function} -> {name: seconds of n calls}, after one that is not counted.
 
-    A round calls every variant once.
+    A round calls every variant once. A GPU is waited for around each call, which training does not
+    do: experiments/steps.py times steps as they follow one another.
     """
     times = {name: [] for name in variants}
     for _ in range(n + 1):

@@ -215,7 +215,7 @@ def remarks_on(files, groups, units, is_test):
     images, tested = files.counts(), files.keep(is_test[units]).counts()
     shares = [100 * t / n for t, n in zip(tested, images) if t]
     remarks = [f"--holdout-by: {named.sum():,} images in {n:,} groups, of which {held_out:,} are "
-               "held out" + (f": {min(shares):.0f} to {max(shares):.0f} % of each class."
+               "held out" + (f": {min(shares):.0f} to {max(shares):.0f} % of each tested class."
                              if shares else ".")]
     if n == named.sum():
         remarks.append("--holdout-by: every image is a group of its own, so nothing is kept "

@@ -82,8 +82,7 @@ def remark_on(train_files, test_files, pairs, root, held_out, by=None):
             "pictures will do worse than these.")
     if not held_out:
         return line + " Keep what was taken together (a video, a plate, a patient) in one part."
-    pattern = guess_pattern(train_files.names(root), test_files.names(root), pairs,
-                            len(train_files.class_names))
+    pattern = guess_pattern(train_files, test_files, pairs, root)
     if by:
         other = f", such as '{pattern}'" if pattern not in (None, by) else ""
         return (f"{line} --holdout-by '{shown(by)}' does not keep these together: if they were "
@@ -94,17 +93,18 @@ def remark_on(train_files, test_files, pairs, root, held_out, by=None):
             "taken together (a video, a plate, a patient).")
 
 
-def guess_pattern(train_names, test_names, pairs, num_classes):
+def guess_pattern(train_files, test_files, pairs, root):
     """A regular expression for --holdout-by that puts images alike into one group, or None.
 
     Tried are each number of the file's name, its beginning before the last number, and the folder
-    it lies in; wanted is the one with the most groups that has nine of ten pairs together, more
-    groups than classes (pairs are of one class, so classes have all together), and on average two
-    images in a group.
+    it lies in; wanted is the one with the most groups that has nine of ten pairs together, two
+    groups or more in nine of ten classes (pairs are of one class, so a class in one group has all
+    together, and is not tested), and on average two images in a group.
     """
-    train_names, test_names = ([os.fsdecode(name) for name in names]
-                               for names in (train_names, test_names))
-    best, most = None, num_classes
+    train_names, test_names = ([os.fsdecode(name) for name in files.names(root)]
+                               for files in (train_files, test_files))
+    labels = [*train_files.labels, *test_files.labels]
+    best, most = None, len(set(labels))
     for pattern in candidates(train_names[0]):
         def group(name):
             match = re.search(pattern, name)
@@ -112,8 +112,12 @@ def guess_pattern(train_names, test_names, pairs, num_classes):
         trained, tested = list(map(group, train_names)), list(map(group, test_names))
         together = [tested[i] is not None and tested[i] == trained[j] for i, j in pairs]
         groups = len({*trained, *tested})
-        enough = len(pairs) >= 3 and np.mean(together) >= 0.9
-        if enough and most < groups <= (len(trained) + len(tested)) / 2:
+        groups_of = {}
+        for label, name in zip(labels, trained + tested):
+            groups_of.setdefault(label, set()).add(name)
+        divided = np.mean([len(names) > 1 for names in groups_of.values()])
+        enough = len(pairs) >= 3 and np.mean(together) >= 0.9 and divided >= 0.9
+        if enough and most < groups <= len(labels) / 2:
             best, most = pattern, groups
     return best
 

@@ -1,15 +1,19 @@
 """engine/evaluation.py: what networks are given, what they predict, how often that is right."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import augment
 import data_lt
 from engine import evaluation
 from engine.runtime import Runtime
+from images.decode import Stream
+from images.files import Files
 
 CPU = Runtime(torch.device("cpu"))
 GROUPS = {"head": [0], "mid": [1, 2], "tail": [3]}
@@ -51,6 +55,29 @@ def test_large_images_are_evaluated_fewer_at_a_time(side, n):
     """500 of 1,024 px, a GPU's memory, whatever --micro-batch says; none at all."""
     images = torch.zeros(1, dtype=torch.uint8).expand(9, 3, side, side)
     assert evaluation.images_at_a_time(images) == n
+
+
+def test_files_are_decoded_ahead(tmp_path, monkeypatch):
+    """A GPU that waits while the files of its next batch are decoded; other files' images."""
+    for i in range(24):
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
+    listed = [str(path).encode() for path in sorted(tmp_path.iterdir())]
+    stream = Stream(Files(np.array(listed), np.zeros(24, dtype=np.int64), ["a"]), 16)
+    submitted, asked = [], []
+    monkeypatch.setattr(evaluation, "images_at_a_time", lambda images: 5)
+    monkeypatch.setattr(Stream, "submit", lambda self, draws, submit=Stream.submit:
+                        submitted.append(len(draws)) or submit(self, draws))
+
+    def predict(x):
+        asked.append(len(submitted))
+        return {"avg": x.flatten(1)[:, :9]}
+
+    labels = torch.arange(24)
+    mine, found = evaluation.answers(predict, stream, labels, CPU)
+    assert submitted == [5, 5, 5, 5, 4] and asked[0] == 5
+    again, expected = evaluation.answers(predict, stream[:], labels, CPU)
+    assert torch.equal(mine, again) and torch.equal(found["avg"], expected["avg"])
 
 
 def test_a_student_is_tested_on_the_centre_of_a_larger_image():

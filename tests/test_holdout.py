@@ -209,7 +209,8 @@ def test_a_pattern_names_what_belongs_together(by, tmp_path):
     assert not trained & tested and train.counts().tolist() == [25, 9, 3]
     assert test.counts().tolist() == [6, 3, 0] and not test.remarks
     assert train.remarks == [
-        "--holdout-by: 45 images in 15 groups, of which 3 are held out: 19 to 25 % of each class.",
+        "--holdout-by: 45 images in 15 groups, of which 3 are held out: 19 to 25 % of each tested "
+        "class.",
         "--holdout-by: 1 images are in no group, each by itself: the first is "
         f"{tmp_path}/cat/portrait.jpg.",
         "Of one group each, so only trained on, not tested: owl."]

@@ -229,7 +229,7 @@ def test_random_numbers_are_those_of_a_run_without_it(monkeypatch):
 def test_minutes_that_cannot_be(given, words):
     """A run without end; two answers to one question, of which one is silently dropped."""
     with pytest.raises(UserError, match=words):
-        asked(**given)
+        settings.check_minutes(argparse.Namespace(**dict(epochs=None) | given))
 
 
 def test_scripts_count_from_their_beginning(monkeypatch):

@@ -83,8 +83,10 @@ def test_a_small_thing_on_white_is_not_another():
 # ---- What is advised -----------------------------------------------------------------------------
 
 def listed(names):
+    """Files below /d; their class is their first folder."""
+    classes = sorted({name.split("/")[0] for name in names})
     return Files(np.array([f"/d/{name}".encode() for name in names]),
-                 np.zeros(len(names), dtype=np.int64), ["a"])
+                 np.array([classes.index(name.split("/")[0]) for name in names]), classes)
 
 
 @pytest.mark.parametrize("name, pattern", [
@@ -99,7 +101,7 @@ def test_the_part_of_the_name_that_pairs_share_is_advised(name, pattern):
     names = [name.format(g=g, i=i, w="qwertyuiop"[g]) for g, i in places]
     train, test = listed(names[0::2]), listed(names[1::2])
     pairs = np.array([(i, i) for i in range(0, 20, 3)])
-    assert guess_pattern(train.names("/d"), test.names("/d"), pairs, 1) == pattern
+    assert guess_pattern(train, test, pairs, "/d") == pattern
     line = remark_on(train, test, pairs, "/d", held_out=True)
     advice = f"--holdout-by '{pattern}', if" if pattern else "--holdout-by PATTERN, whose first"
     assert line.startswith("7 of 20 test images look nearly the same as a training image, such as ")
@@ -125,7 +127,7 @@ def test_pairs_that_share_nothing_lead_to_no_pattern():
     names = [f"a/t{g}_{i}.jpg" for g in range(10) for i in range(4)]
     train, test = listed(names[0::2]), listed(names[1::2])
     pairs = np.array([(i, (i + 7) % 20) for i in range(12)])
-    assert guess_pattern(train.names("/d"), test.names("/d"), pairs, 1) is None
+    assert guess_pattern(train, test, pairs, "/d") is None
 
 
 @pytest.mark.parametrize("name", ["{c}/IMG_{i:04}.png", "{c}/{c}_{i:03}.png", "{c}/{c}.{i}.png"])
@@ -133,9 +135,20 @@ def test_a_class_is_not_what_was_taken_together(name):
     """Advice to keep a class on one side, which is refused: pairs are always of one class."""
     names = [name.format(c=c, i=i) for c in ("cat", "dog", "owl") for i in range(20)]
     train, test = listed(names[0::2]), listed(names[1::2])
-    train.class_names = test.class_names = ["cat", "dog", "owl"]
     pairs = np.array([(i, i) for i in range(0, 30, 3)])
     assert "--holdout-by PATTERN" in remark_on(train, test, pairs, "/d", held_out=True)
+
+
+@pytest.mark.parametrize("name", ["{c}/{i}.png", "{c}/day{g}/{i}.png"])
+def test_one_class_with_folders_does_not_speak_for_all(name):
+    """--holdout-by with which only the class with folders of its own would be tested."""
+    places = [(c, i) for c in ("cat", "dog", "owl", "yak") for i in range(20)]
+    names = [name.format(c=c, g=i // 4, i=i) for c, i in places]
+    names[60:] = [f"yak/day{i // 4}/{i}.png" for i in range(20)]
+    train, test = listed(names[0::2]), listed(names[1::2])
+    pairs = np.array([(i, i) for i in range(0, 40, 3)])
+    pattern = r"([^/]+)/[^/]*$" if "day" in name else None
+    assert guess_pattern(train, test, pairs, "/d") == pattern
 
 
 @pytest.mark.parametrize("size", [(20, 20), (600, 600)])

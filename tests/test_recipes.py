@@ -78,7 +78,7 @@ LDAM_CIFAR = dict(
 LDAM_IMAGENET = LDAM_CIFAR | dict(
     arch="resnet50", img_size=224, norm="imagenet", epochs=90, batch=256, lr=0.2,
     schedule="cosine", warmup_epochs=0, rho=0.5, rho_schedule="step", drw_epoch=60,
-    max_margin=0.3)
+    max_margin=0.3, eval_every=10)
 LDAM_PAPER = {
     "cifar10": LDAM_CIFAR,
     "cifar100": LDAM_CIFAR,

@@ -58,7 +58,7 @@ def test_a_flag_that_repeats_the_recipe_changes_nothing():
 
 def test_recipes_are_picked_by_name_data_set_and_device():
     """A recipe of another data set, or an auto that is not what it ran as."""
-    recipes = {"paper": {"a": "paper's"}, "cpu": {"a": "small", "b": "b's"}}
+    recipes = {"paper": {"a": "paper's"}, "cpu": {"a": "small", "b": "b's"}, "ours": {"b": "own"}}
 
     def pick(recipe, dataset, rt=CPU):
         args = argparse.Namespace(recipe=recipe, dataset=dataset)
@@ -67,7 +67,7 @@ def test_recipes_are_picked_by_name_data_set_and_device():
     assert pick("auto", "a") == pick("cpu", "a") == ("small", "cpu")
     assert pick("auto", "a", gpu) == pick("paper", "a") == ("paper's", "paper")
     assert pick("auto", "b", gpu) == ("b's", "cpu")
-    with pytest.raises(UserError, match="no paper recipe for b; use --recipe cpu"):
+    with pytest.raises(UserError, match="no paper recipe for b; use --recipe cpu or ours"):
         pick("paper", "b")
 
 

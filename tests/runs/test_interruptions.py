@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import train_student
 import train_teacher
 from engine import evaluation, run_folder, runtime
+from engine.past_run import PastRun
 from engine.run_folder import Run
 from experiments import crt
 from tiny_runs import (PLAIN, WITHOUT_SAM, Killed, OneClass, assert_same_run, checkpoint, killed_at,
@@ -435,6 +437,20 @@ def test_nothing_to_resume_is_said(kind, shared_run, tmp_path, capsys):
     with killed_at(0, 0):
         train(module, *flags, "--out", tmp_path / "elsewhere", "--resume")
     assert "nothing to resume in" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_of_other_settings_is_named(tmp_path):
+    """A forgotten --epochs, with which --resume trains all over again in another folder."""
+    for name in ("teacher_x_ours_epochs9_s0", "teacher_x_ours_s1", "teacher_x_cpu_s0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.pt").touch()
+    (tmp_path / "teacher_x_ours_s1" / "result.json").touch()
+    (tmp_path / "teacher_x_ours_s2").mkdir()                # not begun
+    asked = SimpleNamespace(folder=str(tmp_path / "teacher_x_ours_lr0.1_s0"))
+    text = PastRun.unfinished(asked, SimpleNamespace(recipe="ours"))
+    assert text == (f". To go on with {tmp_path}/teacher_x_ours_epochs9_s0, which is not finished, "
+                    "repeat its settings")
+    assert PastRun.unfinished(asked, SimpleNamespace(recipe="paper")) == ""
 
 
 def test_the_time_of_half_an_epoch_is_counted(monkeypatch):

@@ -142,7 +142,8 @@ def test_from_a_table_to_predictions(tmp_path, monkeypatch, capsys):
             "--holdout", "0.25", "--holdout-by", "group"]
     script(train_student, monkeypatch, *data, "--out", "run", *SHORT)
     out = capsys.readouterr().out
-    assert "40 images in 20 groups, of which 5 are held out: 25 to 25 % of each class." in out
+    assert ("40 images in 20 groups, of which 5 are held out: 25 to 25 % of each tested class."
+            in out)
     assert "my skin (imb 1.5, 30 images, 2 classes of 18 to 12), the largest 'nevus'" in out
     teacher, = (tmp_path / "runs").iterdir()
     assert teacher.name.startswith("teacher_my-skin_groups_cpu")
