@@ -7,14 +7,12 @@ r"""What a run says while there is time to stop it: one line each, with what to 
 Each comes once, that about classes again if it gets much worse. Nothing here is in the run's log.
 The device is waited for at three steps of a run and at evaluations only.
 """
-import math
-
 import torch
 
 import augment
 from engine import evaluation
+from engine.training import FEWEST_STEPS, fewest_epochs
 
-FEWEST_STEPS = 500          # of the optimizer, below which no recipe of ours has learned much
 # Steps after which the network is looked at: (at least, at most, share of the run).
 LOOK = (200, 500, 0.1)
 MEAN = 100                  # steps, below which their mean loss varies too much to be judged
@@ -94,7 +92,7 @@ class EarlyWarnings:
         args = self.args
         if total < FEWEST_STEPS:
             longer = FEWEST_STEPS / total
-            advice = f"--epochs {math.ceil(FEWEST_STEPS / self.steps)}"
+            advice = f"--epochs {fewest_epochs(self.steps)}"
             if args.minutes is not None:            # of a student's teacher they are a share
                 advice = f"{longer:.1f} times the --minutes"
             self.say("budget", 0, f"{total} steps of the optimizer (--epochs {args.epochs}, "

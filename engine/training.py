@@ -6,6 +6,8 @@ import torch
 
 from engine.runtime import UserError, all_sum, exit_together, one_line
 
+FEWEST_STEPS = 500          # of the optimizer, below which no recipe of ours has learned much
+
 
 def cosine_lr(t, epochs, peak, warmup_epochs, warmup_lr=1e-6, min_lr=1e-5):
     """Learning rate at fractional epoch t: linear warm-up, then a half cosine (the published rule).
@@ -19,6 +21,11 @@ def cosine_lr(t, epochs, peak, warmup_epochs, warmup_lr=1e-6, min_lr=1e-5):
     if t < warmup_epochs:
         return warmup_lr + (peak - warmup_lr) * t / warmup_epochs
     return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * t / epochs))
+
+
+def fewest_epochs(steps):
+    """The epochs of this many steps that make FEWEST_STEPS."""
+    return math.ceil(FEWEST_STEPS / steps)
 
 
 def set_lr(optimizer, lr):

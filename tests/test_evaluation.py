@@ -1,4 +1,5 @@
 """engine/evaluation.py: what networks are given, what they predict, how often that is right."""
+import json
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 
 import augment
 import data_lt
-from engine import evaluation
+from engine import evaluation, training
 from engine.runtime import Runtime
 from images.decode import Stream
 from images.files import Files
@@ -577,6 +578,26 @@ def test_the_last_line_says_which_network_to_use(accuracies, use, more, tmp_path
     for teacher in ("t x", str(tmp_path / "t")):        # a file may have no names of its classes
         line = evaluation.advice(rows_of(*accuracies), "runs/y", teacher, dict(epochs=30))
         assert ("x.classes.txt" in line) == (teacher == "t x" and "Use the student" not in line)
+
+
+def test_the_advice_is_not_shorter_than_what_the_start_asked_for(tmp_path):
+    """--epochs 16 at the end of a run that was told at its start that 125 are the fewest; the
+    interval of these classes beside that of eval, which is of others too, without a word."""
+    config = dict(counts=[100, 60, 32], batch=64, repeats=1)
+    rows = rows_of(60.0, 70.0, 71.0, margin=3.0)
+    for changes, epochs, fewest in ((dict(epochs=8), 167, 167), (dict(epochs=90), 180, 167),
+                                    (dict(epochs=8, batch=9, repeats=3), 23, 23),
+                                    (dict(epochs=8, counts=[1000], batch=10, repeats=3), 16, 7)):
+        settings = config | changes
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        line = evaluation.advice(rows, str(tmp_path), "t x", settings)
+        assert f"catch up: --epochs {epochs}, or more --minutes." in line
+        assert "95 % interval of the difference for these classes: +-3.0" in line
+        n = sum(settings["counts"])
+        if settings["repeats"] > 1:
+            n = len(data_lt.repeated_augmentation(n, 0, 0, settings["repeats"]))
+        steps = data_lt.steps_per_epoch(n, settings["batch"])
+        assert training.fewest_epochs(steps) == fewest
 
 
 def test_a_network_without_a_teacher_is_named_alone():
