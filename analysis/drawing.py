@@ -5,6 +5,7 @@ import textwrap
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice, zip_longest
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ COLORS = {"cls": "#0072B2", "dist": "#D55E00", "avg": "#000000",
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TOKENS = {"cls": "CLS", "dist": "DIST"}
 NAMES = TOKENS | {"avg": "average"}         # heads, for people
+FEW_IMAGES = 30     # test images, below which a percentage says of how many it is
 
 
 def head_names(rows):
@@ -110,6 +112,21 @@ def shared_legend(figure, axis, columns=2):
 def legend_above(axis, columns, **style):
     axis.legend(fontsize=8, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0),
                 frameon=False, **style)
+
+
+def name_classes(axis, names, counts):
+    """Classes and their training images below an x axis from 0 to K - 1: slanted if they overlap.
+    """
+    labels = [f"{short(name)}\n{n}" for name, n in zip(names, counts)]
+    axis.set_xticks(range(len(names)), labels, fontsize=8)
+    axis.set_xlabel("class, and its training images")
+    axis.figure.draw_without_rendering()                            # else they have no place yet
+    boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+    if any(box.x1 > following.x0 for box, following in zip(boxes, boxes[1:])):
+        labels = [f"{short(name, 14)} {n}" for name, n in zip(names, counts)]
+        axis.set_xticks(range(len(names)), labels, fontsize=7, rotation=20, ha="right",
+                        rotation_mode="anchor")
+        axis.set_xlabel(axis.get_xlabel(), fontsize=8, labelpad=0)      # they need more height
 
 
 def label_axes(axis, xlabel, ylabel, title=""):
@@ -193,6 +210,14 @@ def rare_classes(data):
     return [k for k in data.groups[rare_group(data)] if k in tested]
 
 
+def few_images(data, group):
+    """" (7 test images)" for a group that has fewer than FEW_IMAGES of them, else ""."""
+    n = int(torch.isin(data.test_labels.cpu(), torch.tensor(data.groups[group])).sum())
+    if n >= FEW_IMAGES:
+        return ""
+    return f" ({n} test image{'s' if n != 1 else ''})"
+
+
 def chosen_classes(names, data):
     """Numbers of the classes of --classes, by default the rare ones. UserError for a wrong name."""
     if not names:
@@ -221,14 +246,14 @@ def images_of(labels, classes, n):
 
 
 def example_images(data, classes, n, seed=0):
-    """Indices of n random test images, taking the classes in turn; `seed` alone decides which.
+    """Indices of (up to) n random test images, each once, taking the classes in turn.
 
-    None is there twice while its class has others.
+    `seed` alone decides which. Of the classes the first n, which have test images.
     """
     rng, labels = np.random.RandomState(seed), data.test_labels.cpu().numpy()
     own = [rng.permutation(np.where(labels == k)[0]) for k in classes[:n]]
-    turns = [(own[i % len(own)], i // len(own)) for i in range(n)]
-    return torch.tensor([images[turn % len(images)] for images, turn in turns])
+    in_turn = (i for turn in zip_longest(*own) for i in turn if i is not None)
+    return torch.tensor(list(islice(in_turn, n)))
 
 
 def measured_images(subject, classes, n):

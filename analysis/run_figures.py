@@ -214,9 +214,7 @@ def draw_classes(axis, per_class, data):
     axis.set_ylim(0, 100)
     axis.set_ylabel("test accuracy, %")
     if len(x) <= 20:
-        ticks = [f"{drawing.short(name)}\n{n}" for name, n in zip(data.class_names, data.counts)]
-        axis.set_xticks(x, ticks, fontsize=8)
-        axis.set_xlabel("class, and its training images")
+        drawing.name_classes(axis, data.class_names, data.counts)
     else:
         axis.set_xlabel("class, from most to least common")
     for edge in np.cumsum([len(group) for group in data.groups.values()])[:-1]:
@@ -352,10 +350,15 @@ def summary(subject, result, log, classes=None):
     index = drawing.example_images(data, drawing.rare_classes(data), columns)
     student_figures.draw_images(axes[0], subject, index)
     student_figures.draw_maps(axes[1:], subject, index)
+    for axis in axes[:, len(index):].flat:                  # there are no more test images
+        axis.set_visible(False)
+    for axis in axes.flat:
+        axis.title.set_text(drawing.short(axis.get_title(), 16))        # as wide as a column
     avg, kind = result["avg"], "balanced" if "balanced" in result["avg"] else "overall"
     rare = drawing.rare_group(data)
     title = ("{method} {model} on {dataset}, imbalance {imb:g}, {epochs} epochs: ".format(**result)
-             + f"{avg[kind]:.1f} % {kind}, {avg[rare]:.1f} % on the {rare} classes")
+             + f"{avg[kind]:.1f} % {kind}, {avg[rare]:.1f} % on the {rare} classes"
+             + drawing.few_images(data, rare))
     figure.suptitle(title, fontsize=12, y=0.95)
     figure.text(0.5, 0.065, f"Bottom: test images of the {rare} classes, and where each token looks"
                 " (attention rollout; each map has its own scale). Above each map, what that token "

@@ -563,6 +563,51 @@ def test_images_are_chosen_evenly_and_from_classes_that_have_some():
     assert drawing.image_count([small, large], None, 300) == 50     # one number for a figure
 
 
+def test_no_image_is_shown_twice(runs):
+    """The one test image of a rare class, ten times in a row as if it were ten; a percentage of
+    three images that looks like one of three hundred."""
+    labels = torch.tensor([0] * 40 + [1] * 3 + [2])
+    groups = {"head": [0], "mid": [1], "tail": [2]}
+    data = SimpleNamespace(test_labels=labels, groups=groups)
+    shown = drawing.example_images(data, [1, 2], 10)
+    assert sorted(shown.tolist()) == [40, 41, 42, 43] and labels[shown].tolist() == [1, 2, 1, 1]
+    assert drawing.example_images(data, [2], 10).tolist() == [43]
+    assert [drawing.few_images(data, group) for group in groups] == [
+        "", " (3 test images)", " (1 test image)"]
+
+    deit = loading.load_networks("student", [str(runs["deit-lt"])], RT)[0]
+    rare = drawing.rare_classes(deit.data)
+    kept = torch.stack([(deit.data.test_labels == k).nonzero()[0, 0] for k in rare])
+    few = replace(deit.data, test_images=deit.data.test_images[kept],
+                  test_labels=deit.data.test_labels[kept])
+    figure = run_figures.summary(replace(deit, data=few), read_result(runs["deit-lt"]),
+                                 read_lines(runs["deit-lt"]))
+    visible = [axis for axis in figure.axes[2:] if axis.get_visible()]
+    assert len(visible) == 3 * len(rare) and len(figure.axes) == 2 + 3 * 10
+    assert all(axis.images for axis in visible)
+    assert figure.get_suptitle().endswith(f"% on the tail classes ({len(rare)} test images)")
+
+
+@pytest.mark.parametrize("names, slanted", [
+    ([f"class{k}" for k in range(10)], False), (["cat", "dog"], False),
+    ([f"Dascyllus reticulatus {k}" for k in range(7)], True),
+    (["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+     False), ([f"a longer name {k}" for k in range(20)], True)])
+def test_class_names_below_the_bars_do_not_overlap(names, slanted):
+    """Long names printed over each other; short ones slanted for nothing."""
+    figure, axis = drawing.plt.subplots(figsize=(9, 4.2))
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    drawing.name_classes(axis, names, [100 - k for k in range(len(names))])
+    figure.draw_without_rendering()
+    labels = axis.get_xticklabels()
+    assert {label.get_rotation() for label in labels} == {20.0 if slanted else 0.0}
+    if not slanted:
+        boxes = [label.get_window_extent() for label in labels]
+        assert all(box.x1 <= following.x0 for box, following in zip(boxes, boxes[1:]))
+    assert labels[0].get_text().split()[-1] == "100"
+    drawing.plt.close(figure)
+
+
 def test_every_figure_of_the_table_takes_its_flags():
     """A figure that analyze.py cannot draw: a flag that its function lacks."""
     import inspect
