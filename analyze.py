@@ -25,8 +25,8 @@ RUN: a run folder, of a student or a teacher, or a checkpoint file, of this proj
 student and its teacher, several teachers) predict together. `...`: several make one picture.
 diversity, imbalance, curves, runs and tensorboard need no checkpoint. Each figure prints a table
 and writes NAME.png and, with its numbers, NAME.csv (rank: .json), eval per_class.csv and
-confusion.csv, into the first run's folder or beside the file unless --out says where. Figures,
-report and summary need matplotlib, and nothing else does.
+confusion.csv (with --mirror: mirror_per_class.csv, ...), into the first run's folder or beside the
+file unless --out says where. Figures, report and summary need matplotlib, and nothing else does.
 """
 import os
 import re
@@ -66,7 +66,8 @@ def command_eval(options, rt):
     rt.print(calibrated.text)
     if options.test_prior:
         rt.print(priors.prior_text(options.test_prior, prior, network.configs or [network.config],
-                                   network.counts, logits, labels, data))
+                                   network.counts, logits, labels, data,
+                                   calibrated.temperatures))
     class_rows = accuracy.class_rows(results, data, predicted(logits))
     rt.print(accuracy.class_text(class_rows, out))
     confusion = accuracy.confusion(predicted(logits), labels, data.num_classes)
@@ -283,9 +284,12 @@ def load_flags(options):
 
 def output_path(options, name):
     """--out, or `name` in it if it is a folder; else `name` in the first run's folder, or beside a
-    file: x.pth -> x_name. Of several joined by commas: with_OTHERS_name, with the first.
+    file: x.pth -> x_name. With --mirror: mirror_name. Of several joined by commas:
+    with_OTHERS_name, with the first.
     """
     path, *others = teacher_files(options.runs[0])
+    if options.mirror:
+        name = f"mirror_{name}"
     if others:
         name = f"with_{short_name(','.join(others))}_{name}"
     if options.out and os.path.isdir(options.out):

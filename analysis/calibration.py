@@ -3,7 +3,8 @@ r"""Probabilities that mean something: how far confidences are from accuracies, 
     p = softmax(logits / T)                                     Guo et al. 2017, arXiv 1706.04599
 
 T > 1 makes a network less sure of itself, T < 1 surer; it changes no prediction. It is fitted by
-maximum likelihood, never on what the network is judged by:
+maximum likelihood, as if half an image more had been wrong: a few images that are all right do not
+make later answers certain. Never on what the network is judged by:
 
     run with --holdout   on the held-out images. They are the test images as well, so each half of
                          them is judged with the temperature of the other half. What is kept is
@@ -38,17 +39,19 @@ from images.files import shown
 LOWEST, HIGHEST = 0.01, 100.0       # temperatures
 HELD_OUT = "held-out images"
 BY_HEART = 0.98                     # share of its training images that a network gets right
+MORE_WRONG = 0.5                    # images that are taken to be wrong, beyond those that are
 
 
 @dataclass
 class Calibration:
     """A temperature, what it was fitted on, and the test set's confidences with it.
 
-    before, after: the largest probability of each test image (N,), without and with a temperature
-    that was not fitted on this image.
+    temperatures: of each test image (N,), one that was not fitted on it. before, after: its largest
+    probability (N,), without and with that.
     """
     temperature: float
     source: str                     # for people: "841 held-out images"
+    temperatures: torch.Tensor
     before: torch.Tensor
     after: torch.Tensor
     right: torch.Tensor             # was that class the true one (N,)?
@@ -59,18 +62,29 @@ class Calibration:
         return tuple(calibration_error(p, self.right) for p in (self.before, self.after))
 
     @property
+    def halves(self):
+        """Is each half of the test images judged by the temperature of the other half?"""
+        return self.source.endswith(HELD_OUT)
+
+    @property
     def text(self):
         """For people, a line or two."""
         before, after = (100 * error for error in self.errors)
         text = (f"Expected calibration error ({BINS} bins): {before:.1f} points before and "
-                f"{after:.1f} after dividing the logits by temperature {self.temperature:.3g}, "
-                f"fitted on {self.source}")
+                f"{after:.1f} after dividing the logits by {origin(self.temperature, self.source)}")
+        if self.halves:
+            text += " (after: each half of them by the temperature of the other half)"
         if after > before:
             text += "; no better on the test set than without it"
-        if not self.source.endswith(HELD_OUT):
+        if not self.halves:
             text += ("\nA network is more confident on its training images than on new ones: this "
                      "temperature may be too low. Training with --holdout keeps images for it.")
         return text
+
+
+def origin(temperature, source):
+    """Which temperature, and what it is from, for people: 1 is none that was fitted."""
+    return f"temperature {temperature:.3g}, {'from' if temperature == 1 else 'fitted on'} {source}"
 
 
 # ---- Fitting -------------------------------------------------------------------------------------
@@ -80,20 +94,22 @@ def fit_temperature(logits, labels, weights=None):
 
     weights (N,): of the images, all alike by default. In b = 1 / T the mean log-likelihood is
     concave, with the derivative mean(z_y - sum_k p_k z_k), p = softmax(b z): its zero is found by
-    bisection. 1 if every image is right, for then the likelihood has no largest value. Images whose
-    logits are not finite are left out.
+    bisection. Where every image is right it would rise for ever. So half an image more is taken to
+    be wrong: of each of the N labels the share 0.5 / (N + 0.5) goes to the network's second class.
+    Images whose logits are not finite are left out; 1 if none is left, or none says anything.
     """
     w = torch.ones(len(labels)) if weights is None else weights
     known = logits.isfinite().all(dim=1) & (w > 0)
     z, y, w = logits[known].double(), labels[known], w[known]
-    own = z.gather(1, y[:, None])[:, 0]                                 # (N,)
-    if bool((own == z.amax(dim=1)).all()):
+    if bool((z.amax(dim=1) == z.amin(dim=1)).all()):
         return 1.0
+    own, second = z.gather(1, y[:, None])[:, 0], z.topk(2, dim=1).values[:, 1]      # (N,) each
+    truth = (len(y) * own + MORE_WRONG * second) / (len(y) + MORE_WRONG)
     low, high = LOWEST, HIGHEST
     for _ in range(50):
         middle = math.sqrt(low * high)
         p = (z / middle).softmax(dim=1)
-        if (w * (own - (p * z).sum(dim=1))).sum() > 0:          # the likelihood rises with 1 / T
+        if (w * (truth - (p * z).sum(dim=1))).sum() > 0:          # the likelihood rises with 1 / T
             high = middle
         else:
             low = middle
@@ -114,15 +130,16 @@ def calibrate(network, args, data, rt, logits):
     configs = network.configs or [network.config]
     if args.holdout and all((config.get("holdout"), config.get("holdout_by"))
                             == (args.holdout, args.holdout_by) for config in configs):
-        half, scaled = half_of(labels), torch.empty_like(logits)
+        half, temperatures = half_of(labels), torch.empty(len(labels))
         for fitted, judged in ((half, ~half), (~half, half)):
-            scaled[judged] = logits[judged] / fit_temperature(logits[fitted], labels[fitted])
+            temperatures[judged] = fit_temperature(logits[fitted], labels[fitted])
         temperature, source = fit_temperature(logits, labels), f"{len(labels)} {HELD_OUT}"
     else:
         temperature, source = fit_on_training_images(network, data, rt)
-        scaled = logits / temperature
+        temperatures = torch.full((len(labels),), temperature)
     right = predicted(logits) == labels
-    return Calibration(temperature, source, confidence(logits), confidence(scaled), right)
+    after = confidence(logits / temperatures[:, None])
+    return Calibration(temperature, source, temperatures, confidence(logits), after, right)
 
 
 def confidence(logits):
@@ -197,7 +214,7 @@ def load_temperature(path, network):
         print(f"probabilities are not calibrated: {shown(where)} {why}; `{command}` writes it",
               file=sys.stderr)
         return 1.0
-    temperature = entry["temperature"]
-    print(f"probabilities are calibrated by temperature {temperature:.3g}, fitted on "
-          f"{shown(str(entry.get('fitted on')))}", file=sys.stderr)
+    temperature, source = entry["temperature"], shown(str(entry.get("fitted on")))
+    how = "the network's own," if temperature == 1 else "calibrated by"
+    print(f"probabilities are {how} {origin(temperature, source)}", file=sys.stderr)
     return temperature

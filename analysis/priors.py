@@ -2,7 +2,8 @@ r"""Accuracy where classes are as frequent as in the field, and logits adjusted 
 
 A test set says how often each class k is recognised; with field frequencies p_k accuracy is
 sum_k p_k recall_k. A network whose training made it expect frequencies q_k should by Bayes' rule
-answer argmax_k f_k(x) + ln p_k - ln q_k (Menon et al., ICLR 2021, arXiv 2007.07314).
+answer argmax_k f_k(x) / T + ln p_k - ln q_k (Menon et al., ICLR 2021, arXiv 2007.07314). The rule
+holds for probabilities that mean something, so T is the temperature of analysis/calibration.py.
 """
 import csv
 import math
@@ -101,8 +102,9 @@ def assumed_prior(config):
 
 
 def adjusted(logits, p, counts, exponent):
-    """Classes (N,) of logits (N,K) of a network that expects frequencies counts^exponent, where
-    they are p (K,). A class of frequency 0 is never answered; -1: see predicted.
+    """Classes (N,) of calibrated logits (N,K) of a network that expects frequencies
+    counts^exponent, where they are p (K,). A class of frequency 0 is never answered; -1: see
+    predicted.
     """
     pi = torch.tensor(counts, dtype=torch.double)
     scores = logits.double() + p.log() - exponent * (pi / pi.sum()).log()
@@ -136,11 +138,12 @@ def joint_prior(configs):
     return assumed[0][0], "; ".join(words)
 
 
-def prior_text(spec, p, configs, counts, logits, labels, data):
+def prior_text(spec, p, configs, counts, logits, labels, data, temperatures=None):
     """The accuracies of logits (N,K) under a test prior, unadjusted and adjusted, for people.
 
     spec, p: see test_prior. configs: the settings of the networks that answer together. counts: how
     many images of each class they were trained with, None if they differ, or it is not known.
+    temperatures: of the images (N,), see calibration.Calibration; by default 1.
     UserError if no class that occurs has test images.
     """
     tested = torch.bincount(labels, minlength=data.num_classes) > 0
@@ -154,9 +157,11 @@ def prior_text(spec, p, configs, counts, logits, labels, data):
         exponent, words = None, "the training frequencies are not known, or not the same for all"
     text = f"not adjusted: {words}"
     if exponent is not None:
-        classes = adjusted(logits, p, counts or data.counts, exponent)      # exponent 0: any counts
+        calibrated = logits if temperatures is None else logits / temperatures[:, None]
+        classes = adjusted(calibrated, p, counts or data.counts, exponent)  # exponent 0: any counts
         rows["adjusted"] = weighted_accuracies(classes, labels, weights, data.groups)
-        text = f"adjusted: logits + ln(test prior) - ln(prior implied by training: {words})"
+        text = ("adjusted: logits / temperature, as above, + ln(test prior) - ln(prior implied by "
+                f"training: {words})")
     if share < 1 - 1e-9:
         text += f"; {100 * (1 - share):.1f} % of the prior is of classes without test images"
     if left_out := int((weights[labels.unique()] == 0).sum()):

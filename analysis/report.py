@@ -7,12 +7,14 @@ Pictures are inlined as base64, so that nothing is fetched when the page is read
 reader's light or dark setting; pictures keep their white ground.
 """
 import base64
+import math
+import os
 import re
 from dataclasses import dataclass
 from functools import partial
 from html import escape
 
-from analysis import accuracy, calibration, drawing, figures, quantities, run_figures
+from analysis import accuracy, calibration, drawing, figures, loading, quantities, run_figures
 from engine.datasets import describe
 from engine.evaluation import TITLES, columns, predicted
 from engine.networks import short_name, teacher_files
@@ -40,22 +42,27 @@ def build(path, network, args, data, rt, labels, flags, load_flags):
     """
     results = accuracy.accuracies(network, args, data, rt)
     means = "Accuracy on the test set; head, mid and tail are means over the classes of a group."
+    recorded = recorded_rows(path, network, data, load_flags["data_flags"])
+    if recorded:
+        results = {"teacher_avg": recorded["teacher_avg"]} | results | recorded
+        means += " The teacher, and both together: as the run has measured them at its end."
     logits = accuracy.test_logits(network, data, rt)
     answers = predicted(logits)
     text = ("Recall with its 95 % interval, precision and F1 are of the prediction; a class of few "
             "test images has a wide interval.")
     if network.teacher is not None:
         text += " The picture is of the student alone, these are of student and teacher together."
-    per_class = Section("Accuracy per class", text, accuracy.class_rows(results, data, answers),
+    by_class = {head: result for head, result in results.items() if "per_class" in result}
+    per_class = Section("Accuracy per class", text, accuracy.class_rows(by_class, data, answers),
                         folded=True)
     sections, left_out = [Section("Result", means, result_rows(results)), per_class], []
     calibrated = calibration.calibrate(network, args, data, rt, logits)
 
     def draw_classes():
-        per_class.picture = drawing.as_png(run_figures.class_accuracy(results, data))
+        per_class.picture = drawing.as_png(run_figures.class_accuracy(by_class, data))
 
     def draw_answers():
-        sections.extend(answer_sections(answers, calibrated, data))
+        sections.extend(answer_sections(logits, calibrated, data))
 
     def draw(name, heading):
         paths, names = [path], labels
@@ -93,27 +100,30 @@ def logged(path, network):
     return files
 
 
-def answer_sections(answers, calibrated, data):
+def answer_sections(logits, calibrated, data):
     """The confusion matrix, how sure the network is, and where it is sure and wrong.
 
-    answers (N,): predicted classes of the test images. calibrated: a calibration.Calibration.
+    logits (N,K): of the prediction on the test images. calibrated: their calibration.Calibration.
     """
-    labels = data.test_labels.cpu()
+    answers, labels = predicted(logits), data.test_labels.cpu()
     confusion = accuracy.confusion(answers, labels, data.num_classes)
     text = "A row for each true class. Below: the pairs that are confused most often."
     sections = [Section("Confusion matrix", text,
                         accuracy.confusion_rows(confusion, data.class_names)[:SHOWN],
                         drawing.as_png(run_figures.confusion_matrix(confusion, data)))]
+    temperature = f"temperature {calibrated.temperature:.3g}"
+    after = "each half by the other's temperature" if calibrated.halves else temperature
     panels = {"as trained": quantities.reliability(calibrated.before, calibrated.right),
-              f"temperature {calibrated.temperature:.3g}":
-                  quantities.reliability(calibrated.after, calibrated.right)}
+              after: quantities.reliability(calibrated.after, calibrated.right)}
     text = ("Test images by the probability of the network's answer. Bars: how often it is right; "
             "on the dashed line, probabilities mean what they say. " + calibrated.text)
     sections.append(Section("What the probabilities mean", text,
                             picture=drawing.as_png(run_figures.reliability(panels))))
-    index, rows = accuracy.confident_mistakes(answers, calibrated.after, data, MISTAKES)
+    confidence = calibration.confidence(logits / calibrated.temperature)        # as predict has it
+    index, rows = accuracy.confident_mistakes(answers, confidence, data, MISTAKES)
     if rows:
-        text = "Test images on which the network is wrong, those first of which it is most sure."
+        text = ("Test images on which the network is wrong, those first of which it is most sure, "
+                f"by {temperature}, which predict uses once eval has kept it.")
         images = data.test_images[index.to(data.test_labels.device)]
         sections.append(Section("The most confident mistakes", text, rows,
                                 drawing.as_png(run_figures.mistakes(images, rows)), folded=True))
@@ -128,6 +138,31 @@ def why(error):
     return f"drawing it failed with {type(error).__name__}: {text}"
 
 
+def recorded_rows(path, network, data, data_flags):
+    """{"teacher_avg", "avg+teacher": accuracies} of a finished student's result.json; else {}.
+
+    {} too where the data or their groups are not those of the run, or its teacher is asked here.
+    "per_class" is left out where the run has not kept it.
+    """
+    if network.kind != "student" or network.teacher is not None or network.unfinished != "":
+        return {}
+    if not os.path.exists(os.path.join(path, "result.json")):
+        return {}
+    groups = network.config.get("groups")
+    if (network.data != data.fingerprint or loading.names_other_data(network, data_flags)
+            or data_flags.get("groups", groups) != groups):
+        return {}
+    result, rows = loading.run_result(path), {}
+    per_class = result.get("per_class", {})
+    for name in ("teacher_avg", "avg+teacher"):
+        if name not in result:
+            return {}
+        rows[name] = result[name]
+        if len(per_class.get(name, ())) == data.num_classes:
+            rows[name] = rows[name] | {"per_class": per_class[name]}
+    return rows
+
+
 def result_rows(results):
     """A row for each head of a student with both tokens, and for its teacher and both together, if
     they are there; for other networks, one row.
@@ -137,7 +172,8 @@ def result_rows(results):
         if head not in names and head not in TITLES:
             continue                                        # CLS, where it is all of the student
         row = {"prediction of": names.get(head) or TITLES[head]}
-        rows.append(row | {f"{TITLES.get(column, column)} %": round(results[head][column], 1)
+        rows.append(row | {f"{TITLES.get(column, column)} %":
+                           round(results[head].get(column, math.nan), 1)
                            for column in columns(results)})
     return rows
 

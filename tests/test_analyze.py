@@ -61,6 +61,16 @@ def test_eval_prints_and_writes_the_runs_own_accuracies(name, runs, tmp_path, mo
                                      str(runs[name] / "calibration.json")]
 
 
+def test_mirror_images_leave_the_plain_tables_alone(runs, tmp_path, monkeypatch):
+    """per_class.csv of a plain eval, written over with the accuracies of image and mirror image."""
+    script(analyze, monkeypatch, "eval", runs["vit"], "--out", tmp_path)
+    plain = {name: (tmp_path / name).read_bytes() for name in ("per_class.csv", "confusion.csv")}
+    script(analyze, monkeypatch, "eval", runs["vit"], "--out", tmp_path, "--mirror")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *plain, "mirror_per_class.csv", "mirror_confusion.csv"}
+    assert all((tmp_path / name).read_bytes() == text for name, text in plain.items())
+
+
 def test_eval_says_how_sure_to_be():
     """Confidence of the true class for that of the predicted one; a softmax that nobody trained."""
     logits = torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()
@@ -285,13 +295,17 @@ def test_outputs_go_into_the_run_folder_or_where_out_says(runs, tmp_path, monkey
     assert lines == list(map(str, written))
     assert [path.read_bytes().startswith(PNG) for path in written] == [True, False, True, False]
 
-    def path(name, *given, out=None):
-        return analyze.output_path(SimpleNamespace(runs=given, out=out), name)
+    def path(name, *given, out=None, mirror=False):
+        return analyze.output_path(SimpleNamespace(runs=given, out=out, mirror=mirror), name)
     assert path("heads.csv", str(tmp_path)) == str(tmp_path / "heads.csv")
     assert path("heads.csv", "a/x.pth") == "a/x_heads.csv"
     assert path("per_class.csv", f"{tmp_path},b/x.pth,c") == str(
         tmp_path / "with_x.pth+c_per_class.csv")
-    assert path("per_class.csv", "a,b", out="c.csv") == "c.csv"
+    assert path("per_class.csv", "a,b", out="c.csv") == path(
+        "per_class.csv", "a,b", out="c.csv", mirror=True) == "c.csv"
+    assert path("per_class.csv", "a/x.pth", mirror=True) == "a/x_mirror_per_class.csv"
+    assert path("per_class.csv", f"{tmp_path},b", mirror=True) == str(
+        tmp_path / "with_b_mirror_per_class.csv")
     assert [analyze.confusion_path(name) for name in ("d/per_class.csv", "x_per_class.csv", "y.csv")
             ] == ["d/confusion.csv", "x_confusion.csv", "y_confusion.csv"]
 

@@ -27,13 +27,18 @@ def draw(n, K, temperature, seed=0):
 
 
 def likeliest(logits, labels, weights=None):
-    """The temperature of the largest likelihood among 4,000, tried one by one in float64."""
+    """The temperature of the largest likelihood among 4,000, tried one by one in float64.
+
+    Half an image more is wrong: the mean image, labelled as its second class.
+    """
     weights = torch.ones(len(labels)) if weights is None else weights
+    n, second = len(labels), logits.argsort(dim=1)[:, -2]
     temperatures = torch.logspace(-2, 2, 4001, dtype=torch.double).tolist()
 
     def likelihood(t):
         log_p = (logits.double() / t).log_softmax(dim=1)
-        return float((weights * log_p[torch.arange(len(labels)), labels]).sum())
+        right, wrong = (log_p[torch.arange(n), k] for k in (labels, second))
+        return float((weights * (right + 0.5 / n * wrong)).sum())
     return max(temperatures, key=likelihood)
 
 
@@ -54,14 +59,36 @@ def test_the_temperature_is_that_of_the_largest_likelihood(true):
         calibration.fit_temperature(logits, labels))
 
 
-def test_where_nothing_is_wrong_nothing_is_fitted():
-    """A handful of images, all right, that make every later answer 100 % sure; no image at all; a
-    wrong one of a class that does not count."""
-    logits = torch.tensor([[2.0, 1], [0, 3], [5, 0]])
-    assert calibration.fit_temperature(logits, torch.tensor([0, 1, 0])) == 1.0
-    assert calibration.fit_temperature(logits[:0], torch.tensor([], dtype=torch.long)) == 1.0
-    weights = torch.tensor([1.0, 1, 0])
-    assert calibration.fit_temperature(logits, torch.tensor([0, 1, 1]), weights) == 1.0
+@pytest.mark.parametrize("n", [1, 20, 500])
+def test_where_nothing_is_wrong_half_an_image_is(n):
+    """T = 1 that nobody fitted, of a network that is right on all images and 73 % sure; a handful
+    of images, all right, that make every later answer 100 % sure; a wrong one of a class that does
+    not count; no image at all, or a network that says nothing."""
+    logits, labels = torch.tensor([[1.0, 0]]).repeat(n, 1), torch.zeros(n, dtype=torch.long)
+    p = n / (n + 0.5)                                                   # by hand
+    temperature = calibration.fit_temperature(logits, labels)
+    assert temperature == pytest.approx(1 / math.log(p / (1 - p)), rel=1e-6)
+    more, truth = torch.cat([logits, logits[:1]]), torch.cat([labels, labels[:1] + 1])
+    assert calibration.fit_temperature(more, truth, 1.0 - truth) == temperature
+    assert calibration.fit_temperature(logits[:0], labels[:0]) == 1.0
+    assert calibration.fit_temperature(torch.full((n, 2), 3.0), labels) == 1.0
+
+
+def test_a_half_without_a_mistake_is_fitted_as_the_other_is():
+    """T = 1 for the half that is judged by images that are all right, the other's by their fit."""
+    labels = torch.zeros(40, dtype=torch.long)
+    half = calibration.half_of(labels)
+    logits = torch.tensor([[1.0, 0]]).repeat(40, 1)
+    logits[half.nonzero()[0]] = torch.tensor([0.0, 1])                  # the only mistake
+    how = {"holdout": 0.2, "holdout_by": None}
+    network = SimpleNamespace(config=how, configs=())
+    found = calibration.calibrate(network, SimpleNamespace(**how),
+                                  SimpleNamespace(test_labels=labels), RT, logits)
+    for judged, right in ((half, 20), (~half, 19)):
+        p = right / 20.5                    # of the other half; its mistake has the second as truth
+        expected = 1 / math.log(p / (1 - p))
+        assert found.temperatures[judged].tolist() == pytest.approx([expected] * 20, rel=0.03)
+    assert found.halves and "each half of them by the temperature of the other" in found.text
 
 
 def test_no_held_out_image_is_judged_by_a_temperature_fitted_on_it():
@@ -83,7 +110,8 @@ def test_no_held_out_image_is_judged_by_a_temperature_fitted_on_it():
         expected = (logits[mine] / t).softmax(dim=1).amax(dim=1)
         torch.testing.assert_close(found.after[mine], expected, atol=2e-3, rtol=0)
     assert found.temperature == pytest.approx(likeliest(logits, labels), rel=2e-3)
-    assert "200 held-out images" in found.text and "may be too low" not in found.text
+    assert "200 held-out images (after: each half of them by" in found.text
+    assert "may be too low" not in found.text
     torch.testing.assert_close(found.before, logits.softmax(dim=1).amax(dim=1))
 
 
@@ -111,13 +139,15 @@ def two_classes(tested):
 
 
 def test_training_images_count_as_their_classes_do_in_the_test_set():
-    """Images of the test set used; classes as frequent as in training. By hand: with 9 of 10 test
-    images in class 0, logit 1 is right where 1 / T = ln 9; of the training images it is 3 of 4."""
+    """Images of the test set used; classes as frequent as in training. By hand: 9 of 10 test images
+    are in class 0, of the training images 3 of 4. Of these 4, half a one more is wrong, which makes
+    0.9 to 0.8, and ln(0.8 / 0.2) is 1 / T."""
     network, args = says(1.0, config={}, configs=()), SimpleNamespace(holdout=None)
     logits = torch.tensor([[1.0, 0.0]]).expand(10, 2)
     found = calibration.calibrate(network, args, two_classes(9), RT, logits)
-    assert found.temperature == pytest.approx(1 / math.log(9), rel=1e-3)
-    assert found.errors[1] == pytest.approx(0, abs=1e-3) and "may be too low" in found.text
+    assert found.temperature == pytest.approx(1 / math.log(4), rel=1e-3)
+    assert found.errors[1] == pytest.approx(0.9 - 0.8, abs=1e-3) and "may be too low" in found.text
+    assert not found.halves and "after:" not in found.text
     p = math.e / (1 + math.e)                                           # before: one bin
     assert found.errors[0] == pytest.approx(0.9 - p, abs=1e-5)
 
@@ -132,10 +162,11 @@ def test_images_that_training_did_not_hold_out_are_not_called_so(trained):
     assert "held-out" not in found.text and " training images, weighted" in found.text
 
 
-@pytest.mark.parametrize("logit, expected", [(1.0, 1.0), (9.0, 9 / math.log(99))])
+@pytest.mark.parametrize("logit, expected", [(1.0, 1.0), (9.0, 9 / math.log(0.88 / 0.12))])
 def test_a_network_that_knows_its_images_by_heart_is_not_made_surer(logit, expected):
-    """Certainty of what was memorised, taken for certainty of new images: 99 of 100 are right. Or
-    T = 1 also for a network that is far too sure: logit 9 is 99.99 %."""
+    """Certainty of what was memorised, taken for certainty of new images: 99 of 100 are right, 88
+    with half a wrong one of four. Or T = 1 also for a network that is far too sure: logit 9 is
+    99.99 %."""
     temperature, source = calibration.fit_on_training_images(says(logit), two_classes(99), RT)
     assert temperature == pytest.approx(expected, rel=1e-3)
     assert ("T stays 1" in source) == (expected == 1)
@@ -215,6 +246,22 @@ def test_eval_on_other_data_leaves_the_temperature_alone(own_run, tiny_cifar, mo
     (own_run / "calibration.json").unlink()
     script(analyze, monkeypatch, "eval", own_run, "--imb", 4, "--data-dir", tiny_cifar)
     assert (own_run / "calibration.json").read_bytes() == kept          # its own data, named
+
+
+def test_a_temperature_of_1_is_not_called_a_calibration(own_run, tiny_cifar, tmp_path, monkeypatch,
+                                                        capsys):
+    """"Calibrated by temperature 1, fitted on" of a network of which nothing was fitted."""
+    name = calibration.identity(loading.load_alone(str(own_run), RT))
+    source = "9 training images, over 98 % of which are right: T stays 1"
+    (own_run / "calibration.json").write_text(json.dumps(
+        {name: {"temperature": 1.0, "fitted on": source}}))
+    predictions(monkeypatch, tmp_path, own_run, tiny_cifar / "test" / "class9" / "0.png")
+    err = capsys.readouterr().err
+    assert f"probabilities are the network's own, temperature 1, from {source}" in err
+    assert "calibrated" not in err and "fitted" not in err
+    two = torch.ones(2)
+    found = calibration.Calibration(1.0, source, two, two, two, two > 0)
+    assert f"temperature 1, from {source}" in found.text and "fitted" not in found.text
 
 
 RANKS = ["", *(f" {rank}" for rank in range(2, 11))]
@@ -336,5 +383,5 @@ def test_both_are_exported_together(runs, tiny_cifar, tmp_path, monkeypatch, cap
 def test_a_temperature_that_does_not_help_is_called_so(before, after, worse):
     """"No better on the test set" of one that is better."""
     right, two = torch.tensor([True, False]), torch.ones(2)
-    found = calibration.Calibration(1.0, "2 held-out images", before * two, after * two, right)
+    found = calibration.Calibration(1.0, "2 held-out images", two, before * two, after * two, right)
     assert ("no better" in found.text) == worse

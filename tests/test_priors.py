@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import analyze
-from analysis import loading, priors
+from analysis import calibration, loading, priors
 from conftest import script
 from engine.runtime import UserError
 from finished_runs import RT, runs  # noqa: F401: a fixture
@@ -95,6 +95,31 @@ def test_adjusted_logits_are_bayes_rule():
     rare = torch.tensor([0.0, 0.5, 0.5], dtype=torch.double)
     assert 0 not in priors.adjusted(torch.tensor([[900.0, 0, 0]]), rare, DATA.counts, 0.0)
     assert priors.adjusted(torch.tensor([[math.nan, 9, 0]]), p, DATA.counts, 0.0).tolist() == [-1]
+
+
+def test_the_scale_of_the_logits_does_not_decide():
+    """Bayes' rule on logits whose softmax means nothing: the same network, three times as sure of
+    itself or a third, is adjusted to other answers; a temperature that is not the image's own."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(3).repeat_interleave(200)
+    logits = torch.randn(600, 3, generator=generator)
+    logits[torch.arange(600), labels] += 1.0
+    how = {"holdout": 0.2, "holdout_by": None}
+    network = SimpleNamespace(config=how, configs=())
+    data = SimpleNamespace(**vars(DATA), test_labels=labels)
+    p, texts, raw = priors.test_prior("train", DATA, DATA.counts), [], []
+    for factor in (1 / 3, 1.0, 3.0):
+        scaled = factor * logits
+        found = calibration.calibrate(network, SimpleNamespace(**how), data, RT, scaled)
+        texts.append(priors.prior_text("train", p, [LA_TEACHER], DATA.counts, scaled, labels, DATA,
+                                       found.temperatures))
+        raw.append(priors.prior_text("train", p, [LA_TEACHER], DATA.counts, scaled, labels, DATA))
+    assert len(set(texts)) == 1 and len(set(raw)) == 3
+    assert "adjusted: logits / temperature, as above, + ln(test prior)" in texts[0]
+    own = torch.tensor([2.0, 0.5])          # 2 / 2 < ln 9 - ln 1, 2 / 0.5 > it
+    text = priors.prior_text("x", torch.tensor([0.1, 0.9, 0]).double(), [LA_TEACHER], DATA.counts,
+                             torch.tensor([[2.0, 0, -9]] * 2), torch.tensor([1, 0]), DATA, own)
+    assert text.splitlines()[3].split()[:2] == ["adjusted", "100.0"]
 
 
 DRW = dict(beta=0.9999, drw_epoch=20, epochs=30)

@@ -1,5 +1,7 @@
 """The HTML page: whole by itself, with every figure that applies, and text taken as text."""
+import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -129,12 +131,63 @@ def test_the_page_says_which_probabilities_are_as_trained(runs, monkeypatch):
     monkeypatch.setattr(run_figures, "reliability", lambda given: panels.update(given))
     monkeypatch.setattr(drawing, "as_png", lambda figure: PNG)
     data = loading.load(str(runs["vit"]), RT)[2]
-    labels, n = data.test_labels, len(data.test_labels)
-    found = Calibration(2.0, "some images", torch.full((n,), 0.9), torch.full((n,), 0.6),
-                        torch.ones(n, dtype=torch.bool))
-    report.answer_sections(labels, found, data)
-    mean = {title: rows[0][1] for title, rows in panels.items()}
-    assert mean == {"as trained": pytest.approx(0.9), "temperature 2": pytest.approx(0.6)}
+    logits, n = torch.eye(10)[data.test_labels], len(data.test_labels)
+    for source, title in (("some images", "temperature 2"),
+                          ("60 held-out images", "each half by the other's temperature")):
+        panels.clear()
+        found = Calibration(2.0, source, torch.full((n,), 2.0), torch.full((n,), 0.9),
+                            torch.full((n,), 0.6), torch.ones(n, dtype=torch.bool))
+        report.answer_sections(logits, found, data)
+        mean = {title: rows[0][1] for title, rows in panels.items()}
+        assert mean == {"as trained": pytest.approx(0.9), title: pytest.approx(0.6)}
+
+
+def test_confident_mistakes_have_the_probabilities_of_predict(runs, monkeypatch):
+    """Those by the temperature of the other half of the held-out images, under the name of the one
+    that predict uses: another number for the same picture."""
+    monkeypatch.setattr(drawing, "as_png", lambda figure: PNG)
+    data = loading.load(str(runs["vit"]), RT)[2]
+    n = len(data.test_labels)
+    logits = 3 * torch.eye(10)[(data.test_labels + 1) % 10]
+    found = Calibration(0.5, f"{n} held-out images", torch.full((n,), 9.0), torch.full((n,), 0.9),
+                        torch.full((n,), 0.1), torch.zeros(n, dtype=torch.bool))
+    *_, mistakes = report.answer_sections(logits, found, data)
+    p = float((logits[0] / 0.5).softmax(dim=0).max())
+    assert [row["probability"] for row in mistakes.table] == pytest.approx([p] * 18, abs=1e-4)
+    assert "by temperature 0.5, which predict uses once eval has kept it" in mistakes.text
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_students_report_has_its_teachers_recorded_rows(kept, runs, quick_figures, tmp_path,
+                                                          monkeypatch):
+    """A page that says nothing of the student's teacher, which may be the better network; a
+    teacher's accuracies of other data or other groups; a result without its classes."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs["deit-lt"], folder)
+    result = read_result(folder)
+    extra = {"teacher_avg": 71.0, "avg+teacher": 82.0}
+    for name, percent in extra.items():
+        result[name] = dict.fromkeys(("overall", "head", "mid", "tail"), percent) | {"margin": 3.0}
+        if kept:
+            result["per_class"][name] = [percent] * 10
+    (folder / "result.json").write_text(json.dumps(result))
+
+    def page(*flags):
+        script(analyze, monkeypatch, "report", folder, "--out", tmp_path / "r.html", *flags)
+        return Page((tmp_path / "r.html").read_text())
+    own = page()
+    rows = {row[0]: row[1:] for row in own.tables["Result"][1:]}
+    assert list(rows) == ["teacher", "CLS", "DIST", "average", "avg + teacher"]
+    assert rows["teacher"] == ["71.0"] * 4 and rows["avg + teacher"] == ["82.0"] * 4
+    assert any("as the run has measured them" in text for text in own.texts)
+    per_class = [dict(zip(own.tables["Accuracy per class"][0], row))
+                 for row in own.tables["Accuracy per class"][1:]]
+    assert [row.get("teacher_avg") for row in per_class] == ["71.0" if kept else None] * 10
+    rows = page("--imb", 2).tables["Result"][1:]
+    assert [row[0] for row in rows] == ["CLS", "DIST", "average"]
+    network, _, data = loading.load(str(folder), RT)
+    assert report.recorded_rows(str(folder), network, data, {}).keys() == extra.keys()
+    assert report.recorded_rows(str(folder), network, data, {"groups": (20, 10)}) == {}
 
 
 def test_a_report_of_a_student_with_its_teacher_shows_the_students_training(
