@@ -401,7 +401,8 @@ def run_student(args, rt, prepare=None, wait=False, **replacements):
     rt.print(f"\n{evaluation.final_table(results, args.method, data)}\nRun folder: {args.out}")
     if rt.main:
         draw_summary(args.out)
-    rt.print(evaluation.advice(results, args.out, args.teacher, vars(args)))
+    settings = vars(args) | {"counts": data.counts}
+    rt.print(evaluation.advice(results, args.out, args.teacher, settings))
 
 
 def draw_summary(folder):

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 import augment
 import data_lt
 from engine.groups import groups_text, split_by_count
-from engine.records import read_json
 from engine.runtime import all_sum, share_buffers
 from engine.training import fewest_epochs
 from images.decode import Stream
@@ -416,9 +415,10 @@ def advice(results, folder, teacher, settings):
     """Which network of a student's finished run to use, and how: one line for its end.
 
     results: as with_teacher returns them, of the run in `folder`. teacher: its path or None.
-    settings: those of the run, a dict. The better of student and teacher; both together only if
-    that is clearly better, by more than the 95 % interval of the difference, see `margin`: on other
-    test images of the same classes. (The intervals of eval are for other classes as well.)
+    settings: those of the run and its "counts" of images, a dict. The better of student and
+    teacher; both together only if that is clearly better, by more than the 95 % interval of the
+    difference, see `margin`: on other test images of the same classes. (The intervals of eval are
+    for other classes as well.)
     """
     name = "balanced accuracy" if "balanced" in results["avg"] else "accuracy"
     images = "held-out images" if settings.get("holdout") else "test images"
@@ -441,24 +441,18 @@ def advice(results, folder, teacher, settings):
     clear = "" if abs(s - t) > margin else "no clear difference; "
     text = f"{clear}{text}; {interval}{margin:.1f}"
     if t > s:
-        epochs = max(2 * settings["epochs"], epochs_to_learn(folder))
+        epochs = max(2 * settings["epochs"], epochs_to_learn(settings))
         return (f"Use the teacher: {predict_command(teacher, flags)} ({text}{note}). A longer "
                 f"training may let the student catch up: --epochs {epochs}, or more --minutes.")
     return f"Use the student: {predict_command(folder)} ({text})"
 
 
-def epochs_to_learn(folder):
-    """The epochs that the run in this folder needs at least, as it is warned of at its start.
-
-    0 where its config.json is not: beside another machine's process of the run.
-    """
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        return 0
-    config = read_json(folder, "config.json")
-    n = sum(config["counts"])                               # images in an epoch
-    if config.get("repeats", 1) > 1:
+def epochs_to_learn(settings):
+    """The epochs that a run of these settings needs at least, as it is warned of at its start."""
+    n = sum(settings["counts"])                             # images in an epoch
+    if settings["repeats"] > 1:
         n = len(data_lt.repeated_augmentation(n, 0, 0))
-    return fewest_epochs(data_lt.steps_per_epoch(n, config["batch"]))
+    return fewest_epochs(data_lt.steps_per_epoch(n, settings["batch"]))
 
 
 def predict_command(path, flags=""):

@@ -7,7 +7,6 @@ goes on from here.
 """
 import copy
 import glob
-import glob
 import hashlib
 import math
 import os
@@ -191,7 +190,7 @@ class PastRun:
     def remove_files(self):
         """Remove what this project has written into the folder, for --overwrite."""
         for name in OWN_FILES:
-            for pattern in (name, f"with_*_{name}"):    # with other networks: analyze.output_path
+            for pattern in (name, f"mirror_{name}", f"with_*_{name}"):      # analyze.output_path
                 for path in glob.glob(os.path.join(glob.escape(self.folder), pattern)):
                     if not os.path.isdir(path):
                         os.remove(path)

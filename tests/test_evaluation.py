@@ -1,5 +1,4 @@
 """engine/evaluation.py: what networks are given, what they predict, how often that is right."""
-import json
 import math
 
 import numpy as np
@@ -549,6 +548,9 @@ def rows_of(student, teacher, both, margin=2.0):
     return rows
 
 
+RUN = dict(epochs=30, counts=[1000, 100], batch=64, repeats=1)         # settings of a run
+
+
 @pytest.mark.parametrize("accuracies, use, more", [
     ((70.1, 73.4, 73.9), "Use the teacher: python analyze.py predict --checkpoint 't x' PICTURES",
      "--epochs 60, or more --minutes"),
@@ -561,13 +563,13 @@ def rows_of(student, teacher, both, margin=2.0):
 def test_the_last_line_says_which_network_to_use(accuracies, use, more, tmp_path):
     """Accuracy where balanced accuracy decides; a difference by chance; a path that a shell cuts in
     two; a student recommended that is worse than its teacher."""
-    line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", dict(epochs=30))
+    line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", RUN)
     assert line.startswith(use) and more in line and "\n" not in line
     assert f"balanced accuracy on the test images: student {accuracies[0]} %" in line
     assert ("no clear difference" in line) == ("no clear difference" in more)
-    line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", dict(epochs=30, holdout=0.2))
+    line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", RUN | dict(holdout=0.2))
     assert "on the held-out images" in line
-    settings = dict(epochs=30, teacher_norm="imagenet", teacher_size=32)
+    settings = RUN | dict(teacher_norm="imagenet", teacher_size=32)
     line = evaluation.advice(rows_of(*accuracies), "runs/y", "t x", settings)
     assert ("--norm imagenet --size 32 PICTURES" in line) == ("t x" in line)
     (tmp_path / "t").mkdir()                            # a run says its own, and refuses others
@@ -576,11 +578,11 @@ def test_the_last_line_says_which_network_to_use(accuracies, use, more, tmp_path
     told = "measured with --teacher-norm imagenet --teacher-size 32, without it here" in line
     assert told == (not line.startswith("Use the student"))
     for teacher in ("t x", str(tmp_path / "t")):        # a file may have no names of its classes
-        line = evaluation.advice(rows_of(*accuracies), "runs/y", teacher, dict(epochs=30))
+        line = evaluation.advice(rows_of(*accuracies), "runs/y", teacher, RUN)
         assert ("x.classes.txt" in line) == (teacher == "t x" and "Use the student" not in line)
 
 
-def test_the_advice_is_not_shorter_than_what_the_start_asked_for(tmp_path):
+def test_the_advice_is_not_shorter_than_what_the_start_asked_for():
     """--epochs 16 at the end of a run that was told at its start that 125 are the fewest; the
     interval of these classes beside that of eval, which is of others too, without a word."""
     config = dict(counts=[100, 60, 32], batch=64, repeats=1)
@@ -589,8 +591,7 @@ def test_the_advice_is_not_shorter_than_what_the_start_asked_for(tmp_path):
                                     (dict(epochs=8, batch=9, repeats=3), 23, 23),
                                     (dict(epochs=8, counts=[1000], batch=10, repeats=3), 16, 7)):
         settings = config | changes
-        (tmp_path / "config.json").write_text(json.dumps(settings))
-        line = evaluation.advice(rows, str(tmp_path), "t x", settings)
+        line = evaluation.advice(rows, "runs/y", "t x", settings)
         assert f"catch up: --epochs {epochs}, or more --minutes." in line
         assert "95 % interval of the difference for these classes: +-3.0" in line
         n = sum(settings["counts"])
@@ -602,7 +603,7 @@ def test_the_advice_is_not_shorter_than_what_the_start_asked_for(tmp_path):
 
 def test_a_network_without_a_teacher_is_named_alone():
     """A teacher that there is none of; "balanced" of a test set that is balanced anyway."""
-    line = evaluation.advice({"avg": dict(overall=52.04)}, "runs/vit", None, dict(epochs=30))
+    line = evaluation.advice({"avg": dict(overall=52.04)}, "runs/vit", None, RUN)
     assert line == ("Use the network: python analyze.py predict --checkpoint runs/vit PICTURES "
                     "(accuracy 52.0 % on the test images)")
 

@@ -598,6 +598,7 @@ def test_an_overwritten_run_leaves_nothing_of_the_old_one(unfinished):
     figures = {name for name, command in analyze.COMMANDS.items()
                if command is analyze.command_figure}
     ours |= {f"{name}.{ending}" for name in figures for ending in ("png", "csv", "json")}
+    ours |= {f"mirror_{name}" for name in ours}
     ours |= {f"with_other+another_{name}" for name in ours}
     foreign = {"notes.txt", "my_summary.png", "predictions.csv", "last.pt.bak", "summary.png.old",
                "with_love.txt"}
