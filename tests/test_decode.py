@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms import RandomResizedCrop
@@ -171,6 +172,70 @@ def test_a_jpeg_decoded_small_is_near_the_whole_one(size, tmp_path):
         pils = whole.resize((size, size), Image.BICUBIC, place)
         assert close(read(tmp_path / "x.jpg", size, how), pils, by=2)
         assert close(read(tmp_path / "x.png", size, how), pils, by=1)
+
+
+def read_slowly(path, size, box):
+    """What read_square returns, (3,S,S), written without regard to speed."""
+    image = decode.opened(path)
+    whole = decode.upright_size(image) if image.format in ("JPEG", "MPO") else None
+    if whole:
+        decode.draft(image, size, box(*whole))
+    image = decode.upright(image, 65535)
+    place = decode.scaled(box(*(whole or image.size)), whole or image.size, image.size)
+    pixels = torch.from_numpy(np.array(decode.rgb(image.crop(place)))).permute(2, 0, 1)
+    if pixels.shape[1:] == (size, size):
+        return pixels
+    return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "gif", "bmp", "tif", "ppm"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "1"])
+def test_reading_fast_changes_no_pixel(ending, mode, tmp_path):
+    """A short cut that takes channels for pixels, or other rows, in some kind of file; another
+    decoder's rounding. All kinds of JPEG compression, every orientation, odd sizes."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        size = int(rng.integers(1, 200)), int(rng.integers(1, 200))
+        path, exif = tmp_path / f"{i}.{ending}", Image.Exif()
+        exif[0x0112] = i % 9
+        try:
+            picture(*size, seed=i).convert(mode).save(
+                path, quality=int(rng.integers(20, 100)), subsampling=i % 3,
+                progressive=i % 2 == 0, exif=exif if i % 3 else Image.Exif())
+        except (OSError, ValueError):           # not a mode of this format
+            pytest.skip(f"{ending} has no {mode}")
+        for box in (decode.central_square, decode.random_box(rng)):
+            for side in (8, 40, min(size)):
+                assert torch.equal(decode.read_square(path, side, box),
+                                   read_slowly(path, side, box)), (i, size, side)
+
+
+def test_python_does_each_thing_once(tmp_path, monkeypatch):
+    """Python's lock held longer, so that threads wait for each other: the box computed twice, the
+    pixels copied twice, or exported in pieces."""
+    rng, calls = np.random.default_rng(0), []
+    noise = Image.fromarray(rng.integers(0, 256, (375, 500, 3), dtype=np.uint8))
+    noise.save(tmp_path / "x.jpg", quality=90)
+    noise.save(tmp_path / "x.png")
+
+    def counted(name, function):
+        def count(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+        return count
+
+    class Encoder:
+        def __init__(self, encoder):
+            self.encode = counted("encode", encoder.encode)
+            self.setimage, self.cleanup = encoder.setimage, encoder.cleanup
+    encoder = Image._getencoder
+    monkeypatch.setattr(Image, "_getencoder", lambda *args: Encoder(encoder(*args)))
+    monkeypatch.setattr(np, "array", counted("copy", np.array))
+    monkeypatch.setattr(np, "asarray", counted("copy", np.asarray))
+    for ending in ("jpg", "png"):
+        calls.clear()
+        decode.read_square(tmp_path / f"x.{ending}", 224, counted("box", lambda W, H: (0, 0, W, H)))
+        assert sorted(calls) == ["box", "encode"]
 
 
 def test_reading_leaves_the_main_thread_its_threads(tmp_path):
@@ -542,6 +607,23 @@ def test_the_boxes_have_the_published_distribution():
     assert np.abs(deciles[0] - deciles[1]).max() < 15
     assert same_distribution(ours[:, 3] / ours[:, 2], theirs[:, 3] / theirs[:, 2])
     assert decode.random_box(rng)(1000, 10)[1::2] == (0, 10)     # central, of the widest ratio
+
+
+def test_the_boxes_of_a_key_stay_what_they_are():
+    """A run resumed with a faster version sees other crops: the last bit of a root decides."""
+    def box(rng, W, H):
+        areas = rng.uniform(0.08, 1, 10) * W * H
+        aspects = np.exp(rng.uniform(*np.log((3 / 4, 4 / 3)), 10))
+        x, y = rng.random(2)
+        for area, aspect in zip(areas, aspects):
+            w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if 1 <= w <= W and 1 <= h <= H:
+                left, top = int(x * (W - w + 1)), int(y * (H - h + 1))
+                return left, top, left + w, top + h
+    for seed in range(3000):
+        W, H = 300 + seed % 70, 300 + seed % 31
+        expected = box(np.random.default_rng(seed), W, H)
+        assert decode.random_box(np.random.default_rng(seed))(W, H) == expected
 
 
 def test_a_file_that_breaks_later_is_gray_and_named_once(stream_files, tmp_path, capsys):
