@@ -98,8 +98,8 @@ def guess_pattern(train_files, test_files, pairs, root):
 
     Tried are each number of the file's name, its beginning before the last number, and the folder
     it lies in; wanted is the one with the most groups that has nine of ten pairs together, two
-    groups or more in nine of ten classes (pairs are of one class, so a class in one group has all
-    together, and is not tested), and on average two images in a group.
+    groups or more in nine of ten classes of two images or more (pairs are of one class, so a class
+    in one group has all together, and is not tested), and on average two images in a group.
     """
     train_names, test_names = ([os.fsdecode(name) for name in files.names(root)]
                                for files in (train_files, test_files))
@@ -112,10 +112,10 @@ def guess_pattern(train_files, test_files, pairs, root):
         trained, tested = list(map(group, train_names)), list(map(group, test_names))
         together = [tested[i] is not None and tested[i] == trained[j] for i, j in pairs]
         groups = len({*trained, *tested})
-        groups_of = {}
+        of_class = {}
         for label, name in zip(labels, trained + tested):
-            groups_of.setdefault(label, set()).add(name)
-        divided = np.mean([len(names) > 1 for names in groups_of.values()])
+            of_class.setdefault(label, []).append(name)
+        divided = np.mean([len(set(names)) > 1 for names in of_class.values() if len(names) > 1])
         enough = len(pairs) >= 3 and np.mean(together) >= 0.9 and divided >= 0.9
         if enough and most < groups <= len(labels) / 2:
             best, most = pattern, groups
