@@ -25,8 +25,8 @@ RUN: a run folder, of a student or a teacher, or a checkpoint file, of this proj
 student and its teacher, several teachers) predict together. `...`: several make one picture.
 diversity, imbalance, curves, runs and tensorboard need no checkpoint. Each figure prints a table
 and writes NAME.png and, with its numbers, NAME.csv (rank: .json), eval per_class.csv and
-confusion.csv (with --mirror: mirror_per_class.csv, ...), into the first run's folder or beside the
-file unless --out says where. Figures, report and summary need matplotlib, and nothing else does.
+confusion.csv, into the first run's folder or beside the file unless --out says where; eval and
+export with --mirror: mirror_NAME. Figures, report and summary need matplotlib, nothing else does.
 """
 import os
 import re

@@ -29,9 +29,9 @@ from engine.networks import (NORMALISATIONS, STEMS, build_student, load_teacher,
                              start_from, start_stem, teacher_files)
 from engine.run_folder import Run
 from engine.runtime import UserError
-from engine.settings import (Interval, Parser, Setting, add_run_flags, add_settings, defaults,
-                             fill_settings, fit_to_folder, flag, flags_of_teacher, has_second_phase,
-                             pick_recipe, resolve_data, run_name, schedule_text)
+from engine.settings import (Interval, Parser, Setting, add_run_flags, add_settings, check_minutes,
+                             defaults, fill_settings, fit_to_folder, flag, flags_of_teacher,
+                             has_second_phase, pick_recipe, resolve_data, run_name, schedule_text)
 from engine.training import (EMA, FiniteScaler, compiled, cosine_lr, micro_batches,
                              parameter_groups, set_lr)
 from vit import MODELS
@@ -281,6 +281,7 @@ def resolve(args, rt):
 
     Returns the flags of the teacher that train_teacher.py is to provide, or None.
     """
+    check_minutes(args)
     resolve_data(args)
     row = defaults(SETTINGS) | pick_recipe(args, RECIPES, rt)
     if args.dataset == "folder":

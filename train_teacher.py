@@ -30,8 +30,8 @@ from engine.networks import NORMALISATIONS, build_teacher, whiten
 from engine.run_folder import Run
 from engine.runtime import UserError
 from engine.settings import (DATA_SETTINGS, Interval, Parser, Setting, add_run_flags, add_settings,
-                             as_flags, defaults, fill_settings, fit_to_folder, flag, pick_recipe,
-                             resolve_data, run_name, schedule_text)
+                             as_flags, check_minutes, defaults, fill_settings, fit_to_folder, flag,
+                             pick_recipe, resolve_data, run_name, schedule_text)
 from engine.training import FiniteScaler, compiled, cosine_lr, set_lr
 from images.policies import color_jitter
 from resnet import CIFAR_BLOCKS
@@ -275,6 +275,7 @@ def parse(argv=None, doc=__doc__):
 
 def resolve(args, rt):
     """Fill every setting and the run folder's name; UserError for impossible settings."""
+    check_minutes(args)
     resolve_data(args)
     paco = args.loss == "paco"
     recipes = PACO_RECIPES if paco else RECIPES

@@ -160,8 +160,8 @@ def prior_text(spec, p, configs, counts, logits, labels, data, temperatures=None
         calibrated = logits if temperatures is None else logits / temperatures[:, None]
         classes = adjusted(calibrated, p, counts or data.counts, exponent)  # exponent 0: any counts
         rows["adjusted"] = weighted_accuracies(classes, labels, weights, data.groups)
-        text = ("adjusted: logits / temperature, as above, + ln(test prior) - ln(prior implied by "
-                f"training: {words})")
+        text = ("adjusted: logits / temperature + ln(test prior) - ln(prior implied by training: "
+                f"{words})")
     if share < 1 - 1e-9:
         text += f"; {100 * (1 - share):.1f} % of the prior is of classes without test images"
     if left_out := int((weights[labels.unique()] == 0).sum()):

@@ -53,8 +53,9 @@ def build(path, network, args, data, rt, labels, flags, load_flags):
     if network.teacher is not None:
         text += " The picture is of the student alone, these are of student and teacher together."
     by_class = {head: result for head, result in results.items() if "per_class" in result}
-    per_class = Section("Accuracy per class", text, accuracy.class_rows(by_class, data, answers),
-                        folded=True)
+    rows = [{TITLES.get(column, column): value for column, value in row.items()}
+            for row in accuracy.class_rows(by_class, data, answers)]
+    per_class = Section("Accuracy per class", text, rows, folded=True)
     sections, left_out = [Section("Result", means, result_rows(results)), per_class], []
     calibrated = calibration.calibrate(network, args, data, rt, logits)
 
@@ -122,8 +123,8 @@ def answer_sections(logits, calibrated, data):
     confidence = calibration.confidence(logits / calibrated.temperature)        # as predict has it
     index, rows = accuracy.confident_mistakes(answers, confidence, data, MISTAKES)
     if rows:
-        text = ("Test images on which the network is wrong, those first of which it is most sure, "
-                f"by {temperature}, which predict uses once eval has kept it.")
+        text = ("Test images on which the network is wrong, those first of which it is most sure "
+                f"({temperature}).")
         images = data.test_images[index.to(data.test_labels.device)]
         sections.append(Section("The most confident mistakes", text, rows,
                                 drawing.as_png(run_figures.mistakes(images, rows)), folded=True))

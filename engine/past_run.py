@@ -96,11 +96,12 @@ class PastRun:
 
     def unfinished(self, args):
         """Runs of these data and recipe that could have been meant, a text."""
-        begin = self.folder.partition(f"_{args.recipe}")[0] + f"_{args.recipe}"
-        runs = sorted(glob.glob(f"{glob.escape(begin)}*"))
+        parent, name = os.path.split(self.folder)
+        begin, recipe, _ = name.partition(f"_{args.recipe}_")       # kind_data_recipe_changes_seed
+        runs = sorted(glob.glob(glob.escape(os.path.join(parent, begin + recipe)) + "*"))
         runs = [run for run in runs if os.path.exists(os.path.join(run, "last.pt"))
                 and not os.path.exists(os.path.join(run, "result.json"))]
-        if not runs:
+        if not runs or not recipe:
             return ""
         return (f". To go on with {' or '.join(runs[:5])}, which is not finished, repeat its "
                 "settings")

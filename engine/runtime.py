@@ -265,10 +265,9 @@ def has_bf16(device):
 
 
 def lacks_memory(error):
-    """Is this RuntimeError a lack of GPU memory? cuBLAS, cuDNN, NCCL report theirs as text only."""
+    """Is this RuntimeError a lack of GPU memory? cuBLAS, CUDA, NCCL report theirs as text only."""
     return isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("_ALLOC_FAILED", "out of memory",
-                                          "unable to find an engine"))
+        words in str(error) for words in ("_ALLOC_FAILED", "out of memory"))
 
 
 def keep_freed_memory():

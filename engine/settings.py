@@ -216,8 +216,8 @@ def check_ranges(args, **ranges):
 
 
 def check_minutes(args):
-    """UserError for --minutes that cannot be."""
-    if getattr(args, "minutes", None) is not None:
+    """UserError for --minutes that cannot be given; a finished run has both, and its epochs."""
+    if args.minutes is not None:
         if args.epochs is not None:
             raise UserError("--minutes decides on the epochs: give it or --epochs, not both")
         check_ranges(args, minutes=(SHORTEST, 1e5))
@@ -226,7 +226,6 @@ def check_minutes(args):
 def resolve_data(args):
     """Fill --imb where it has a default. UserError for flags that the data set does not have."""
     check_ranges(args, seed=(0, 2 ** 62))
-    check_minutes(args)
     args.holdout = args.holdout or None                         # 0: nothing is held out
     by_list = ("folder", *data_lt.LISTS)                        # or, folder, by its folders
     if args.imb is None and args.dataset not in by_list:

@@ -43,7 +43,6 @@ LARGE = 2 ** 24                                 # pixels that are not copied as 
 Image.core.set_block_size(2 ** 26)      # bytes; of smaller blocks glibc keeps some for each thread
 ImageFile.MAXBLOCK = 2 ** 20            # bytes that PIL reads and exports at a time, not 64 KB
 warnings.filterwarnings("ignore", module="PIL")         # remarks on a file, without its path
-warnings.filterwarnings("ignore", message="The given buffer is not writable")   # see to_tensor
 
 # White levels of 8, 10, 12, 14 and 16 bits. A deep file does not say which it means, so a data set
 # has one for all: the smallest that no deep training image exceeds. Other levels are clamped; the
@@ -319,7 +318,7 @@ def read_square(path, size, box=None, white=WHITES[-1]):
         image = upright(image, white)
         place = scaled(place, whole, image.size) if whole else box(*image.size)
         image = cropped(image, place, 2 * size)
-    pixels = to_tensor(image)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     if pixels.shape[1:] == (size, size):
         return pixels
     return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
@@ -346,15 +345,6 @@ def cropped(image, box, side):
 def upright_size(image):
     """(W, H) that an open image has once it is turned upright."""
     return image.size[::-1] if turn(image) in ON_ITS_SIDE else image.size
-
-
-def to_tensor(image):
-    """The pixels of a PIL RGB image, uint8 (3,H,W).
-
-    They stay in PIL's bytes object, which nothing else knows: a copy would hold Python's lock.
-    """
-    pixels = torch.frombuffer(image.tobytes(), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
 def draft(image, size, box):
@@ -420,7 +410,7 @@ def read_all(files, size, exact=False):
                 image = read_image(path, files.white)
                 if image.size != (size, size):
                     return f"{shown(path)}: is {image.size[0]}x{image.size[1]}, not {size}x{size}"
-                images[i] = to_tensor(image)
+                images[i] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
             else:
                 images[i] = read_square(path, size, white=files.white)
         except Exception as error:              # damaged files raise nearly anything

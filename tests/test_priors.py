@@ -115,7 +115,7 @@ def test_the_scale_of_the_logits_does_not_decide():
                                        found.temperatures))
         raw.append(priors.prior_text("train", p, [LA_TEACHER], DATA.counts, scaled, labels, DATA))
     assert len(set(texts)) == 1 and len(set(raw)) == 3
-    assert "adjusted: logits / temperature, as above, + ln(test prior)" in texts[0]
+    assert "adjusted: logits / temperature + ln(test prior)" in texts[0]
     own = torch.tensor([2.0, 0.5])          # 2 / 2 < ln 9 - ln 1, 2 / 0.5 > it
     text = priors.prior_text("x", torch.tensor([0.1, 0.9, 0]).double(), [LA_TEACHER], DATA.counts,
                              torch.tensor([[2.0, 0, -9]] * 2), torch.tensor([1, 0]), DATA, own)

@@ -154,7 +154,7 @@ def test_confident_mistakes_have_the_probabilities_of_predict(runs, monkeypatch)
     *_, mistakes = report.answer_sections(logits, found, data)
     p = float((logits[0] / 0.5).softmax(dim=0).max())
     assert [row["probability"] for row in mistakes.table] == pytest.approx([p] * 18, abs=1e-4)
-    assert "by temperature 0.5, which predict uses once eval has kept it" in mistakes.text
+    assert mistakes.text.endswith("of which it is most sure (temperature 0.5).")
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -182,12 +182,12 @@ def test_a_students_report_has_its_teachers_recorded_rows(kept, runs, quick_figu
     assert any("as the run has measured them" in text for text in own.texts)
     per_class = [dict(zip(own.tables["Accuracy per class"][0], row))
                  for row in own.tables["Accuracy per class"][1:]]
-    assert [row.get("teacher_avg") for row in per_class] == ["71.0" if kept else None] * 10
+    assert [row.get("teacher") for row in per_class] == ["71.0" if kept else None] * 10
     rows = page("--imb", 2).tables["Result"][1:]
     assert [row[0] for row in rows] == ["CLS", "DIST", "average"]
     network, _, data = loading.load(str(folder), RT)
     assert report.recorded_rows(str(folder), network, data, {}).keys() == extra.keys()
-    assert report.recorded_rows(str(folder), network, data, {"groups": (20, 10)}) == {}
+    assert report.recorded_rows(str(folder), network, data, {"groups": "20,10"}) == {}
 
 
 def test_a_report_of_a_student_with_its_teacher_shows_the_students_training(

@@ -4,8 +4,10 @@ import json
 import pytest
 import torch
 
+import analyze
 import train_student
 import train_teacher
+from conftest import script
 from engine import minutes, runtime
 from engine.run_folder import Run
 from tiny_runs import PLAIN, STUDENT, Killed, assert_same_run, read, train
@@ -46,6 +48,13 @@ def test_the_run_is_that_of_its_epochs(kind, shared_run, measured, tmp_path, cap
     assert (config["epochs"], config["minutes"], config["eval_every"]) == (2, 3, 1)
     train(module, *flags)
     assert "is finished (2 epochs)" in capsys.readouterr().out and len(measured) == 1
+
+
+def test_a_fitted_run_can_be_analysed(tiny_cifar, measured, tmp_path, monkeypatch):
+    """Its settings, --minutes and the epochs that they became, refused as if both were given."""
+    train(train_student, *in_minutes(PLAIN), "--data-dir", tiny_cifar, "--out", tmp_path / "run")
+    script(analyze, monkeypatch, "eval", tmp_path / "run")
+    assert (tmp_path / "run/per_class.csv").exists()
 
 
 @pytest.mark.parametrize("saved, lost", [("1", None), ("1", "config.json"), ("10m", None)])

@@ -451,6 +451,10 @@ def test_an_unfinished_run_of_other_settings_is_named(tmp_path):
     assert text == (f". To go on with {tmp_path}/teacher_x_ours_epochs9_s0, which is not finished, "
                     "repeat its settings")
     assert PastRun.unfinished(asked, SimpleNamespace(recipe="paper")) == ""
+    asked.folder = str(tmp_path / "my_ours")
+    (tmp_path / "my_ours_2").mkdir()
+    (tmp_path / "my_ours_2" / "last.pt").touch()            # of a name that says nothing
+    assert PastRun.unfinished(asked, SimpleNamespace(recipe="ours")) == ""
 
 
 def test_the_time_of_half_an_epoch_is_counted(monkeypatch):
