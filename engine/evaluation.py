@@ -178,14 +178,14 @@ def evaluate_student(net, data, img_size, eval_crop, rt, averaged=None):
 
     averaged: the same network with averaged weights (EMA), or None; its prediction is "ema".
     """
-    for network in filter(None, (net, averaged)):
+    for network in [net] if averaged is None else [net, averaged]:
         network.eval()
         share_buffers(network, rt)                          # of a stem with BatchNorm
 
     def predict(x):
         x = student_input(x, img_size, eval_crop)
         heads = student_heads(net, x)
-        if averaged:
+        if averaged is not None:
             heads["ema"] = student_heads(averaged, x)["avg"]
         return heads
     return evaluate(predict, data.test_images, data.test_labels, data.groups, rt)

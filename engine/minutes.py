@@ -149,7 +149,7 @@ def fit_epochs(run, train, args, data, net, *more, at_end=None, **replacements):
             at_end(twin, few, rt)
             end = (rt.now() - began) / len(few.train_labels) * min(images, SUMMARY_IMAGES)
     del twin
-    gc.collect()            # a loop that TooSlow has ended: its optimizer and images, on the device
+    gc.collect()            # frees what a loop that TooSlow has ended holds on the device
     costs = probe.costs(tests / len(few.test_labels))
     left = budget - (time.monotonic() - run.began) - probe.beginning() - end
     epochs, every = all_max(most_epochs(left, costs, args) if rt.main else (0, 0), rt)

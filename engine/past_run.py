@@ -98,10 +98,12 @@ class PastRun:
         """Runs of these data and recipe that could have been meant, a text."""
         parent, name = os.path.split(self.folder)
         begin, recipe, _ = name.partition(f"_{args.recipe}_")       # kind_data_recipe_changes_seed
+        if not recipe:
+            return ""                                               # a name of --out
         runs = sorted(glob.glob(glob.escape(os.path.join(parent, begin + recipe)) + "*"))
         runs = [run for run in runs if os.path.exists(os.path.join(run, "last.pt"))
                 and not os.path.exists(os.path.join(run, "result.json"))]
-        if not runs or not recipe:
+        if not runs:
             return ""
         return (f". To go on with {' or '.join(runs[:5])}, which is not finished, repeat its "
                 "settings")

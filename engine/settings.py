@@ -216,7 +216,10 @@ def check_ranges(args, **ranges):
 
 
 def check_minutes(args):
-    """UserError for --minutes that cannot be given; a finished run has both, and its epochs."""
+    """UserError for a flag --minutes out of range or beside --epochs.
+
+    For flags only: the settings of a run that was measured have both.
+    """
     if args.minutes is not None:
         if args.epochs is not None:
             raise UserError("--minutes decides on the epochs: give it or --epochs, not both")

@@ -4,7 +4,9 @@ The pretended training has a training loop's hooks and known costs; what it take
 added up by that clock.
 """
 import argparse
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -189,6 +191,24 @@ def test_what_comes_after_training_is_counted(monkeypatch):
                        torch.nn.Linear(1, 1), CPU, at_end=summary)
     # 180 s, less 50 of the summary, 2.5 and about 9 to measure it and the steps, 10 s an epoch.
     assert args.epochs == 12
+
+
+def test_what_was_too_slow_to_measure_is_let_go(monkeypatch):
+    """A GPU that keeps a network, its optimizer and its images beside those of the run."""
+    clock, networks = Clock(monkeypatch), []
+    slow = training(clock, 500.0)
+
+    def train(args, data, net, rt, run):
+        net.itself = [net]              # a cycle, as a traceback and its frames are
+        networks.append(weakref.ref(net))
+        slow(args, data, net, rt, run)
+    gc.disable()
+    try:
+        minutes.fit_epochs(Folder(clock), train, asked(minutes=3), small_data(),
+                           torch.nn.Linear(1, 1), CPU)
+    finally:
+        gc.enable()
+    assert len(networks) == 1 and networks[0]() is None
 
 
 @pytest.mark.parametrize("device, epochs", [("cpu", 1), ("cuda", 16)])

@@ -203,6 +203,15 @@ def test_predictions_come_with_each_batch(by_colour, tiny_cifar, monkeypatch):
     assert len(list(rows)) == sum(read) - 1
 
 
+def test_what_cannot_be_read_is_said_to_be_missing(by_colour, tiny_cifar, tmp_path, capsys):
+    """A table with fewer rows than pictures, after a remark that could be a mere warning."""
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    good = str(tiny_cifar / "test" / "class7" / "0.png")
+    row, = predict.predict(by_colour, [str(tmp_path / "x.png"), good], RT)
+    assert row["image"] == good
+    assert capsys.readouterr().err == f"{tmp_path / 'x.png'}: no image that can be read; left out\n"
+
+
 def test_what_is_not_finite_is_neither_right_nor_sure():
     """A confidence of NaN for the whole test set, or an image counted in the row before its own."""
     logits = torch.tensor([[9.0, 0], [float("nan"), 0], [0, 9.0], [float("inf"), 0]])
