@@ -46,6 +46,14 @@ def test_ema_averages_weights_and_batchnorm_statistics():
     assert not ema.model.training and not any(p.requires_grad for p in ema.model.parameters())
 
 
+def test_a_step_of_the_ema_builds_no_state_dict():
+    """Two of them a step, hundreds of tensors each by name, in Python, while a GPU waits."""
+    net = nn.Linear(2, 1)
+    ema = EMA(net, 0.5)
+    net.state_dict = ema.model.state_dict = None
+    ema.update()
+
+
 def test_ema_goes_on_from_a_loaded_state():
     """An average of tensors that loading has replaced: it would never move again."""
     net = nn.Linear(2, 1)

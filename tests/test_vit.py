@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vit
 from vit import VisionTransformer, resize_pos_embed
@@ -428,6 +429,30 @@ def test_both_branches_of_a_block_are_dropped_independently():
     assert values.tolist() == [0, 2, 20, 22]
     assert (counts - 1000).abs().max() < 4 * 27.4                    # 27.4 = sqrt(4000 / 4 * 3 / 4)
     assert block.eval()(torch.zeros(2, 3, 4)).unique().tolist() == [11]
+
+
+class Results(TorchDispatchMode):
+    """Collects the results of all operations inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        self.shapes.append(result.shape)
+        return result
+
+
+@pytest.mark.parametrize("p, passes", [(0.0, 1), (0.1, 2)])
+def test_a_residual_branch_is_passed_over_as_seldom_as_possible(p, passes):
+    """`1.0 * branch` without LayerScale, or stochastic depth as a product and a quotient: on a GPU
+    a pass over all activations waits for memory, twice a block, forward and backward."""
+    x = torch.rand(2, 3, 4)
+    block = vit.Block(embed_dim=4, num_heads=2, drop_prob=p)
+    with Results() as results:
+        block.residual(x, x, block.gamma_1)
+    assert results.shapes.count(x.shape) == passes
 
 
 def test_drop_path_rates_rise_linearly_from_0():
