@@ -11,6 +11,7 @@ r"""Look inside a trained network: the paper's figures and more, one command eac
     python analyze.py distance RUN ...     how far the heads of each block look         Fig. 4b
     python analyze.py rank RUN ...         how many directions the features span        Fig. 1b, 4c
     python analyze.py augment RUN          training images and the teacher's labels     Fig. 2
+    python analyze.py agreement RUN ...    how often a student says what its teacher says
     python analyze.py entropy RUN ...      how sure a teacher is of what it labels      Fig. 3
     python analyze.py sharpness RUN ...    how fast a teacher's loss rises around it    Sec. 3.2
     python analyze.py diversity RUN ...    how CLS and DIST diverge over the training   Fig. 4a
@@ -193,9 +194,9 @@ COMMANDS = {
     "eval": command_eval, "heads": command_heads, "summary": command_summary,
     "report": command_report, "predict": command_predict, "export": command_export,
     "attention": command_figure, "distance": command_figure, "rank": command_figure,
-    "augment": command_figure, "entropy": command_figure, "sharpness": command_figure,
-    "diversity": command_figure, "imbalance": command_figure, "curves": command_figure,
-    "runs": command_runs, "tensorboard": command_tensorboard,
+    "augment": command_figure, "agreement": command_figure, "entropy": command_figure,
+    "sharpness": command_figure, "diversity": command_figure, "imbalance": command_figure,
+    "curves": command_figure, "runs": command_runs, "tensorboard": command_tensorboard,
 }
 ONE_RUN = ("eval", "heads", "summary", "report", "export", "augment")
 ONLY_FOR = {"mirror": ("eval", "predict", "export"), "test_prior": ("eval",), "csv": ("predict",),

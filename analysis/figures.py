@@ -13,6 +13,7 @@ FIGURES = {
     "distance": (student_figures.distance, "student", ("classes", "images")),
     "rank": (student_figures.rank, "student", ("classes", "images")),
     "augment": (student_figures.training_images, "student", ("columns", "seed")),
+    "agreement": (student_figures.agreement, "student", ("images",)),
     "entropy": (teacher_figures.entropy, "teacher", ("images",)),
     "sharpness": (teacher_figures.sharpness, "teacher", ("images", "seed")),
     "diversity": (run_figures.diversity, "log", ()),

@@ -64,6 +64,7 @@ def main():
     session = onnxruntime.InferenceSession(f"{stem}.onnx")
     if len(sys.argv) == 1:
         sys.exit(f"{sys.argv[0]} PICTURE ...")
+    sys.stdout.reconfigure(errors="backslashreplace")       # names that its encoding lacks
     for path in sys.argv[1:]:
         try:
             x = read(path, model["size"], model["white"])

@@ -1,7 +1,9 @@
-r"""Figures of students: where the tokens look, how far, what they span, what students train on.
+r"""Figures of students: where the tokens look, how far, what they span, what students train on, and
+whether they follow their teachers there.
 
-attention, distance, rank: (subjects, rt, flags of analyze.py) -> drawing.Figure. subjects: a list
-of loading.Subject. Images are test images of the tail classes unless `classes` names others.
+(subjects, rt, flags of analyze.py) -> drawing.Figure. subjects: a list of loading.Subject. In
+attention, distance and rank images are test images of the tail classes unless `classes` names
+others.
 """
 import os
 
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 import augment
 from analysis import drawing, quantities
 from analysis.drawing import NAMES, TOKENS, Figure, plt
-from engine.evaluation import student_heads, teacher_logits
+from engine.evaluation import predicted, student_heads, student_input, teacher_logits
 from engine.networks import load_teacher, short_name, teacher_files
 from engine.records import read_json
 from engine.runtime import UserError
@@ -273,18 +275,7 @@ def training_images(subjects, rt, columns=8, seed=0):
     """
     subject, = subjects
     args, data, n = subject.args, subject.data, columns
-    if not hasattr(args, "magnitude"):
-        raise UserError(f"{subject.path} does not say how its student was trained; name a run of "
-                        "train_student.py")
-    if args.method == "deit-iii":
-        raise UserError(f"{subject.path}: DeiT-III has an augmentation of its own, which is not "
-                        "drawn here; name a run of train_student.py")
-    teacher = None
-    if args.teacher:
-        teacher, text = load_teacher(args.teacher, data, rt, args.teacher_norm, args.teacher_size)
-        rt.print(f"Teacher {args.teacher}: {text}")
-        if changed(teacher, subject.path):
-            rt.print(f"Warning: the teacher that {subject.path} learned from has other weights")
+    teacher = teacher_of(subject, rt)
     views = training_views(args, data, n, seed, rt)
     figure, axes = plt.subplots(len(views), n, figsize=(1.35 * n + 0.6, 0.2 + 1.8 * len(views)),
                                 squeeze=False, layout="constrained")
@@ -307,6 +298,28 @@ def training_images(subjects, rt, columns=8, seed=0):
     return Figure(figure, table, table, note)
 
 
+def teacher_of(subject, rt):
+    """A student's teacher, or None. UserError if its training images are not known.
+
+    What the teacher is is printed, with a warning if it has changed since.
+    """
+    args, path = subject.args, subject.path
+    if not hasattr(args, "magnitude"):
+        raise UserError(f"{path} does not say how its student was trained; name a run of "
+                        "train_student.py")
+    if args.method == "deit-iii":
+        raise UserError(f"{path}: DeiT-III has an augmentation of its own, which is not drawn "
+                        "here; name a run of train_student.py")
+    if not args.teacher:
+        return None
+    teacher, text = load_teacher(args.teacher, subject.data, rt, args.teacher_norm,
+                                 args.teacher_size)
+    rt.print(f"Teacher {args.teacher}: {text}")
+    if changed(teacher, path):
+        rt.print(f"Warning: the teacher that {path} learned from has other weights")
+    return teacher
+
+
 def changed(teacher, path):
     """Has a Teacher other weights than that of the student in this run folder had in training?"""
     folder = teacher_files(path)[0]
@@ -319,16 +332,20 @@ def training_views(args, data, n, seed, rt):
     """n training images as the student's settings make them: {view: ((n,3,S,S), targets (n,K))}."""
     torch.manual_seed(seed)
     index = torch.randperm(len(data.train_labels))[:n].to(rt.device)
-    images, labels = data.train_images[index], data.train_labels[index]
+    return views_of(data.train_images[index], data.train_labels[index], args, data.num_classes)
+
+
+def views_of(images, labels, args, num_classes):
+    """Images (n,3,H,W) as the student's settings make them: {view: ((n,3,S,S), targets (n,K))}."""
     clean = augment.resize(augment.to_float(images), args.img_size)
     strong = augment.strong_augment(images, args.img_size, args.crop, args.rand_ops, args.magnitude,
                                     args.erasing)
-    target = augment.smooth_one_hot(labels, data.num_classes)
+    target = augment.smooth_one_hot(labels, num_classes)
     views = {"clean": (clean, target), "strong": (strong, target)}
     mixed_once = args.drw_epoch > 0 or args.mix_drw
     if args.mixup + args.cutmix > 0 and mixed_once:
-        views["mixed"] = augment.mixup_cutmix(strong, labels, data.num_classes, args.mixup,
-                                              args.cutmix, smoothing=0.0)
+        views["mixed"] = augment.mixup_cutmix(strong, labels, num_classes, args.mixup, args.cutmix,
+                                              smoothing=0.0)
     return views
 
 
@@ -351,3 +368,78 @@ def draw_training_image(axis, image, target, label, data):
         parts.append("")                                            # a line for the teacher's
     drawing.show_image(axis, image, "\n".join(parts))
     return row
+
+
+# ---- Does it follow its teacher? -----------------------------------------------------------------
+
+def agreement(subjects, rt, images=None):
+    """How often a student names its teacher's class, and how often each of them is right.
+
+    On training and on test images: clean; strong and mixed by the run's own settings. (Of a mixed
+    image the class of the larger part is right.) A student that does not follow its teacher on the
+    images that it was trained on underfits. Up to `images` (default 1,000) of each set.
+    """
+    table, n = [], drawing.image_count(subjects, images, 1000)
+    figure, axes = plt.subplots(1, len(subjects), figsize=(max(7, 5.5 * len(subjects)), 4),
+                                squeeze=False, sharey=True, layout="constrained")
+    for axis, s in zip(axes[0], subjects):
+        teacher = teacher_of(s, rt)
+        if teacher is None:
+            raise UserError(f"{s.path} was trained without a teacher")
+        sets = {"training": (s.data.train_images, s.data.train_labels),
+                "test": (s.data.test_images, s.data.test_labels)}
+        rows = [{"run": s.name, "images": name, "view": view} | percentages
+                for name, (x, labels) in sets.items()
+                for view, percentages in compare(s, teacher, x, labels, n).items()]
+        draw_agreement(axis, rows)
+        drawing.label_axes(axis, "", "", s.label)
+        table += rows
+    axes[0, 0].set_ylabel("% of the images")
+    drawing.shared_legend(figure, axes[0, 0], columns=4)
+    note = ("Training and test images as they are (clean), augmented (strong) and mixed too "
+            "(mixed), as in the student's training. Bars: the student's class is its teacher's. "
+            "Black: the teacher is right, of a mixed image on the larger part.")
+    drawing.finish(figure, "Does the student follow its teacher?", subjects, note)
+    return Figure(figure, table, table, note)
+
+
+@torch.no_grad()
+def compare(subject, teacher, images, labels, n):
+    """Percentages over (up to) n images (N,3,H,W), evenly from a set, in random batches of 100.
+
+    {view: {"n": images, "teacher": right, "CLS", "DIST", "average": right, "CLS agrees", ...: with
+    the teacher's class}}.
+    """
+    torch.manual_seed(0)
+    args, found = subject.args, {}
+    spread = torch.linspace(0, len(labels) - 1, min(n, len(labels))).long()
+    for index in spread[torch.randperm(len(spread))].split(100):
+        x, y = images[index.to(images.device)], labels[index.to(labels.device)]
+        views = views_of(x, y, args, subject.data.num_classes)
+        tested = student_input(augment.to_float(x), args.img_size, args.eval_crop)
+        views["clean"] = tested, views["clean"][1]
+        for view, (x, target) in views.items():
+            label, y_t = target.argmax(dim=1), predicted(teacher_logits(teacher, x))    # (b,) each
+            classes = {NAMES[head]: predicted(logits)
+                       for head, logits in student_heads(subject.net, x).items()}
+            right = {name: each == label for name, each in classes.items()}
+            agrees = {f"{name} agrees": each == y_t for name, each in classes.items()}
+            for name, each in ({"teacher": y_t == label} | right | agrees).items():
+                found.setdefault(view, {}).setdefault(name, []).append(each)
+    return {view: {"n": len(spread)} | {name: round(100 * float(torch.cat(each).double().mean()), 2)
+                                        for name, each in columns.items()}
+            for view, columns in found.items()}
+
+
+def draw_agreement(axis, rows):
+    """Bars of how often each head agrees with its teacher; a line where the teacher is right."""
+    heads = [head for head, name in NAMES.items() if f"{name} agrees" in rows[0]]
+    width, place = 0.8 / len(heads), np.arange(len(rows))
+    for i, head in enumerate(heads):
+        axis.bar(place + (i - (len(heads) - 1) / 2) * width,
+                 [row[f"{NAMES[head]} agrees"] for row in rows], width,
+                 color=drawing.COLORS[head], label=f"{NAMES[head]} agrees")
+    axis.hlines([row["teacher"] for row in rows], place - 0.45, place + 0.45, color="black",
+                label="teacher is right")
+    axis.set_xticks(place, [f"{row['images']}\n{row['view']}" for row in rows], fontsize=8)
+    axis.set_ylim(0, 100)

@@ -85,7 +85,10 @@ def write(path, content):
 
 
 def print_runs(folders, rt):
-    """A markdown table with a line for each finished run; the others are named on stderr."""
+    """A markdown table with a line for each finished run; the others are named on stderr.
+
+    UserError if there is none.
+    """
     results = {}
     for folder in folders:
         if not os.path.exists(os.path.join(folder, "result.json")):
@@ -96,6 +99,8 @@ def print_runs(folders, rt):
                                          "seconds", "hardware", "command")
         except UserError as error:
             print(visible(str(error)), file=sys.stderr)
+    if not results:
+        raise UserError("none of these is a finished run")
     shown_columns = columns({folder: result["avg"] for folder, result in results.items()})
     names = ["run", "data", *(TITLES.get(column, column) for column in shown_columns), "epochs",
              "seed", "minutes", "hardware", "date", "command"]

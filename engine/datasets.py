@@ -262,7 +262,8 @@ def load_cifar(root, num_classes, imb=100, kind="exp", holdout=None):
     from torchvision import datasets
     existed, place = os.path.isdir(root), shown(root)
     cifar = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[num_classes]
-    if existed and not os.path.isdir(os.path.join(root, cifar.base_folder)):
+    missing = not os.path.isdir(os.path.join(root, cifar.base_folder))
+    if existed and missing:
         n = len(with_images(root))
         if n == num_classes:
             refuse_layout(root, f"{place} has {num_classes} folders of images but no train/",
@@ -272,6 +273,8 @@ def load_cifar(root, num_classes, imb=100, kind="exp", holdout=None):
             refuse_layout(root, f"{place} has {n} folders of images, and CIFAR is not there",
                           "For your own images: --dataset folder. CIFAR is downloaded into a "
                           "folder without images.")
+    if missing:                                 # minutes of silence where there is no network
+        print(f"CIFAR-{num_classes} is not under {place}: downloading it", flush=True)
     try:
         train = cifar(root, train=True, download=True)
         test = cifar(root, train=False, download=True)

@@ -50,6 +50,8 @@ class Lock:
             os.close(file)
             return self.go_without()
         self.file = file
+        with suppress(OSError):             # whoever may write in the folder may own it
+            os.fchmod(file, os.stat(self.folder).st_mode & 0o666)
         if not self.in_place():             # the owner before has just removed it: try again
             self.close()
             return self.take()

@@ -188,6 +188,7 @@ class Run(PastRun):
                 line += f"  {skipped - self.skipped} steps were not finite"
             self.skipped = skipped
             self.bar.write(line)
+            sys.stdout.flush()              # into a file it would wait for 8 KB
             self.watch.after_epoch(epoch, self.parts["model"], results)
         if last:
             self.bar.close()

@@ -331,6 +331,9 @@ def setup(device="auto", amp=None):
     if "OMP_NUM_THREADS" not in os.environ:         # torch does not know of a quota of time
         torch.set_num_threads(min(torch.get_num_threads(), cpus()))
     if world > 1 and not dist.is_initialized():
+        if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:       # not by torchrun
+            print(f"Waiting for the others, as WORLD_SIZE is {world}; unset it if there are none",
+                  file=sys.stderr, flush=True)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             # Others wait while the first reads a large set; torchrun notices one that has died.

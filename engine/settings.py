@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import data_lt
 from engine.runtime import UserError
-from images.files import shown
+from images.files import class_name, shown
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         def formatter(prog):
             return argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=100)
-        spec = sys.modules["__main__"].__spec__             # of python -m
+        spec = getattr(sys.modules["__main__"], "__spec__", None)       # of python -m
         super().__init__(prog=f"-m {spec.name}" if spec else None, description=description,
                          usage="python %(prog)s [--flag value ...]", formatter_class=formatter,
                          allow_abbrev=False)
@@ -365,7 +365,7 @@ def fit_to_folder(row, survey, largest_size, given_size=None):
 def own_name(args):
     """What a user's own images are called: as their list, or as their folder."""
     path = os.path.splitext(args.train_list)[0] if args.train_list else args.data_dir
-    return shown(os.path.basename(os.path.abspath(path)))
+    return class_name(os.path.basename(os.path.abspath(path)))
 
 
 def data_name(args):

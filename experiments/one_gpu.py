@@ -270,7 +270,7 @@ class Report:
 
     def write(self, *lines):
         """Add lines, which are in the file when this returns."""
-        with open(os.path.join(self.folder, "report.md"), "a") as file:
+        with open(os.path.join(self.folder, "report.md"), "a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
         print(*lines, sep="\n", flush=True)
 

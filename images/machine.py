@@ -10,12 +10,15 @@ def limits(*names):
     folders = [GROUPS, os.path.join(GROUPS, "memory")]                  # the latter: version 1
     try:
         with open("/proc/self/cgroup") as file:
-            own = file.read().splitlines()[-1].split(":", 2)[2].strip("/")
-    except (OSError, IndexError):
-        own = ""
-    while own:
-        folders.append(os.path.join(GROUPS, own))
-        own = os.path.dirname(own)
+            lines = [line.split(":", 2) for line in file.read().splitlines()]
+    except OSError:
+        lines = []
+    for _, controllers, own in lines:       # version 2: one line, without controllers
+        top = os.path.join(GROUPS, "memory" if "memory" in controllers.split(",") else "")
+        own = own.strip("/")
+        while own:
+            folders.append(os.path.join(top, own))
+            own = os.path.dirname(own)
     found = []
     for folder in folders:
         for name in names:

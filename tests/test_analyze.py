@@ -130,6 +130,9 @@ def test_runs_are_listed_as_they_ended(runs, tmp_path, monkeypatch, capsys):
         shown = [None if row[c] == "-" else float(row[c]) for c in COLUMNS]
         assert shown == [pytest.approx(result["avg"][c], abs=0.051) for c in COLUMNS]
     assert err == f"{tmp_path}: no finished run\n"
+    with pytest.raises(SystemExit):
+        script(analyze, monkeypatch, "runs", tmp_path)
+    assert "none of these is a finished run" in capsys.readouterr().err
 
 
 # ---- Damaged runs --------------------------------------------------------------------------------

@@ -369,9 +369,10 @@ def test_an_unknown_data_set_is_refused(tmp_path):
     assert message("mnist", tmp_path) == expected
 
 
-def test_a_download_that_fails_says_where_to_put_the_files(tmp_path, offline):
+def test_a_download_that_fails_says_where_to_put_the_files(tmp_path, offline, capsys):
     """The usual first run on a machine without a network. It leaves no empty folder behind."""
     text = message("cifar100", tmp_path / "nothing")
+    assert capsys.readouterr().out.endswith("nothing: downloading it\n")
     assert f"CIFAR-100 is not under {tmp_path / 'nothing'}" in text
     assert "no network" in text and "--data-dir" in text and not (tmp_path / "nothing").exists()
 
@@ -673,7 +674,7 @@ def test_a_folder_too_large_for_memory_stays_on_disk(tmp_path, monkeypatch):
 def control_group(tmp_path, monkeypatch):
     """control_group(file, text) writes a limit of the group job/step, where this process is."""
     monkeypatch.setattr(machine, "GROUPS", str(tmp_path))
-    own = "11:memory:/elsewhere\n0::/job/step\n"
+    own = "11:memory:/slurm/job\n4:cpu,cpuacct:/\n0::/job/step\n"
     monkeypatch.setattr(machine, "open", lambda path: io.StringIO(own) if path.startswith("/proc")
                         else open(path), raising=False)
 
@@ -684,7 +685,8 @@ def control_group(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["memory.max", "job/memory.max", "job/step/memory.max",
-                                  "memory/memory.limit_in_bytes"])
+                                  "memory/memory.limit_in_bytes",
+                                  "memory/slurm/memory.limit_in_bytes"])
 def test_memory_is_that_of_the_container_or_job(file, control_group):
     """A container of 8 GiB on a machine of 512, filled as if it were the machine."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

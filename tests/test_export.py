@@ -1,6 +1,8 @@
 """What export writes, used without this project: its program predicts as `predict` does."""
 import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -116,8 +118,12 @@ def test_the_program_predicts_as_predict(runs, tmp_path, monkeypatch):
     script(analyze, monkeypatch, "predict", "--checkpoint", runs["deit-lt"], "--topk", 3, "--csv",
            tmp_path / "p.csv", *(tmp_path / picture for picture in pictures))
     (tmp_path / "bad.jpg").write_text("no picture")
-    process = subprocess.run([sys.executable, "-I", "model_predict.py", "bad.jpg", ".", *pictures],
-                             cwd=tmp_path, capture_output=True, text=True)
+    text = (tmp_path / "model.json").read_text()
+    (tmp_path / "model.json").write_text(re.sub(r'"class(\d)', r'"\\u0142\1', text))
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.run([sys.executable, "model_predict.py", "bad.jpg", ".", *pictures],
+                             cwd=tmp_path, capture_output=True, text=True,
+                             env=env | {"PYTHONIOENCODING": "ascii"})
     assert process.stderr.startswith("bad.jpg: ") and len(process.stderr.splitlines()) == 2
     assert len(process.stdout.splitlines()) == len(pictures)
     rows = rows_of(tmp_path / "p.csv")
@@ -126,7 +132,7 @@ def test_the_program_predicts_as_predict(runs, tmp_path, monkeypatch):
         assert path == picture
         for answer, r in zip(answers.split(", "), ("", " 2", " 3"), strict=True):
             name, percent = answer.removesuffix(" %").rsplit(" ", 1)
-            assert name == row[f"class{r}"]
+            assert name == row[f"class{r}"].replace("class", r"\u0142")     # no letter of ASCII
             assert float(percent) == pytest.approx(100 * float(row[f"probability{r}"]), abs=0.2)
 
 

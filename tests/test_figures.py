@@ -250,6 +250,72 @@ def test_another_teacher_than_that_of_training_is_said(teachers, warned, network
     assert ("learned from has other weights" in capsys.readouterr().out) == warned
 
 
+# ---- Does it follow its teacher? -----------------------------------------------------------------
+
+class Channels(torch.nn.Module):
+    """A student: CLS says the image's brightest channel, DIST its darkest, classes 0 to 2."""
+
+    def forward(self, x):
+        means = x.mean(dim=(2, 3))                                      # (B,3)
+        cls, dist = (F.pad(logits, (0, 7), value=-9.0) for logits in (means, 0.5 - 2 * means))
+        return cls, dist
+
+
+def test_agreement_is_counted_image_by_image(networks):
+    """Agreement with the label instead of the teacher's class; heads exchanged; a student that sees
+    another crop, or another partner, than its teacher is asked about."""
+    def teacher(x):                                                     # the channel in the middle
+        return F.pad(-x.mean(dim=(2, 3)).argsort().argsort().sub(1).abs(), (0, 7), value=-9)
+    teacher.img_size = 32
+    subject = replace(networks["deit-lt"], net=Channels())
+    levels = torch.rand(60, 3).argsort(dim=1).mul(80).add(40).to(torch.uint8)       # distinct
+    images, labels = levels[:, :, None, None].expand(-1, -1, 32, 32), torch.randint(0, 3, (60,))
+    counts, names = [], ("teacher", "CLS", "DIST", "average")
+    for image, label in zip(images, labels, strict=True):
+        order = augment.to_float(image).mean(dim=(1, 2)).argsort().tolist()
+        dark, middle, bright = order
+        # The mean of both heads, x and 1/2 - 2 x, is largest where x is smallest.
+        said = dict(zip(names, (middle, bright, dark, dark)))
+        counts.append([int(said[name] == label) for name in names])
+    views = student_figures.compare(subject, teacher, images, labels, 10 ** 6)
+    assert list(views) == ["clean", "strong", "mixed"]
+    expected = (100 * torch.tensor(counts).double().mean(dim=0)).tolist()
+    assert [views["clean"][name] for name in names] == pytest.approx(expected, abs=0.006)
+    assert views["clean"]["n"] == len(images)
+    assert all(views["clean"][f"{name} agrees"] == 0 for name in names[1:])
+
+    def teacher(x):
+        return Channels()(x)[1]
+    teacher.img_size = 32
+    for percentages in student_figures.compare(subject, teacher, images, labels, 25).values():
+        assert percentages["n"] == 25 and percentages["teacher"] == percentages["DIST"]
+        assert percentages["DIST agrees"] == 100 > percentages["CLS agrees"]
+
+
+def test_agreement_is_drawn_as_it_was_counted(networks, runs):
+    """The training images tested twice, another teacher, bars of another head or view."""
+    deit = networks["deit-lt"]
+    drawn = student_figures.agreement([deit], RT)
+    teacher, _ = load_teacher(str(runs["teacher"]), deit.data, RT)
+    sets = {"training": (deit.data.train_images, deit.data.train_labels),
+            "test": (deit.data.test_images, deit.data.test_labels)}
+    rows = [{"images": name, "view": view} | percentages for name, given in sets.items()
+            for view, percentages in student_figures.compare(deit, teacher, *given, 1000).items()]
+    assert drawn.table == [{"run": deit.name} | row for row in rows]
+    assert {row["n"] for row in rows} == {len(labels) for _, labels in sets.values()}
+    axis, = drawn.figure.axes
+    for bars, head in zip(axis.containers, ("CLS", "DIST", "average"), strict=True):
+        assert bars.get_label() == f"{head} agrees"
+        assert [bar.get_height() for bar in bars] == [row[f"{head} agrees"] for row in rows]
+    heights = [segment[0][1] for segment in axis.collections[0].get_segments()]
+    assert heights == [row["teacher"] for row in rows]
+
+
+def test_agreement_needs_a_teacher(networks):
+    with pytest.raises(UserError, match="without a teacher"):
+        student_figures.agreement([networks["vit"]], RT)
+
+
 # ---- Teachers ------------------------------------------------------------------------------------
 
 def test_entropy_draws_all_images_and_repeats_the_runs_own_numbers(networks, runs):

@@ -64,6 +64,18 @@ def test_a_killed_owner_leaves_no_lock(owner):
     assert not os.path.exists(f"{folder}/lock")
 
 
+def test_who_may_write_in_the_folder_may_lock_it(tmp_path):
+    """A group's folder in which a run of one member is nobody else's to resume."""
+    mask = os.umask(0o022)
+    try:
+        tmp_path.chmod(0o2775)
+        mine = Lock(str(tmp_path))
+        assert mine.take() and os.stat(mine.path).st_mode & 0o777 == 0o664
+        mine.release()
+    finally:
+        os.umask(mask)
+
+
 def test_nothing_is_left_of_a_run_that_wrote_nothing(tmp_path):
     """Empty run folders after every mistyped command; or somebody's files gone with them."""
     (tmp_path / "runs").mkdir()

@@ -65,6 +65,17 @@ def test_a_clusters_variables_without_a_group(world, words, monkeypatch):
         runtime.setup("cpu")
 
 
+def test_a_cluster_without_torchrun_is_told_what_is_waited_for(monkeypatch, capsys):
+    """Two silent hours in a shell whose variables are those of a cluster's job."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(runtime.dist, "init_process_group", lambda *_, **__: None)
+    for rank, words in (("1", ""), ("0", "Waiting for the others")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        runtime.setup("cpu")
+        assert capsys.readouterr().err.startswith(words) and bool(words) == (rank == "0")
+
+
 @pytest.mark.parametrize("rank, world", [("1", "1"), ("0", "0"), ("-1", "2")])
 def test_a_process_that_no_group_has(rank, world, monkeypatch):
     """A stray RANK: a training that prints and writes nothing; a division by a world of 0."""

@@ -148,6 +148,7 @@ def data_args(**changes):
     (dict(holdout=0.1), "cifar10_imb100_holdout0.1"),
     (dict(dataset="folder", data_dir="/a/my fish/", imb=None, holdout=0.2), "my-fish"),
     (dict(dataset="folder", imb=None, train_list="/a/my list.csv"), "my-list"),
+    (dict(dataset="folder", data_dir="Mu\u0308nchen", imb=None), "M\u00fcnchen"),     # of a Mac
     (dict(dataset="folder", data_dir="fish", imb=None, holdout=0.2, holdout_by="x"), "fish_groups"),
     (dict(dataset="inat18", imb=None), "inat18")])
 def test_data_names(changes, name):

@@ -6,7 +6,9 @@ the losses and the augmentation are watched. Formulas are written out here, not 
 import argparse
 import copy
 import inspect
+import io
 import math
+import sys
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ import losses
 import train_student
 import train_teacher
 from engine import evaluation, networks, runtime
+from engine.early_warnings import EarlyWarnings
 from engine.networks import build_student, build_teacher
 from engine.run_folder import Run
 from engine.runtime import Runtime
@@ -1259,6 +1262,18 @@ def test_a_bad_step_after_a_resume_goes_back_to_the_checkpoint(tmp_path, signals
     assert torch.equal(after["teacher_prior"], saved["teacher_prior"])
     for name, tensor in after["model"].items():
         assert torch.equal(tensor, saved["model"][name]), name
+
+
+def test_an_epochs_line_is_in_the_output_file_at_once(tmp_path, signals, monkeypatch):
+    """A batch system's file that says nothing of the first eighty epochs, or loses them."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    written = []
+    monkeypatch.setattr(EarlyWarnings, "after_epoch",
+                        lambda *_: written.append(sys.stdout.buffer.getvalue()))
+    args = student_settings("--method", "vit", epochs=1)
+    run = Run(str(tmp_path / "run"), args, CPU)
+    train_student.train(args, small_data(), Vit(False), None, CPU, run)
+    assert b"epoch    1  loss" in written[0]
 
 
 def spoiled(scale):
