@@ -292,7 +292,8 @@ def resolve(args, rt):
         if getattr(args, name) is not None:
             changed[name] = getattr(args, name)
     check(args, changed, rt)
-    if args.teacher != "auto":
+    usual = "strong" if args.method == "deit" else "auto"
+    if args.teacher not in ("auto", usual):
         changed["by"] = short_name(args.teacher)
     if args.finetune:
         changed["from"] = short_name(args.finetune)
@@ -300,8 +301,7 @@ def resolve(args, rt):
     if args.distill == "none":
         args.teacher = None
         return None
-    if args.teacher == "auto" and args.method == "deit":
-        args.teacher = "strong"
+    args.teacher = usual if args.teacher == "auto" else args.teacher
     if args.teacher not in OWN_TEACHERS:
         return None
     flags = flags_of_teacher(args)

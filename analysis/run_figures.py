@@ -4,6 +4,8 @@ diversity, imbalance, curves: (logs, rt) -> drawing.Figure. logs: a list of load
 is loaded. class_accuracy, confusion_matrix, reliability, mistakes, summary: bare figures for report
 and summary.
 """
+from collections import Counter
+
 import numpy as np
 
 import augment
@@ -164,12 +166,17 @@ def imbalance(logs, rt, labels=None):
 
     From each run's result.json: the prediction's tail accuracy at the last epoch. Without `labels`,
     runs are labelled by method and model, and by data set and recipe where these differ. Runs of
-    one label and one imbalance are repetitions.
+    one label and one imbalance are repetitions: UserError if two of them have the same seed.
     """
     results = [run_result(run.path, "method", "model", "imb", "seed", "avg") for run in logs]
     fields = ["method", "model", *(name for name in ("dataset", "recipe")
                                    if len({result.get(name) for result in results}) > 1)]
     names = labels or [" ".join(str(result.get(name)) for name in fields) for result in results]
+    points = Counter((name, r["imb"], r["seed"]) for name, r in zip(names, results))
+    (name, imb, seed), n = points.most_common(1)[0]
+    if n > 1:
+        raise UserError(f"{n} runs are called {name} at imbalance {imb:g} and have seed {seed}: "
+                        "they are no repetitions; tell them apart by --labels")
     rows = [{"series": name, "run": short_name(run.path), "imbalance": result["imb"],
              "seed": result["seed"], "overall %": result["avg"]["overall"],
              "tail %": result["avg"]["tail"]} for name, run, result in zip(names, logs, results)]

@@ -28,6 +28,7 @@ here (1, 10, 2), names are needed, too.
 import hashlib
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import log
 
@@ -504,6 +505,16 @@ def origin(file, network):
     """What a run remembers of a network that it builds on, plain values."""
     return {"file": file, "weights": network.weights, "data": network.data,
             "unfinished": network.unfinished}
+
+
+def retrained(config):
+    """Files of the teachers in a run's config.json that have other weights now than they had."""
+    changed = []
+    for known in config.get("teachers") or []:
+        with suppress(UserError):                   # it is gone, or no network any more
+            if load_network(known["file"]).weights != known["weights"]:
+                changed.append(known["file"])
+    return changed
 
 
 def check_origin(what, known, data, rt):

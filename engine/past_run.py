@@ -18,11 +18,12 @@ from engine.checkpoints import load_checkpoint
 from engine.datasets import fingerprint_of_files, has_files
 from engine.evaluation import COLUMNS, advice, table
 from engine.lock import Lock, held
-from engine.networks import check_origin, teacher_files
+from engine.networks import check_origin, retrained, teacher_files
 from engine.records import is_like, read_json, read_log_lines
 from engine.runtime import PRECISIONS, UserError, all_max, exit_together
 from engine.settings import DATA_SETTINGS, NOT_RESUMED, defaults, flag, set_epochs
 from engine.training import check_compiler
+from images.files import shown
 
 FORMAT = 2          # of a run folder's settings: runs of another one are not resumed or shown
 RESTART = 60        # seconds that torchrun's new worker waits for the old one to let the run go
@@ -31,8 +32,8 @@ AGAIN = "--overwrite starts it again, --out names another folder"
 REMOVE = "remove that folder to train this teacher again, or name another with --teacher"
 LACKS = "the log lacks epochs"      # in `forced` of a run that went on with such a log
 # All files that this project writes into a run's folder: what --overwrite removes, in this order.
-FIGURES = ("attention", "distance", "rank", "augment", "entropy", "sharpness", "diversity",
-           "imbalance", "curves")
+FIGURES = ("attention", "distance", "rank", "augment", "agreement", "entropy", "sharpness",
+           "diversity", "imbalance", "curves")
 BEGUN_AGAIN = "overwriting"     # file of a run that --overwrite has locked but not begun yet
 OWN_FILES = ("result.json", "last.pt", "previous.pt", "log.jsonl", "config.json",
              "summary.png", "per_class.csv", "confusion.csv", "confusion.png", "calibration.json",
@@ -76,7 +77,7 @@ class PastRun:
         # --minutes: the time of a teacher that another script trains begins here.
         self.began = time.monotonic() if wait else runtime.began
         self.measured = False               # with --minutes: are the epochs known?
-        self.lock, self.over = None, False
+        self.lock, self.over, self.others = None, False, ""
         self.check_sources(args)
         self.own(args, wait)
         if args.compile and not self.over:
@@ -84,6 +85,9 @@ class PastRun:
         if self.over or self.overwrite:
             return
         if os.path.exists(self.checkpoint) or os.path.exists(self.previous):
+            if self.others:
+                raise UserError(f"{folder} is a finished run with other settings, {self.others}: "
+                                f"{AGAIN}")
             if not self.resume:
                 raise UserError(f"{folder} already holds a run: --resume continues it, {AGAIN}")
             self.read_state(args)
@@ -220,6 +224,7 @@ class PastRun:
             return False
         changes = self.changes(config, args, (*NOT_RESUMED, *ABOUT, "amp", "processes"))
         if changes and not self.resume:
+            self.others = ", ".join(changes.values())
             return False
         if changes:
             self.check_force(args, changes)
@@ -402,16 +407,20 @@ class PastRun:
         result = read_json(self.folder, "result.json")
         rows = {name: r for name, r in result.items()
                 if is_like(r, {"": 0.0}) and set(COLUMNS) <= r.keys()}
-        self.rt.print(f"{self.folder} is finished ({result['epochs']} epochs); its result:\n"
-                      + table(rows, title))
+        config = read_json(self.folder, "config.json")
+        precision = str(config.get("amp_dtype")).removeprefix("torch.").replace("None", "float32")
+        self.rt.print(f"{self.folder} is finished ({result['epochs']} epochs) in {precision}; its "
+                      "result:\n" + table(rows, title))
+        for file in retrained(config):
+            self.rt.print(f"Its teacher {shown(file)} has been trained again since then: "
+                          "--overwrite trains this one again, too")
         picture = os.path.join(self.folder, "summary.png")
         if (draw and self.rt.main and os.path.exists(self.checkpoint)
                 and not os.path.exists(picture)):
             draw(self.folder)
         compared = all("margin" in rows.get(name, {}) for name in ("teacher_avg", "avg+teacher"))
         if draw and "avg" in rows and (compared or result.get("teacher") is None):
-            settings = read_json(self.folder, "config.json")
-            self.rt.print(advice(rows, self.folder, result["teacher"], settings))
+            self.rt.print(advice(rows, self.folder, result["teacher"], config))
         return True
 
     def write(self, action):

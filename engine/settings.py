@@ -124,8 +124,7 @@ def add_run_flags(parser):
     data.add_argument("--skip-bad", action="store_true",
                       help="list unusable images and continue without them [list and stop]")
     run = parser.add_argument_group("run")
-    recipes = ("auto", "paper", "cpu", "ours", "gpu")
-    run.add_argument("--recipe", default="auto", choices=recipes, metavar="NAME",
+    run.add_argument("--recipe", default="auto", metavar="NAME",
                      help="paper, cpu, ours; gpu: ours, larger, for CIFAR [GPU: paper; else cpu, "
                           "for own images ours]")
     run.add_argument("--minutes", type=float, metavar="N",

@@ -42,10 +42,11 @@ from data_lt import LISTS
 from engine import runtime
 from engine.datasets import fingerprint_of_files, has_files, load_data
 from engine.evaluation import TITLES, columns
+from engine.networks import retrained
 from engine.past_run import real_paths
 from engine.records import read_json, read_log, teacher_right
 from engine.runtime import ENDS_WITH_PARENT, UserError, watched_signals
-from engine.settings import CARRIED, DATA_SETTINGS, as_flags, flag, resolve_data
+from engine.settings import CARRIED, DATA_SETTINGS, NOT_RESUMED, as_flags, flag, resolve_data
 from experiments import crt, deit3
 from images.files import DataError
 from images.machine import cpus
@@ -197,18 +198,21 @@ def resolved(command, rt):
 def is_finished(folder, args=None):
     """Is there a result in a run folder?
 
-    args: settings that it is to have. UserError if it was trained on other images or by another
-    teacher: the folder's name does not have all that chooses them.
+    args: settings that it is to have. UserError if it has others, which its folder's name does not
+    tell (a recipe, or the default of one, may have changed), or if its teacher was trained again.
     """
     if not os.path.exists(os.path.join(folder, "result.json")):
         return False
     if args:
         config = read_json(folder, "config.json")
-        other = [flag(name) for name in DATA_SETTINGS
+        free = {*NOT_RESUMED, "amp", "teacher", "finetune"}
+        other = [flag(name) for name in sorted(vars(args).keys() - free)
                  if name in config and config[name] != getattr(args, name)]
         other += [flag(name) for name in ("teacher", "finetune")
                   if name in config
                   and real_paths(config[name]) != real_paths(getattr(args, name, None))]
+        if retrained(config):
+            other.append("--teacher, which has been trained again since")
         if has_files(args):
             with suppress(DataError):                       # no images here: a table is shown
                 if config.get("fingerprint") not in (None, fingerprint(args)):

@@ -36,8 +36,7 @@ AS_IN_RESULT = "imb recipe method model epochs seed seconds hardware date comman
 # Settings with a column of their own, and those that change how a run goes but not its result.
 NOT_LISTED = {"dataset", "imb", "seed", "recipe", "method", "loss", "model", "arch", "teacher",
               "epochs", "amp", "device", "data_dir", "out", "resume", "overwrite", "force",
-              "save_every", "eval_every", "compile", "checkpointing", "tensorboard", "wandb",
-              "skip_bad"}
+              "save_every", "eval_every", "compile", "checkpointing", "skip_bad"}
 OF_ITS_TEACHER = {"imb_type", "minutes", "holdout", "holdout_by", "train_list", "test_list",
                   "list_columns", "groups", "img_size", "teacher_rho"}
 SET_BY_FINETUNE = {"finetune", "img_size", "lr", "warmup_epochs", "weight_decay", "drw_epoch"}

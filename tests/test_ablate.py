@@ -149,11 +149,14 @@ def test_a_finished_run_of_other_images_is_named_before_anything_runs(ablation, 
     monkeypatch.setattr(ablate, "begin", lambda *_: 1 / 0)
     folder = ablate.resolved("train_student.py --holdout 0.1 --seed 0", CPU).out
     finish(folder, 50.0)
-    Path(folder, "config.json").write_text('{"holdout": 0.2}')
-    with pytest.raises(SystemExit) as stop:
-        ablation("table1", "--holdout", 0.1)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and f"{folder} is a finished run with another --holdout" in error
+    monkeypatch.setattr(ablate, "retrained", lambda config: config.get("teachers"))
+    for config, other in (('{"holdout": 0.2, "lr": 9, "eval_every": 9}', "--holdout, --lr"),
+                          ('{"teachers": ["a"]}', "--teacher, which has been trained again")):
+        Path(folder, "config.json").write_text(config)
+        with pytest.raises(SystemExit) as stop:
+            ablation("table1", "--holdout", 0.1)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"{folder} is a finished run with another {other}" in error
     assert len(ablation("table1", "--holdout", 0.1, "--commands")) == 2
 
 

@@ -490,6 +490,8 @@ def test_imbalance_is_the_mean_over_seeds(tmp_path):
     assert len({row["series"] for row in run_figures.imbalance(logs, RT).table}) == 3
     again = run_figures.imbalance(logs, RT, labels=["a", "a", "a", "b"])
     assert [row["series"] for row in again.table] == ["a", "a", "b"]
+    with pytest.raises(UserError, match="2 runs are called a at imbalance 100 and have seed 0"):
+        run_figures.imbalance(logs, RT, labels=["a"] * 4)       # of two methods
 
 
 def test_a_log_says_which_data_it_came_from(tmp_path):

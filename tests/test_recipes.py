@@ -250,6 +250,10 @@ def test_methods(recipe, method, changed, teacher):
             teacher = teacher.replace("_s0", "_augmentresized_s0")
     assert args.teacher == teacher
     assert args.out == f"runs/{method}_cifar10_imb100_{recipe}_s0"
+    if method == "deit":            # named, as in experiments/ablate.py: no second run of the same
+        named = resolved(train_student, "--recipe", recipe, "--method", method, "--teacher",
+                         "strong")
+        assert vars(named) == vars(args)
 
 
 @pytest.mark.parametrize("recipe", ["paper", "cpu"])

@@ -393,7 +393,7 @@ def test_another_run_in_the_folder_is_not_overwritten(shared_run, refused, tmp_p
     module, flags, finished = shared_run("teacher")
     shutil.copytree(finished, tmp_path / "run")
     error = refused(module, *flags, "--out", tmp_path / "run", "--lr", "0.05")
-    assert "already holds a run" in error and "--overwrite" in error
+    assert "other settings, --lr 0.1 -> 0.05: " in error and "--overwrite" in error
     (tmp_path / "run" / "result.json").unlink()
     assert "already holds a run" in refused(module, *flags, "--out", tmp_path / "run")
     with killed_at(0, 0):

@@ -266,6 +266,28 @@ def test_force_is_named_only_where_it_helps(flags, forced, shared_run, tmp_path,
     assert "other settings" in message and ("--force" in message) == forced
 
 
+def test_a_finished_student_of_a_teacher_that_was_trained_again(shared_run, tmp_path, capsys):
+    """The first teacher's student, shown as if it were the second's."""
+    module, flags, finished = shared_run("student")
+    shutil.copytree(finished, tmp_path / "run")
+    own = [*flags, "--out", tmp_path / "run", "--amp", "none"]
+    train(module, *own)
+    assert "again since" not in capsys.readouterr().out
+    config = read(tmp_path / "run", "config.json")
+    config["teachers"][0]["weights"] = "0123456789abcdef"
+    config["amp_dtype"] = "torch.bfloat16"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    train(module, *own)
+    out = capsys.readouterr().out
+    assert "is finished (2 epochs) in bfloat16" in out
+    assert f"Its teacher {config['teacher']} has been trained again since" in out
+    shutil.rmtree(tmp_path / "none", ignore_errors=True)
+    config["teachers"][0]["file"] = str(tmp_path / "none")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    train(module, *own)
+    assert "again since" not in capsys.readouterr().out
+
+
 def test_an_extended_run_that_dies_before_its_checkpoint_is_the_old_one(shared_run, tmp_path,
                                                                         capsys):
     """The new settings beside the old result: neither command goes on, and a student is told to

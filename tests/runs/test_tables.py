@@ -1,16 +1,21 @@
 """A table of runs from end to end, on the built-in shapes: what is trained, and what is shown."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import train_student
 import train_teacher
 from conftest import script
-from experiments import ablate, crt, deit3
+from engine.records import read_log
+from experiments import ablate, crt, deit3, fast_parts
 from experiments.ablate import Row
 from finished_runs import Ended
 from images import shapes
+from resnet import FastNet
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 FLAGS = ("--dataset shapes --imb 10 --recipe cpu --epochs 2 --drw-epoch 1 --batch 32 "
@@ -66,3 +71,44 @@ def test_a_table_of_real_runs(monkeypatch, capsys):
 
     script(ablate, monkeypatch, "modes", *FLAGS)
     assert len(ran) == 4 and capsys.readouterr().out.splitlines()[-4:] == table
+
+
+def test_fastnet_without_each_of_its_parts(monkeypatch, capsys):
+    """Rows of one network, or of each other's; a part that is left out of no training."""
+    flags = "--dataset shapes --imb 10 --epochs 1 --warmup-epochs 0 --batch 32 --eval-every 1"
+    script(fast_parts, monkeypatch, *flags.split())
+    _, *lines = capsys.readouterr().out.splitlines()[-len(fast_parts.PARTS) - 1:]
+    losses = set()
+    for part, line in zip(fast_parts.PARTS, lines, strict=True):
+        name = part.replace(" ", "_")
+        folder, = Path("runs").glob(f"fast_shapes*_without_{name}")
+        result = json.loads((folder / "result.json").read_text())["avg"]
+        assert line.split() == [*part.split(), *(f"{result[group]:.1f}" for group in
+                                                 ("overall", "head", "mid", "tail"))]
+        losses |= {read_log(str(folder))[0]["loss"]}
+    assert len(losses) == len(fast_parts.PARTS)
+    script(fast_parts, monkeypatch, *flags.split())             # all are finished
+    assert capsys.readouterr().out.splitlines()[-len(lines):] == lines
+
+
+def test_what_is_left_out_of_fastnet():
+    """Random filters that are Dirac's after all, or features that are still halved."""
+    x, given = torch.rand(20, 3, 32, 32), SimpleNamespace(mixing=0.5, loss="la")
+    for part, leave_out in fast_parts.PARTS.items():
+        torch.manual_seed(0)
+        net, args = FastNet(10), SimpleNamespace(**vars(given))
+        net.whiten(x)
+        stem, features = net.stem.weight.clone(), net.eval().forward_features(x)
+        leave_out(args, net)
+        trained = net.stem.weight.requires_grad
+        assert trained == (not torch.equal(net.stem.weight, stem)) == (part == "whitened stem")
+        first = net.blocks[1].conv2.weight[5]
+        dirac = torch.equal(first, F.pad(torch.ones(1, 1, 1), (1, 1, 1, 1, 5, 122)))
+        assert dirac == (part != "Dirac filters")
+        changed = [name for name, value in vars(args).items() if value != vars(given)[name]]
+        assert changed == {"mixing": ["mixing"], "logit adjustment": ["loss"]}.get(part, [])
+        assert (args.mixing, args.loss) in ((0.5, "la"), (0.0, "la"), (0.5, "ce"))
+        if part == "halved features":
+            torch.testing.assert_close(net.forward_features(x), 2 * features)
+        elif part not in ("whitened stem", "Dirac filters"):
+            torch.testing.assert_close(net.forward_features(x), features)
