@@ -11,7 +11,7 @@ r"""What does each part of our teacher add? FastNet trained again and again, eac
 Flags as of train_teacher.py. On held-out images, since recipes are chosen by such tables. Runs are
 in runs/fast_...; the same command goes on where it was stopped.
 """
-import copy
+import argparse
 
 import train_teacher
 from engine import runtime
@@ -23,56 +23,63 @@ from resnet import FastNet
 
 # ---- What is left out ----------------------------------------------------------------------------
 
-def random_stem(args, net):
+def random_stem(net):
     net.stem.reset_parameters()
     net.stem.requires_grad_(True)
 
 
-def random_filters(args, net):
+def random_filters(net):
     for block in net.blocks:
         block.conv1.reset_parameters()
         block.conv2.reset_parameters()
 
 
-def whole_features(args, net):
+def whole_features(net):
     net.forward_features = lambda x: 2 * FastNet.forward_features(net, x)
 
 
-def no_mixing(args, net):
-    args.mixing = 0.0
+def nothing(net):
+    pass
 
 
-def cross_entropy(args, net):
-    args.loss = "ce"
-
-
-PARTS = {"none": lambda args, net: None, "whitened stem": random_stem,
-         "Dirac filters": random_filters, "halved features": whole_features, "mixing": no_mixing,
-         "logit adjustment": cross_entropy}
+PARTS = {                           # part: what leaves it out, of the new network and of settings
+    "none": (nothing, {}),
+    "whitened stem": (random_stem, {}),
+    "Dirac filters": (random_filters, {}),
+    "halved features": (whole_features, {}),
+    "mixing": (nothing, {"mixing": 0.0}),
+    "logit adjustment": (nothing, {"loss": "ce"}),
+}
 
 
 # ---- The runs ------------------------------------------------------------------------------------
 
 def train_without(part, args, rt):
     """Train a FastNet without this part (or go on with it); returns its accuracies."""
-    args = copy.copy(args)
+    leave_out, settings = PARTS[part]
+    args = argparse.Namespace(**vars(args) | settings)
     args.out = f"{args.out.replace('teacher_', 'fast_', 1)}_without_{part.replace(' ', '_')}"
 
     def train(args, data, net, rt, run):
-        changed = copy.copy(args)       # config.json keeps the flags: the same command finds it
-        PARTS[part](changed, net)
-        return train_teacher.train(changed, data, net, rt, run)
+        leave_out(net)
+        return train_teacher.train(args, data, net, rt, run)
     train_teacher.run_teacher(args, rt, train=train)
     return read_json(args.out, "result.json")["avg"]
 
 
-def main():
-    args = train_teacher.parse(doc=__doc__)
+def resolved(args, rt):
+    """Fill the settings (of train_teacher.parse) and the run folder's name; returns them."""
     if args.recipe not in ("auto", "ours") or args.arch or args.loss or args.minutes:
         raise UserError("this is about --recipe ours as it is: leave out --arch, --loss, --minutes")
     args.recipe, args.resume = "ours", True
-    rt = runtime.setup(args.device, args.amp)
     train_teacher.resolve(args, rt)
+    return args
+
+
+def main():
+    args = train_teacher.parse(doc=__doc__)
+    rt = runtime.setup(args.device, args.amp)
+    args = resolved(args, rt)
     results = {part: train_without(part, args, rt) for part in PARTS}
     rt.print(table(results, "FastNet without"))
 

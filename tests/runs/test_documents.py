@@ -22,8 +22,8 @@ import vit
 from conftest import ROOT
 from engine.runtime import Runtime, run_main
 from engine.settings import flag
-from experiments import (ablate, bench, crt, deit3, minutes, one_gpu, resnet18, runs_table,
-                         steps)
+from experiments import (ablate, bench, crt, deit3, fast_parts, minutes, one_gpu, resnet18,
+                         runs_table, steps)
 
 LONG = ["README.md", "results/README.md", "results/jpeg_copy.md"]       # many commands and links
 DOCUMENTS = [*LONG, "results/departures.md", "results/interruptions.md"]
@@ -32,7 +32,7 @@ TRAINING = {ablate.STUDENT: train_student, ablate.TEACHER: train_teacher, ablate
 SCRIPTS = {"analyze.py": analyze, "-m experiments.ablate": ablate, "-m experiments.bench": bench,
            "-m experiments.runs_table": runs_table, "-m experiments.minutes": minutes,
            "-m experiments.resnet18": resnet18, "-m experiments.one_gpu": one_gpu,
-           "-m experiments.steps": steps}
+           "-m experiments.steps": steps, "-m experiments.fast_parts": fast_parts}
 COMMAND = re.compile(r"(?:OMP_NUM_THREADS=\S+ )?(?:python3? |torchrun )")
 
 
@@ -142,9 +142,10 @@ def try_command(command, monkeypatch):
         monkeypatch.setattr(steps, "matmul_peak", lambda rt: 1e12)
         monkeypatch.setattr(steps, "measure_step", lambda *_: "")
         run_main(steps.main)
-    elif program == "-m experiments.resnet18":
+    elif program in ("-m experiments.resnet18", "-m experiments.fast_parts"):
         make_images(flags)
-        assert resnet18.resolved(train_teacher.parse(flags), Runtime(torch.device("cpu"))).out
+        args, rt = train_teacher.parse(flags), Runtime(torch.device("cpu"))
+        assert SCRIPTS[program].resolved(args, rt).out
     elif program == "-m experiments.minutes":
         make_images(flags)
         sys.argv.append("--show")

@@ -1,7 +1,6 @@
 """A table of runs from end to end, on the built-in shapes: what is trained, and what is shown."""
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,8 +74,9 @@ def test_a_table_of_real_runs(monkeypatch, capsys):
 
 def test_fastnet_without_each_of_its_parts(monkeypatch, capsys):
     """Rows of one network, or of each other's; a part that is left out of no training."""
-    flags = "--dataset shapes --imb 10 --epochs 1 --warmup-epochs 0 --batch 32 --eval-every 1"
-    script(fast_parts, monkeypatch, *flags.split())
+    flags = ("--dataset shapes --imb 10 --epochs 1 --warmup-epochs 0 --batch 32 --eval-every 1 "
+             "--mixing 1").split()
+    script(fast_parts, monkeypatch, *flags)
     _, *lines = capsys.readouterr().out.splitlines()[-len(fast_parts.PARTS) - 1:]
     losses = set()
     for part, line in zip(fast_parts.PARTS, lines, strict=True):
@@ -87,27 +87,26 @@ def test_fastnet_without_each_of_its_parts(monkeypatch, capsys):
                                                  ("overall", "head", "mid", "tail"))]
         losses |= {read_log(str(folder))[0]["loss"]}
     assert len(losses) == len(fast_parts.PARTS)
-    script(fast_parts, monkeypatch, *flags.split())             # all are finished
+    script(fast_parts, monkeypatch, *flags)                     # all are finished
     assert capsys.readouterr().out.splitlines()[-len(lines):] == lines
 
 
 def test_what_is_left_out_of_fastnet():
     """Random filters that are Dirac's after all, or features that are still halved."""
-    x, given = torch.rand(20, 3, 32, 32), SimpleNamespace(mixing=0.5, loss="la")
-    for part, leave_out in fast_parts.PARTS.items():
+    x = torch.rand(20, 3, 32, 32)
+    for part, (leave_out, settings) in fast_parts.PARTS.items():
         torch.manual_seed(0)
-        net, args = FastNet(10), SimpleNamespace(**vars(given))
+        net = FastNet(10)
         net.whiten(x)
         stem, features = net.stem.weight.clone(), net.eval().forward_features(x)
-        leave_out(args, net)
+        leave_out(net)
         trained = net.stem.weight.requires_grad
         assert trained == (not torch.equal(net.stem.weight, stem)) == (part == "whitened stem")
         first = net.blocks[1].conv2.weight[5]
         dirac = torch.equal(first, F.pad(torch.ones(1, 1, 1), (1, 1, 1, 1, 5, 122)))
         assert dirac == (part != "Dirac filters")
-        changed = [name for name, value in vars(args).items() if value != vars(given)[name]]
-        assert changed == {"mixing": ["mixing"], "logit adjustment": ["loss"]}.get(part, [])
-        assert (args.mixing, args.loss) in ((0.5, "la"), (0.0, "la"), (0.5, "ce"))
+        assert settings == {"mixing": {"mixing": 0.0},
+                            "logit adjustment": {"loss": "ce"}}.get(part, {})
         if part == "halved features":
             torch.testing.assert_close(net.forward_features(x), 2 * features)
         elif part not in ("whitened stem", "Dirac filters"):
