@@ -121,10 +121,7 @@ def run_main(main):
         sys.stdout, sys.stderr = sys.stdout.stream, sys.stderr.stream
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    grouped = dist.is_available() and dist.is_initialized()
-    if grouped and not code:
-        dist.destroy_process_group()        # after an error NCCL might wait for the other processes
-    if grouped:
+    if dist.is_available() and dist.is_initialized():
         hard_exit(code or 0)
     if code:
         sys.exit(code)
@@ -194,7 +191,9 @@ def hard_exit(code=0):
     """End one of several processes without the interpreter's shutdown.
 
     gloo's threads, alive after DDP, abort during that shutdown now and then, and torchrun would
-    report a finished run as failed.
+    report a finished run as failed. Destroying the group first does not help: torch 2.6 waits there
+    for a thread of gloo's that waits for Python's lock, now and then; NCCL, after an error, for the
+    other processes.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -160,20 +160,19 @@ def test_the_first_signal_asks_and_only_a_later_one_ends_at_once(monkeypatch, ca
 @pytest.mark.parametrize("ending, code", [
     (None, 0), (UserError("no"), 2), (SystemExit(143), 143), (SystemExit(), 0)])
 def test_one_of_several_processes_ends_at_once_with_its_code(ending, code, monkeypatch):
-    """Python's own ending of a process, which gloo's threads now and then abort, or a lost code."""
+    """Python's own ending of a process, which gloo's threads now and then abort, or a lost code; a
+    group that is destroyed, for which torch 2.6 now and then waits forever."""
     def main():
         if ending:
             raise ending
 
     def hard_exit(code):
         raise RuntimeError(f"left with {code}")
-    destroyed = []
     monkeypatch.setattr(runtime.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(runtime.dist, "destroy_process_group", lambda: destroyed.append(1))
+    monkeypatch.delattr(runtime.dist, "destroy_process_group")
     monkeypatch.setattr(runtime, "hard_exit", hard_exit)
     with pytest.raises(RuntimeError, match=f"left with {code}"):
         runtime.run_main(main)
-    assert len(destroyed) == (code == 0)                # after an error NCCL may wait for others
 
 
 def test_a_hard_exit_loses_neither_output_nor_code():
@@ -348,7 +347,6 @@ def one_of_two(rank, folder):
     scaler.unscale_()
     results |= {"prior": prior, "finite": scaler.update()}
     torch.save(results, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
     os._exit(0)                     # a fork: pytest's own ending is not this process's
 
 
