@@ -29,7 +29,8 @@ SHOWN, MISTAKES = 20, 18    # confused pairs in the table, and mistakes in the p
 HEADINGS = {    # figure -> its heading, by kind of network; figures that do not apply are left out
     "student": {"curves": "Training curves", "diversity": "How CLS and DIST diverge",
                 "attention": "Where the tokens look", "distance": "How far the heads look",
-                "rank": "Rank of the features", "augment": "What the student trains on"},
+                "rank": "Rank of the features", "augment": "What the student trains on",
+                "agreement": "Does the student follow its teacher?"},
     "teacher": {"curves": "Training curves", "entropy": "How sure the teacher is",
                 "sharpness": "Flatness of the minimum"},
 }

@@ -18,6 +18,7 @@ from engine.evaluation import predicted, student_heads, student_input, teacher_l
 from engine.networks import load_teacher, short_name, teacher_files
 from engine.records import read_json
 from engine.runtime import UserError
+from images.operations import center_crop
 
 
 # ---- Attention -----------------------------------------------------------------------------------
@@ -338,6 +339,8 @@ def training_views(args, data, n, seed, rt):
 def views_of(images, labels, args, num_classes):
     """Images (n,3,H,W) as the student's settings make them: {view: ((n,3,S,S), targets (n,K))}."""
     clean = augment.resize(augment.to_float(images), args.img_size)
+    if args.crop == "loader":           # test images are read larger than training images
+        images = center_crop(images, args.img_size)
     strong = augment.strong_augment(images, args.img_size, args.crop, args.rand_ops, args.magnitude,
                                     args.erasing)
     target = augment.smooth_one_hot(labels, num_classes)
@@ -395,17 +398,18 @@ def agreement(subjects, rt, images=None):
         drawing.label_axes(axis, "", "", s.label)
         table += rows
     axes[0, 0].set_ylabel("% of the images")
-    drawing.shared_legend(figure, axes[0, 0], columns=4)
-    note = ("Training and test images as they are (clean), augmented (strong) and mixed too "
-            "(mixed), as in the student's training. Bars: the student's class is its teacher's. "
-            "Black: the teacher is right, of a mixed image on the larger part.")
+    drawing.shared_legend(figure, max(axes[0], key=lambda axis: len(axis.containers)), columns=4)
+    note = ("Training and test images as the student is tested on them (clean; its teacher gets "
+            "the same pixels), augmented (strong) and mixed too (mixed), as in its training, but "
+            "for crops by the image loader. Bars: the student's class is its teacher's. Lines: the "
+            "teacher is right, of a mixed image on the larger part.")
     drawing.finish(figure, "Does the student follow its teacher?", subjects, note)
     return Figure(figure, table, table, note)
 
 
 @torch.no_grad()
 def compare(subject, teacher, images, labels, n):
-    """Percentages over (up to) n images (N,3,H,W), evenly from a set, in random batches of 100.
+    """Percentages over (up to) n images (N,3,H,W), evenly from a set, in random batches of 10.
 
     {view: {"n": images, "teacher": right, "CLS", "DIST", "average": right, "CLS agrees", ...: with
     the teacher's class}}.
@@ -413,7 +417,7 @@ def compare(subject, teacher, images, labels, n):
     torch.manual_seed(0)
     args, found = subject.args, {}
     spread = torch.linspace(0, len(labels) - 1, min(n, len(labels))).long()
-    for index in spread[torch.randperm(len(spread))].split(100):
+    for index in spread[torch.randperm(len(spread))].split(10):         # one mixture for each batch
         x, y = images[index.to(images.device)], labels[index.to(labels.device)]
         views = views_of(x, y, args, subject.data.num_classes)
         tested = student_input(augment.to_float(x), args.img_size, args.eval_crop)
@@ -433,13 +437,13 @@ def compare(subject, teacher, images, labels, n):
 
 def draw_agreement(axis, rows):
     """Bars of how often each head agrees with its teacher; a line where the teacher is right."""
-    heads = [head for head, name in NAMES.items() if f"{name} agrees" in rows[0]]
+    heads = list(NAMES) if "DIST agrees" in rows[0] else ["avg"]
     width, place = 0.8 / len(heads), np.arange(len(rows))
     for i, head in enumerate(heads):
         axis.bar(place + (i - (len(heads) - 1) / 2) * width,
                  [row[f"{NAMES[head]} agrees"] for row in rows], width,
                  color=drawing.COLORS[head], label=f"{NAMES[head]} agrees")
-    axis.hlines([row["teacher"] for row in rows], place - 0.45, place + 0.45, color="black",
+    axis.hlines([row["teacher"] for row in rows], place - 0.45, place + 0.45, color="#CC79A7",
                 label="teacher is right")
     axis.set_xticks(place, [f"{row['images']}\n{row['view']}" for row in rows], fontsize=8)
     axis.set_ylim(0, 100)

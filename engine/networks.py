@@ -509,9 +509,9 @@ def origin(file, network):
 
 def retrained(config):
     """Files of the teachers in a run's config.json that have other weights now than they had."""
-    changed = []
-    for known in config.get("teachers") or []:
-        with suppress(UserError):                   # it is gone, or no network any more
+    changed, teachers = [], config.get("teachers")
+    for known in teachers if isinstance(teachers, list) else []:
+        with suppress(UserError, TypeError, KeyError):          # it is gone, or damaged
             if load_network(known["file"]).weights != known["weights"]:
                 changed.append(known["file"])
     return changed

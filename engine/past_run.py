@@ -224,7 +224,8 @@ class PastRun:
             return False
         changes = self.changes(config, args, (*NOT_RESUMED, *ABOUT, "amp", "processes"))
         if changes and not self.resume:
-            self.others = ", ".join(changes.values())
+            same_script = ("method" in config) == hasattr(args, "method")
+            self.others = ", ".join(changes.values()) if same_script else "of the other script"
             return False
         if changes:
             self.check_force(args, changes)

@@ -206,6 +206,8 @@ def is_finished(folder, args=None):
     if args:
         config = read_json(folder, "config.json")
         free = {*NOT_RESUMED, "amp", "teacher", "finetune"}
+        if args.minutes is not None:                        # these were measured
+            free |= set(args.fitted.split(","))
         other = [flag(name) for name in sorted(vars(args).keys() - free)
                  if name in config and config[name] != getattr(args, name)]
         other += [flag(name) for name in ("teacher", "finetune")

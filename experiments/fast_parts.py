@@ -6,12 +6,14 @@ r"""What does each part of our teacher add? FastNet trained again and again, eac
     Dirac filters       every convolution begins with random filters only (1706.00388)
     halved features     the classifier learns as fast as the rest
     mixing              no batch is mixed
-    logit adjustment    plain cross-entropy (2007.07314)
+    logit adjustment    plain cross-entropy, of mixed batches with label smoothing (2007.07314)
 
 Flags as of train_teacher.py. On held-out images, since recipes are chosen by such tables. Runs are
-in runs/fast_...; the same command goes on where it was stopped.
+in runs/fast_...; the same command goes on where it was stopped. No other command knows what their
+networks lack.
 """
 import argparse
+import os
 
 import train_teacher
 from engine import runtime
@@ -58,7 +60,9 @@ def train_without(part, args, rt):
     """Train a FastNet without this part (or go on with it); returns its accuracies."""
     leave_out, settings = PARTS[part]
     args = argparse.Namespace(**vars(args) | settings)
-    args.out = f"{args.out.replace('teacher_', 'fast_', 1)}_without_{part.replace(' ', '_')}"
+    folder, name = os.path.split(args.out)
+    name = f"{name.replace('teacher_', 'fast_', 1)}_without_{part.replace(' ', '_')}"
+    args.out = os.path.join(folder, name)
 
     def train(args, data, net, rt, run):
         leave_out(net)

@@ -10,7 +10,7 @@ def limits(*names):
     folders = [GROUPS, os.path.join(GROUPS, "memory")]                  # the latter: version 1
     try:
         with open("/proc/self/cgroup") as file:
-            lines = [line.split(":", 2) for line in file.read().splitlines()]
+            lines = [line.split(":", 2) for line in file.read().splitlines() if line.count(":") > 1]
     except OSError:
         lines = []
     for _, controllers, own in lines:       # version 2: one line, without controllers

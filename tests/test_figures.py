@@ -290,6 +290,16 @@ def test_agreement_is_counted_image_by_image(networks):
     for percentages in student_figures.compare(subject, teacher, images, labels, 25).values():
         assert percentages["n"] == 25 and percentages["teacher"] == percentages["DIST"]
         assert percentages["DIST agrees"] == 100 > percentages["CLS agrees"]
+    sides = set()
+
+    class Sides(Channels):
+        def forward(self, x):
+            sides.add(x.shape[-1])
+            return super().forward(x)
+    args = SimpleNamespace(**vars(subject.args) | dict(crop="loader", img_size=28, eval_crop=7 / 8))
+    large_sets = replace(subject, net=Sides(), args=args)       # tested on images of 32 px
+    student_figures.compare(large_sets, teacher, images, labels, 10)
+    assert sides == {28}
 
 
 def test_agreement_is_drawn_as_it_was_counted(networks, runs):

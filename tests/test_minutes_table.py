@@ -87,12 +87,12 @@ def test_a_finished_run_of_another_folder_of_the_same_name_is_not_shown(monkeypa
                                                 "test/eel": 2})
     rt = minutes.runtime.setup("cpu", "none")
     monkeypatch.setattr(train_teacher, "survey", lambda args: datasets.Survey(6, 2, 32))
-    command = f"{minutes.RESNET18} --dataset folder --data-dir"
+    command = f"{minutes.RESNET18} --minutes 5 --dataset folder --data-dir"
     first, second = (minutes.settings_of(f"{command} {place}/fish", rt) for place in "ab")
     assert first.out == second.out
     finish(first.out, 3)
-    config = {"epochs": 3, "dataset": "folder", "imb": None, "holdout": None,
-              "fingerprint": datasets.fingerprint_of_files(first)}
+    config = {"epochs": 3, "warmup_epochs": 0.5, "minutes": 5, "dataset": "folder", "imb": None,
+              "holdout": None, "fingerprint": datasets.fingerprint_of_files(first)}
     Path(first.out, "config.json").write_text(json.dumps(config))
     assert minutes.is_finished(first.out, first)
     with pytest.raises(minutes.UserError, match="--data-dir"):

@@ -83,12 +83,13 @@ def quick_figures(monkeypatch):
 @pytest.mark.parametrize("name, sections", [
     ("deit-lt", ["Result", "Accuracy per class", *ANSWERS, "Training curves",
                  "How CLS and DIST diverge", "Where the tokens look", "How far the heads look",
-                 "Rank of the features", "What the student trains on", "Settings"]),
+                 "Rank of the features", "What the student trains on",
+                 "Does the student follow its teacher?", "Settings"]),
     ("teacher", ["Result", "Accuracy per class", *ANSWERS[:2], "Training curves",
                  "How sure the teacher is", "Flatness of the minimum", "Settings"]),
     ("file.pth", ["Result", "Accuracy per class", *ANSWERS, "Where the tokens look",
                   "How far the heads look", "Rank of the features", "What the student trains on",
-                  "Left out"])])
+                  "Does the student follow its teacher?", "Left out"])])
 def test_a_report_holds_what_applies(name, sections, runs, tiny_cifar, quick_figures, tmp_path,
                                      monkeypatch):
     """A figure lost, or one that does not apply and ends the report; another result or setting."""

@@ -73,7 +73,8 @@ def test_a_cluster_without_torchrun_is_told_what_is_waited_for(monkeypatch, caps
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         runtime.setup("cpu")
-        assert capsys.readouterr().err.startswith(words) and bool(words) == (rank == "0")
+        err = capsys.readouterr().err
+        assert err.startswith(words) and bool(err) == (rank == "0")
 
 
 @pytest.mark.parametrize("rank, world", [("1", "1"), ("0", "0"), ("-1", "2")])
