@@ -380,9 +380,9 @@ def agreement(subjects, rt, images=None):
 
     On training and on test images: clean; strong and mixed by the run's own settings. (Of a mixed
     image the class of the larger part is right.) A student that does not follow its teacher on the
-    images that it was trained on underfits. Up to `images` (default 1,000) of each set.
+    images that it was trained on underfits. Up to `images` (default 2,000) of each set.
     """
-    table, n = [], drawing.image_count(subjects, images, 1000)
+    table, n = [], drawing.image_count(subjects, images, 2000)
     figure, axes = plt.subplots(1, len(subjects), figsize=(max(7, 5.5 * len(subjects)), 4),
                                 squeeze=False, sharey=True, layout="constrained")
     for axis, s in zip(axes[0], subjects):

@@ -310,7 +310,7 @@ def test_agreement_is_drawn_as_it_was_counted(networks, runs):
     sets = {"training": (deit.data.train_images, deit.data.train_labels),
             "test": (deit.data.test_images, deit.data.test_labels)}
     rows = [{"images": name, "view": view} | percentages for name, given in sets.items()
-            for view, percentages in student_figures.compare(deit, teacher, *given, 1000).items()]
+            for view, percentages in student_figures.compare(deit, teacher, *given, 2000).items()]
     assert drawn.table == [{"run": deit.name} | row for row in rows]
     assert {row["n"] for row in rows} == {len(labels) for _, labels in sets.values()}
     axis, = drawn.figure.axes
