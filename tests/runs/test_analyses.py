@@ -62,7 +62,7 @@ def test_a_report_of_a_student_leaves_nothing_out(student_run, tmp_path, monkeyp
     script(analyze, monkeypatch, "report", student_run, "--out", tmp_path / "report.html",
            "--images", 20)
     page = (tmp_path / "report.html").read_text()
-    assert "Left out" not in page and page.count("data:image/png;base64") == 10
+    assert "Left out" not in page and page.count("data:image/png;base64") == 11
 
 
 @pytest.mark.parametrize("kind, flags", [
