@@ -208,7 +208,8 @@ class FastNet(Teacher):
     After Jordan, "94% on CIFAR-10 in 3.29 seconds", arXiv 2404.00498. Blocks halve the image down
     to 2 to 5 pixels: 3 blocks at 32 px, 5 at 128. A training step of a 32 px image takes 0.39
     GFLOP (ResNet-32: 0.41), but in few large convolutions, which a CPU computes at nearly its full
-    rate. Features are halved, so that a linear classifier learns more slowly than they do.
+    rate. Features are halved, so that a linear classifier learns more slowly than they do. What
+    each part adds: experiments/fast_parts.py, results/README.md.
     """
 
     def __init__(self, num_classes, cosine=False, img_size=32, mean=CIFAR_MEAN, std=CIFAR_STD):
