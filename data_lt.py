@@ -103,16 +103,17 @@ def steps_per_epoch(n, batch):
     return -(-n // batch)                           # n / batch, rounded up
 
 
-def shard(order, batch, rank=0, world=1):
-    """This process's part of each global batch of an epoch: a list of LongTensors.
+def shard(order, batch, rank=0, world=1, micro_batches=1):
+    """This process's part of each global batch of an epoch: LongTensor (steps, size).
 
-    order (n,) -> steps_per_epoch(n, batch) tensors of batch / world or fewer. Global batches differ
-    by at most one image (no tiny last one). DataError if a process would be left without an image.
+    order (n,) is cut into steps_per_epoch(n, batch) batches, all of one size, for which kernels are
+    chosen and graphs compiled once; processes and micro-batches have equal parts. To fill the last
+    ones, the first images of the order come again, as in torch's DistributedSampler.
     """
     n, steps = len(order), steps_per_epoch(len(order), batch)
-    if n // steps < world:
-        raise DataError(f"{world} processes are too many for {n} images, {batch} at a time")
-    return [global_batch[rank::world] for global_batch in torch.tensor_split(order, steps)]
+    part = -(-n // (steps * world * micro_batches))             # images of a micro-batch, rounded up
+    size = part * world * micro_batches
+    return order[torch.arange(steps * size) % n].view(steps, size)[:, rank::world]
 
 
 # ---- A data set ----------------------------------------------------------------------------------

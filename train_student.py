@@ -129,7 +129,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
     accumulation_steps = micro_batches(n, steps, rt.world, args.micro_batch)
     state = dict(model=net, ema=ema, optimizer=optimizer, teacher_prior=teacher_prior,
                  scaler=scaler)             # what checkpoints hold; run.start restores them
-    run.start(args, data, state, METRICS if teacher else METRICS[:1], n, args.batch)
+    run.start(args, data, state, METRICS if teacher else METRICS[:1], steps, n)
     if args.compile:
         model = compiled(model)
     results = None
@@ -139,7 +139,8 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
         run.begin_epoch(epoch)
         weight = losses.drw_weights(counts, epoch, args.drw_epoch, args.beta)   # None, then w (K,)
         mixing = (epoch < args.drw_epoch or args.mix_drw) and args.mixup + args.cutmix > 0
-        batches = data_lt.shard(order_of(args, data, epoch), args.batch, rt.rank, rt.world)
+        batches = data_lt.shard(order_of(args, data, epoch), args.batch, rt.rank, rt.world,
+                                accumulation_steps)
         remaining = run.remaining_steps(epoch, batches)     # all, or those left after --resume
         for step, images, labels in data.batches(remaining, (args.seed, epoch, rt.rank)):
             runtime.seed_step(args.seed, epoch, step, rt.rank)      # so that a step can be replayed
@@ -150,7 +151,6 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                 # Strided: an image's copies (--repeats) are in different micro-batches if possible.
                 part = images[i::accumulation_steps]                    # uint8 (b,3,H,W)
                 target = labels[i::accumulation_steps]                  # (b,)
-                fraction = len(part) / len(labels)          # micro-batches need not be equal
                 # 1. Augment, every image with its own draws, and mix, with one draw for all.
                 x = augment_images(part, args)                          # (b,3,S,S) in [0,1]
                 if mixing:
@@ -184,8 +184,8 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
                         else:
                             loss = label_loss(cls_logits, target)
                             values = [loss]
-                    scaler.scale(fraction * loss).backward()
-                metrics += fraction * torch.stack(values).detach()
+                    scaler.scale(loss / accumulation_steps).backward()
+                metrics += torch.stack(values).detach() / accumulation_steps
             # 5. AdamW step and moving average, both left out if a number is not finite.
             scaler.unscale_()           # here it finds out whether all gradients are finite
             scaler.step(optimizer)
@@ -193,7 +193,7 @@ def train(args, data, net, teacher, rt, run, augment_images=None, label_loss=Non
             finite = scaler.update()
             if ema:
                 ema.update(finite)
-            run.after_step(epoch, step, len(labels), metrics, finite)
+            run.after_step(epoch, step, metrics, finite)
 
         results, cosine = None, None
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:

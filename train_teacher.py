@@ -129,8 +129,8 @@ def train(args, data, net, rt, run):
     n = len(data.train_labels)
     steps = data_lt.steps_per_epoch(n, args.batch)
     passes = [2 if radius(args, epoch) > 0 else 1 for epoch in range(args.epochs)]
-    run.start(args, data, dict(model=net, paco=paco, optimizer=sam, scaler=scaler), ("loss",), n,
-              args.batch, passes)
+    run.start(args, data, dict(model=net, paco=paco, optimizer=sam, scaler=scaler), ("loss",),
+              steps, n, passes)
     if args.compile:
         model = compiled(model)
     results = None
@@ -182,7 +182,7 @@ def train(args, data, net, rt, run):
             if paco:
                 paco.enqueue(runtime.gather(keys, rt), runtime.gather(y, rt))   # once a step
             finite = scaler.update()
-            run.after_step(epoch, step, len(y), loss.detach()[None], finite)
+            run.after_step(epoch, step, loss.detach()[None], finite)
 
         results = None
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
@@ -383,7 +383,7 @@ def run_teacher(args, rt, flags=None, train=train):
     run.check_data(data)
     print_data_summary(data, args, rt)
     n = len(data.train_labels)
-    if n // data_lt.steps_per_epoch(n, args.batch) < 2 * rt.world:
+    if n <= data_lt.steps_per_epoch(n, args.batch) * rt.world:
         raise UserError(f"--batch {args.batch}: BatchNorm needs two images or more in each of "
                         f"{rt.world} process(es)")
     net = new_network(args, data, rt)

@@ -283,8 +283,8 @@ def teacher_on_training_images(net, data, rt, kinds=("clean", "strong", "mixed")
     n = min(limit, len(data.train_labels))
     spread = torch.linspace(0, len(data.train_labels) - 1, n).long()
     found = {kind: ([], []) for kind in kinds}
-    for index in data_lt.shard(spread[torch.randperm(n)], batch):
-        index = index.to(rt.device)
+    steps = data_lt.steps_per_epoch(n, batch)
+    for index in torch.tensor_split(spread[torch.randperm(n)].to(rt.device), steps):
         images, labels = data.train_images[index], data.train_labels[index]
         strong = augment.strong_augment(images, images.shape[-1])
         mixed, target = augment.mixup_cutmix(strong, labels, data.num_classes)

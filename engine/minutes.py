@@ -52,8 +52,8 @@ class Probe:
         self.rt, self.seconds, self.count = rt, seconds, WARM_UP[rt.device.type]
         self.step, self.evaluation = [], None
 
-    def start(self, args, data, parts, metrics, images, batch, passes=None):
-        self.metrics, self.steps = metrics, -(-images // batch)
+    def start(self, args, data, parts, metrics, steps, images, passes=None):
+        self.metrics, self.steps = metrics, steps
         self.passes = passes or [1] * args.epochs
         self.compiled = getattr(args, "compile", False)
 
@@ -63,7 +63,7 @@ class Probe:
     def remaining_steps(self, epoch, batches):
         return islice(enumerate(cycle(batches)), self.count)
 
-    def after_step(self, epoch, step, images, values, finite):
+    def after_step(self, epoch, step, values, finite):
         """Note the time: in a timed epoch of the first and the last step only, so that between
         them the host runs ahead of the device as it does in training.
         """

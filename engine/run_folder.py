@@ -53,15 +53,15 @@ class Run(PastRun):
 
     # ---- Before the loop -------------------------------------------------------------------------
 
-    def start(self, args, data, parts, metrics, images, batch, passes=None):
+    def start(self, args, data, parts, metrics, steps, images, passes=None):
         """Restore a resumed run's parts, write config.json, and watch for signals from now on.
 
         parts: {name in the checkpoint: network, optimizer, ..., tensor or None}, restored in this
-        order. metrics: names of the numbers that after_step is given. images: of an epoch, cut into
-        global batches of `batch`. passes: relative cost of each epoch, for the time that is left.
+        order. metrics: names of the numbers that after_step is given. steps, images: in an epoch.
+        passes: relative cost of each epoch, for the time that is left.
         """
         self.args, self.data, self.parts, self.metrics = args, data, parts, metrics
-        self.steps = -(-images // batch)
+        self.steps, self.images = steps, images
         self.passes = passes or [1] * args.epochs
         self.watch_signals()
         if self.resumed:
@@ -80,10 +80,10 @@ class Run(PastRun):
             self.watch = EarlyWarnings(args, data, metrics, self.steps, self.rt,
                                        resumed=bool(self.resumed))
         self.resumed = None                                     # lets its memory go
-        done = self.start_epoch * images + self.start_step * batch
+        done = (self.start_epoch + self.start_step / steps) * images
         self.bar = tqdm(total=args.epochs * images, initial=done, unit=" images", unit_scale=True,
                         disable=None if self.rt.main else True)     # None: only in a terminal
-        self.images, self.timer, self.timed = images, None, 0
+        self.timer, self.timed = None, 0
         if self.start_epoch == args.epochs:     # no step is left, as after --force --epochs N:
             self.begin_epoch(self.start_epoch)
             self.save(self.start_epoch, 0)      # last.pt has N, so that it counts as finished
@@ -141,18 +141,18 @@ class Run(PastRun):
         done = self.start_step if epoch == self.start_epoch else 0
         return islice(enumerate(batches), done, None)
 
-    def after_step(self, epoch, step, images, values, finite):
+    def after_step(self, epoch, step, values, finite):
         """Add up the step's metrics, show progress, save if it is time, stop if a signal asks to.
 
-        images: of this process's part of the batch. values: tensor (len(metrics),); the first is
-        the loss. finite: 1.0, or 0.0 for a step that was undone and does not count. Waits for the
-        device every 20 steps, at the epoch's last one, and at the few that are timed or watched.
+        values: tensor (len(metrics),); the first is the loss. finite: 1.0, or 0.0 for a step that
+        was undone and does not count. Waits for the device every 20 steps, at the epoch's last one,
+        and at the few that are timed or watched.
         """
         if self.watch:
             self.watch.after_step(epoch, values, finite, self.parts["model"])
         values = torch.cat([values, values.new_ones(1)])
         self.sums += torch.where(finite > 0, values, 0)
-        self.bar.update(images * self.rt.world)
+        self.bar.update(self.images / self.steps)
         self.estimate(epoch, step)
         if step % 20 == 0 or step + 1 == self.steps:
             self.parts["scaler"].stop_if_lost(epoch, step, self.args.lr)

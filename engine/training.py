@@ -36,11 +36,9 @@ def set_lr(optimizer, lr):
 def micro_batches(n, steps, world, largest):
     """Number of micro-batches per step of at most `largest` images, the same in each process.
 
-    n images an epoch make `steps` steps of `world` processes. No micro-batch is empty.
+    n images an epoch make `steps` steps of `world` processes.
     """
-    shares = steps * world                                  # of about n / shares images
-    needed = -(-n // (shares * largest))                    # rounded up
-    return min(needed, n // shares)
+    return -(-n // (steps * world * largest))               # rounded up
 
 
 def parameter_groups(net, weight_decay):
@@ -58,20 +56,13 @@ def parameter_groups(net, weight_decay):
 
 
 def compiled(model, mode=None):
-    """torch.compile of a network that is trained on images (B,3,S,S), with one graph for every B.
+    """torch.compile of a network that is trained on images (B,3,S,S), always as many.
 
-    Batches of an epoch differ by an image. By itself torch.compile makes a graph of the first size
-    and another one of any size, in each mode of the network (SAM's second pass is one). mode:
-    torch.compile's; "reduce-overhead" replays a pass's kernels as one CUDA graph.
+    There is a graph for each mode of the network (SAM's second pass is one). mode: torch.compile's;
+    "reduce-overhead" replays a pass's kernels as one CUDA graph.
     """
     torch._dynamo.config.optimize_ddp = False       # else it is split at DDP's buckets: not tried
-    model = torch.compile(model, mode=mode)
-    model.register_forward_pre_hook(any_batch_size)
-    return model
-
-
-def any_batch_size(_, inputs):
-    torch._dynamo.maybe_mark_dynamic(inputs[0], 0)
+    return torch.compile(model, mode=mode, dynamic=False)
 
 
 def check_compiler(device):

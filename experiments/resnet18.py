@@ -34,8 +34,7 @@ def train(args, data, net, rt, run):
     scaler = FiniteScaler(net, optimizer, rt)
     n = len(data.train_labels)
     steps = data_lt.steps_per_epoch(n, args.batch)
-    run.start(args, data, dict(model=net, optimizer=optimizer, scaler=scaler), ("loss",), n,
-              args.batch)
+    run.start(args, data, dict(model=net, optimizer=optimizer, scaler=scaler), ("loss",), steps, n)
     results = None
     for epoch in range(run.start_epoch, args.epochs):
         net.train()
@@ -55,7 +54,7 @@ def train(args, data, net, rt, run):
             scaler.unscale_()
             scaler.step(optimizer)
             optimizer.zero_grad()
-            run.after_step(epoch, step, len(y), loss.detach()[None], scaler.update())
+            run.after_step(epoch, step, loss.detach()[None], scaler.update())
         results = None
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             results = evaluation.evaluate_teacher(net, data, rt)

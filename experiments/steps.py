@@ -54,16 +54,15 @@ class Measured(Exception):
 class Meter(Probe):
     """In place of a Run in a training loop: times its steps, profiles two more, and ends the loop.
 
-    seconds: how long steps are timed. step: seconds of one; images: of all that were timed.
+    seconds: how long steps are timed. step: seconds of one; batch: its images.
     """
 
     def remaining_steps(self, epoch, batches):
-        """Batches without end, all of one size: torch.compile would compile again for another."""
-        self.images, self.timed, self.profiler = 0, 0, None
-        batches = list(batches)
-        return enumerate(cycle(batch for batch in batches if len(batch) == len(batches[0])))
+        """Batches without end."""
+        self.batch, self.timed, self.profiler = len(batches[0]), 0, None
+        return enumerate(cycle(batches))
 
-    def after_step(self, epoch, step, images, values, finite):
+    def after_step(self, epoch, step, values, finite):
         if step < self.count:                                   # to warm up
             self.started = self.rt.now()
             if self.rt.device.type == "cuda":                   # cuDNN has tried its algorithms
@@ -71,7 +70,7 @@ class Meter(Probe):
             if step + 1 >= TIMED and self.started - self.began > self.seconds:
                 self.count = step + 1                           # slow steps: no more of them
         elif not self.profiler:                                 # the host runs ahead, as in a run
-            self.images, self.timed = self.images + images, self.timed + 1
+            self.timed += 1
             if self.timed >= TIMED and time.monotonic() - self.started > self.seconds:
                 self.step = (self.rt.now() - self.started) / self.timed
                 self.profiler = torch.profiler.profile(activities=self.activities())
@@ -133,7 +132,7 @@ def measure_step(script, flags, seconds, peak, rt, mode=None):
     except Measured:
         pass
     memory, (launches, kernel_seconds) = peak_memory(rt), meter.launches()
-    speed = meter.images / meter.timed / meter.step             # images/s
+    speed = meter.batch / meter.step                            # images/s
     launches = "-" if math.isnan(launches) else f"{launches:.0f}"
     busy = "-" if math.isnan(kernel_seconds) else f"{kernel_seconds / meter.step:.0%}"
     return (f"| {title} | {args.batch} | {speed:.0f} | {1000 * meter.step:.1f} | {launches} | "

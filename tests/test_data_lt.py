@@ -162,27 +162,30 @@ def test_repeated_augmentation_of_fewer_than_256_images_is_not_empty(n):
 
 @pytest.mark.parametrize("n", [7, 100, 257])
 @pytest.mark.parametrize("batch", [8, 100, 1024])
-def test_processes_together_see_exactly_the_batches_of_one_process(n, batch):
-    """A sample seen twice or never, batches that shift between processes, a tiny last batch."""
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_all_parts_of_all_batches_have_one_size(n, batch, micro_batches):
+    """An image never seen, or one twice in a batch; batches that shift between processes; a size
+    for which kernels and graphs are made again; a mean of processes whose parts count unequally."""
     order = data_lt.shuffled(n, 0, 0)
-    whole = data_lt.shard(order, batch)
-    assert torch.equal(torch.cat(whole), order)
-    sizes = [len(b) for b in whole]
-    assert len(whole) == data_lt.steps_per_epoch(n, batch) == (n + batch - 1) // batch
-    assert max(sizes) <= batch and max(sizes) - min(sizes) <= 1
-    for world in (2, 3, 4):
-        parts = [data_lt.shard(order, batch, rank, world) for rank in range(world)]
-        assert {len(p) for p in parts} == {len(whole)}
-        for step, everything in enumerate(whole):
-            pieces = [p[step].tolist() for p in parts]
-            assert sorted(sum(pieces, [])) == sorted(everything.tolist())
-            assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+    steps = (n + batch - 1) // batch
+    assert data_lt.steps_per_epoch(n, batch) == steps
+    for world in (1, 2, 4):
+        parts = [data_lt.shard(order, batch, rank, world, micro_batches) for rank in range(world)]
+        together = torch.stack(parts, dim=2).flatten()
+        assert torch.equal(together[:n], order)
+        surplus = len(together) - n
+        assert 0 <= surplus < steps * world * micro_batches
+        assert together[n:].tolist() == (order.tolist() * 2)[:surplus]
+        for part in parts:
+            assert part.shape == (steps, len(together) // (steps * world))
+            assert part.shape[1] % micro_batches == 0
+    assert data_lt.shard(order, batch).shape[1] <= batch
 
 
-def test_a_batch_too_small_for_the_processes_is_refused():
-    """An empty part would divide by zero on one process while the others wait for it."""
-    with pytest.raises(DataError, match="4 processes are too many for 9 images, 4 at a time"):
-        data_lt.shard(torch.arange(9), 4, 0, 4)
+def test_more_processes_than_images_have_one_each():
+    """An empty part: a division by zero in one process, while the others wait for it."""
+    assert [data_lt.shard(torch.arange(3), 4, rank, 4).tolist() for rank in range(4)] == [
+        [[0]], [[1]], [[2]], [[0]]]
 
 
 # ---- A data set ----------------------------------------------------------------------------------

@@ -60,13 +60,13 @@ def training(clock, step, late=None, evaluation=0.0, first=0.0):
 
     def train(args, data, net, rt, run):
         steps = data_lt.steps_per_epoch(len(data.train_labels), args.batch)
-        run.start(args, data, {}, (), len(data.train_labels), args.batch)
+        run.start(args, data, {}, (), steps, len(data.train_labels))
         for epoch in range(run.start_epoch, args.epochs):
             run.begin_epoch(epoch)
             for i, batch in run.remaining_steps(epoch, [None] * steps):
                 clock.now += late if late and epoch >= args.epochs * 2 / 3 else step
                 clock.now += extra.pop() if extra else 0
-                run.after_step(epoch, i, args.batch, None, None)
+                run.after_step(epoch, i, None, None)
             if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
                 clock.now += evaluation * len(data.test_labels)
             run.after_epoch(epoch, None)
@@ -157,7 +157,7 @@ def test_a_gpus_first_step_is_no_measure_of_it(device, enough, monkeypatch):
     try:
         for step in (0, 1):
             clock.now += next(seconds)
-            probe.after_step(0, step, 1, None, None)
+            probe.after_step(0, step, None, None)
     except minutes.TooSlow:
         assert enough
     else:

@@ -117,7 +117,7 @@ class RecordingRun:
     def __init__(self):
         self.records, self.values, self.finite = [], [], []
 
-    def start(self, args, data, parts, metrics, images, batch, passes=None):
+    def start(self, args, data, parts, metrics, steps, images, passes=None):
         self.parts, self.metrics, self.images, self.passes = parts, metrics, images, passes
 
     def begin_epoch(self, epoch):
@@ -126,7 +126,7 @@ class RecordingRun:
     def remaining_steps(self, epoch, batches):
         return enumerate(batches)
 
-    def after_step(self, epoch, step, images, values, finite):
+    def after_step(self, epoch, step, values, finite):
         self.values.append(dict(zip(self.metrics, values.tolist(), strict=True)))
         self.finite.append(finite.item())
 
@@ -323,10 +323,10 @@ def test_frozen_parameters_are_not_trained(steps_of):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(steps_of):
-    """Micro-batches of 3, 3 and 2 that count alike; gradients added up instead of averaged."""
+    """Gradients of micro-batches that are added up instead of averaged; numbers of the last one."""
     steps = steps_of(torch.optim.AdamW)
     values = []
-    for micro_batch in (8, 3):
+    for micro_batch in (8, 2):
         args = student_settings("--beta", 0, drw_epoch=0, micro_batch=micro_batch, epochs=1)
         _, run, _ = train_a_student(args, teacher=GivenTeacher(), augment_images=as_they_are)
         values.append(run.values)
@@ -441,17 +441,18 @@ def test_a_teachers_bad_step_moves_nothing(bad, rho, at, steps_of, monkeypatch):
              for one, other in zip(steps, steps[1:])]
     assert moved == [bad_step != 0, bad_step != 1]
     assert all(tensor.isfinite().all() for tensor in paco.state_dict().values())
-    assert (paco.queue_labels >= 0).sum() == 15                 # 8 + 7: not the bad step's 8
+    assert (paco.queue_labels >= 0).sum() == 16                 # not the bad step's 8
     assert run.finite == [step != bad_step for step in range(3)]
 
 
-@pytest.mark.parametrize("micro_batch, pieces", [(8, [8]), (4, [4, 4]), (3, [3, 3, 2])])
+@pytest.mark.parametrize("micro_batch, pieces", [(8, [8]), (4, [4, 4]), (3, [3, 3, 3])])
 def test_a_batch_is_cut_into_micro_batches(micro_batch, pieces):
-    """--micro-batch ignored: memory; or cut when it fits: a stem's BatchNorm sees fewer images."""
+    """--micro-batch ignored: memory; or cut when it fits: a stem's BatchNorm sees fewer images;
+    parts of two sizes, for each of which a GPU tries out its kernels and graphs are compiled."""
     sizes = []
     args = student_settings("--method", "vit", micro_batch=micro_batch, epochs=1)
     train_a_student(args, augment_images=noting(sizes, len))
-    assert sizes[:len(pieces)] == pieces
+    assert sizes == pieces * 3
 
 
 def test_the_average_has_the_recipes_decay(steps_of):
@@ -529,7 +530,7 @@ def test_repeated_augmentation_is_what_an_epoch_shows():
     for repeats in often:                               # below 256 images none is cut off: 23
         args, shown = student_settings("--method", "vit", repeats=repeats), []
         train_a_student(args, augment_images=noting(shown, indices_of))
-        first, second = torch.cat(shown[:3]), torch.cat(shown[3:])
+        first, second = torch.cat(shown[:3])[:N], torch.cat(shown[3:])[:N]
         for epoch in (first, second):
             assert sorted(torch.bincount(epoch, minlength=N).tolist()) == often[repeats]
         assert first.tolist() != second.tolist()
@@ -549,7 +550,7 @@ def test_the_seed_reaches_the_order_of_an_epoch():
     plain, repeated = orders[:2], orders[2:]
     assert plain[0] != plain[1] and repeated[0] != repeated[1]
     assert len({tuple(order) for order in teachers}) == 4       # of two seeds, two epochs each
-    assert all(sorted(order) == list(range(N)) for order in [*plain, *teachers])
+    assert all(sorted(order[:N]) == list(range(N)) for order in [*plain, *teachers])
 
 
 def test_a_micro_batch_has_no_two_copies_of_an_image():

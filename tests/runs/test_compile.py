@@ -14,7 +14,7 @@ from several_processes import run
 from tiny_runs import PLAIN, STUDENT, TEACHER, records, train
 
 pytest_plugins = ["tiny_runs", "several_processes"]
-# 89 images in four steps, of 23 or 22.
+# 89 images in four steps of 23.
 FLAGS = {train_teacher: [*TEACHER, "--batch", "26"],
          train_student: [*STUDENT, *("--batch 26 --micro-batch 26 --drop-path 0 --stem "
                                      "fast").split()]}
@@ -43,10 +43,10 @@ def compared(teacher_run, tiny_cifar, tmp_path, monkeypatch, graphs):
     """compared(script) -> (losses without --compile, losses with it): [first step's, epochs']."""
     first, after_step = [], Run.after_step
 
-    def noted(run, epoch, step, images, values, finite):
+    def noted(run, epoch, step, values, finite):
         if epoch == step == 0:
             first.append(values[0].item())
-        after_step(run, epoch, step, images, values, finite)
+        after_step(run, epoch, step, values, finite)
     monkeypatch.setattr(Run, "after_step", noted)
 
     def compared(module):

@@ -129,8 +129,8 @@ def test_two_processes_train_one_teacher(pacos_run, tiny_cifar):
 
 
 def test_two_processes_train_one_student(pacos_run, tiny_cifar, tmp_path):
-    """A test image counted twice; the statistics of the stem of one process only. In the last steps
-    one process has an image more than the other: as many micro-batches, or both wait for ever."""
+    """A test image counted twice; the statistics of the stem of one process only; another number of
+    micro-batches in one process, for which the other would wait for ever."""
     flags = [*STUDENT, *FLOAT32, *("--stem conv --logit-adjustment --batch 26 --micro-batch 4 "
                                    "--epochs 1").split(), "--data-dir", str(tiny_cifar)]
     code, printed = run(2, tmp_path / "log", "train_student", *flags, "--teacher", pacos_run,
