@@ -111,8 +111,8 @@ def shard(order, batch, rank=0, world=1, micro_batches=1):
     ones, the first images of the order come again, as in torch's DistributedSampler.
     """
     n, steps = len(order), steps_per_epoch(len(order), batch)
-    part = -(-n // (steps * world * micro_batches))             # images of a micro-batch, rounded up
-    size = part * world * micro_batches
+    micro_batch = -(-n // (steps * world * micro_batches))      # its images, rounded up
+    size = micro_batch * world * micro_batches
     return order[torch.arange(steps * size) % n].view(steps, size)[:, rank::world]
 
 

@@ -134,7 +134,8 @@ def add_run_flags(parser):
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     run.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
                      metavar="TYPE", help="autocast: bf16, fp16, none [bf16 where it is faster]")
-    run.add_argument("--compile", action="store_true", help="torch.compile the network")
+    run.add_argument("--compile", action="store_true",
+                     help="torch.compile the network: for a GPU; takes minutes at first")
     run.add_argument("--out", metavar="DIR", help="run folder [runs/<name of the settings>]")
     run.add_argument("--save-every", type=save_interval, default="10m", metavar="N",
                      help="checkpoint every N steps, or minutes with an m [10m]")
