@@ -20,9 +20,8 @@ better labels for tail classes (Rangwani et al., NeurIPS 2022, arXiv 2212.13827)
 
 Several processes: DistributedDataParallel averages the gradient of the first pass too, so every
 process climbs in the same direction, and N processes do what one does with the same global batch
-(except for BatchNorm's statistics, class-weighted means, parts of a batch that differ by an image,
-and rounding). The paper perturbs on each accelerator alone (m-sharpness): wrap the first pass in
-`model.no_sync()` for that. We average.
+(except for BatchNorm's statistics, class-weighted means and rounding). The paper perturbs on each
+accelerator alone (m-sharpness): wrap the first pass in `model.no_sync()` for that. We average.
 AMP: gradients are of the float32 weights, so bfloat16 autocast needs nothing special. With a
 float16 loss scaler, unscale before each of the two steps; the scale cancels in (1), not in (2).
 """

@@ -401,17 +401,13 @@ def all_max(numbers, rt):
 
 
 def gather(tensor, rt):
-    """Rows of all processes (n_r, ...) -> (sum of n_r, ...), by rank; the n_r may differ."""
+    """Rows of all processes, (n, ...) of each -> (world n, ...), by rank."""
     if rt.world == 1:
         return tensor
-    sizes = [torch.zeros((), dtype=torch.long) for _ in range(rt.world)]
-    dist.all_gather(sizes, torch.tensor(len(tensor)))   # on the CPU, by gloo: no GPU is waited for
-    sizes = [int(n) for n in sizes]
-    padding = tensor.new_zeros(max(sizes) - len(tensor), *tensor.shape[1:])
-    padded = torch.cat([tensor, padding])
-    parts = [torch.empty_like(padded) for _ in range(rt.world)]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:n] for part, n in zip(parts, sizes)])
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(rt.world)]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
 
 
 def share_buffers(net, rt):

@@ -164,8 +164,8 @@ def test_repeated_augmentation_of_fewer_than_256_images_is_not_empty(n):
 @pytest.mark.parametrize("batch", [8, 100, 1024])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_all_parts_of_all_batches_have_one_size(n, batch, micro_batches):
-    """An image never seen, or one twice in a batch; batches that shift between processes; a size
-    for which kernels and graphs are made again; a mean of processes whose parts count unequally."""
+    """An image never seen; batches that shift between processes; a size for which kernels and
+    graphs are made again; a mean of processes whose parts count unequally."""
     order = data_lt.shuffled(n, 0, 0)
     steps = (n + batch - 1) // batch
     assert data_lt.steps_per_epoch(n, batch) == steps

@@ -116,7 +116,7 @@ class Compiled(torch.nn.Module):
     """In place of torch.compile, whose import alone takes seconds."""
     calls = 0
 
-    def __init__(self, module, mode=None):
+    def __init__(self, module, mode=None, dynamic=None):
         super().__init__()
         self._orig_mod = module
 
