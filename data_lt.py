@@ -106,9 +106,9 @@ def steps_per_epoch(n, batch):
 def shard(order, batch, rank=0, world=1, micro_batches=1):
     """This process's part of each global batch of an epoch: LongTensor (steps, size).
 
-    order (n,) is cut into steps_per_epoch(n, batch) batches, all of one size, for which kernels are
-    chosen and graphs compiled once: as small a multiple of processes and micro-batches as will do.
-    To fill the last ones, the order's first images come again, as in torch's DistributedSampler.
+    order (n,) is cut into steps_per_epoch(n, batch) batches of one size, a multiple of processes
+    and micro-batches (so it may exceed `batch` a little): a GPU chooses its kernels only once. The
+    last batches repeat the order's first images, as torch's DistributedSampler does.
     """
     n, steps = len(order), steps_per_epoch(len(order), batch)
     micro_batch = -(-n // (steps * world * micro_batches))      # its images, rounded up

@@ -56,7 +56,7 @@ def parameter_groups(net, weight_decay):
 
 
 def compiled(model, mode=None):
-    """torch.compile of a network that is trained on images (B,3,S,S), always as many.
+    """torch.compile of a network whose training batches (B,3,S,S) all have one size.
 
     There is a graph for each mode of the network (SAM's second pass is one). mode: torch.compile's;
     "reduce-overhead" replays a pass's kernels as one CUDA graph.
